@@ -1,0 +1,349 @@
+"""The commands: parse, call the API, print. No logic, and nothing heavy is imported before it is
+used.
+
+Exit status: 0 done; 1 the safety oracle found a violation that the scenario did not expect (or a
+point of a sweep has no result, or a result did not come out again); 2 wrong input; 130 interrupted;
+141 nobody reads the output any more.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from simkvm import api
+from simkvm.scenario.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from simkvm.study.result import Result, Results
+
+VIOLATED = 1
+WRONG_INPUT = 2
+INTERRUPTED = 130
+NO_READER = 141
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Commands(click.Group):
+    """A group whose commands report wrong input in one line, and end quietly when told to."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; turn what it raises into an exit status."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except InputError as error:
+            click.echo(str(error), err=True)
+            ctx.exit(WRONG_INPUT)
+        except KeyboardInterrupt as stop:
+            click.echo(f"simkvm: {str(stop) or 'interrupted'}", err=True)
+            ctx.exit(INTERRUPTED)
+        except BrokenPipeError:
+            # The interpreter flushes once more when it ends, and must not complain then.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(NO_READER)
+        return result
+
+
+def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """I/N as two numbers; whether they make sense is for the sweep to say."""
+    if value is None:
+        return None
+    index, slash, count = value.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal()):
+        raise click.BadParameter(f"{value!r} is not two numbers such as 0/4", ctx, param)
+    return int(index), int(count)
+
+
+sets_option = click.option(
+    "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change a value of the file; repeat."
+)
+seed_option = click.option(
+    "--seed", type=click.IntRange(min=0), metavar="N", help="Use this seed, not the file's."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+@click.group(cls=Commands, context_settings=SETTINGS)
+@click.version_option(package_name="simkvm", message="%(prog)s %(version)s")
+def main() -> None:
+    """Simulate MGLRU page ageing over KVM guests: mmu_lock, RCU and page-table memory.
+
+    Start with `simkvm workloads`, then `simkvm run FILE`.
+    """
+
+
+@main.command()
+@click.argument("file")
+@sets_option
+@click.option("--out", metavar="DIR", help="Keep the result in this store, and draw its figures.")
+@seed_option
+@json_option
+@click.pass_context
+def run(
+    ctx: click.Context,
+    *,
+    file: str,
+    sets: tuple[str, ...],
+    out: str | None,
+    seed: int | None,
+    as_json: bool,
+) -> None:
+    """Simulate one point and report on it."""
+    from simkvm.show import document, points, tables
+
+    result = api.run(file, sets, seed, out)
+    if out is not None:
+        _draw_all(result, Path(out), err=True)
+    if as_json:
+        click.echo(document.as_json(document.run_document(result)))
+    else:
+        _show(tables.run_report(result))
+    _warn_of_unfulfilled([result])
+    ctx.exit(VIOLATED if points.unexpected(result) else 0)
+
+
+@main.command()
+@click.argument("file")
+@sets_option
+@click.option(
+    "--replications",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="Run every point N times, each with random streams of its own.",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes to run points in; default: one a CPU.",
+)
+@click.option(
+    "--shard",
+    callback=_shard,
+    metavar="I/N",
+    help="Run only points I, I+N, I+2N ...; I counts from 0.",
+)
+@click.option("--out", metavar="DIR", help="The store; default: results/NAME.")
+@seed_option
+@json_option
+@click.pass_context
+def sweep(
+    ctx: click.Context,
+    *,
+    file: str,
+    sets: tuple[str, ...],
+    replications: int,
+    jobs: int | None,
+    shard: tuple[int, int] | None,
+    out: str | None,
+    seed: int | None,
+    as_json: bool,
+) -> None:
+    """Simulate what a store lacks of a sweep, and report."""
+    from simkvm.show import document, points, tables
+    from simkvm.study.executor import BackendLost
+
+    try:
+        results = api.sweep(file, out, jobs, replications, set=sets, seed=seed, shard=shard)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"{stop}; the same command goes on from there") from None
+    except BackendLost as lost:
+        raise click.ClickException(f"{lost}; the same command goes on from there") from None
+    if as_json:
+        click.echo(document.as_json(document.sweep_document(results, results.failed)))
+    else:
+        _show(tables.sweep_report(results, results.failed))
+    _warn_of_unfulfilled(results)
+    click.echo(f"simkvm: {len(results)} points in {results.store.root}", err=True)
+    bad = results.failed or any(points.unexpected(result) for result in results)
+    ctx.exit(VIOLATED if bad else 0)
+
+
+@main.command()
+@click.argument("result")
+@click.option("--figure", metavar="NAME", help="Only this figure; default: all that apply.")
+@click.option("--out", metavar="FILE", help="Where to write it: png, svg or pdf.")
+def plot(result: str, figure: str | None, out: str | None) -> None:
+    """Draw figures of a sweep or point, from its folder RESULT."""
+    from simkvm.show import figures
+
+    if out is not None and figure is None:
+        raise click.UsageError("--out names one file; say with --figure what to draw")
+    opened = api.open_any(result)
+    if figure is None:
+        _draw_all(opened, Path(result))
+        return
+    path = Path(out) if out is not None else Path(result) / "figures" / f"{figure}.png"
+    click.echo(str(figures.write(figures.draw(figure, opened), path)))
+
+
+@main.command()
+@click.argument("result")
+@click.option(
+    "--traces",
+    multiple=True,
+    default=["."],
+    metavar="DIR",
+    help="Look for traces in and below this folder; repeat. Default: the current one.",
+)
+@click.pass_context
+def verify(ctx: click.Context, result: str, traces: tuple[str, ...]) -> None:
+    """Run a sweep or point again and compare every figure.
+
+    RESULT is the folder of a sweep, or of one point in it.
+    """
+    from simkvm.show import tables
+
+    differing = 0
+    for key, differences in api.verify(result, traces):
+        click.echo(f"{key}  {'DIFFERS' if differences else 'reproduced'}")
+        if differences:
+            differing += 1
+            rows = [vars(difference) for difference in differences]
+            _show(tables.named_table(rows, {"name": None, "stored": 40, "found": 40}))
+    ctx.exit(VIOLATED if differing else 0)
+
+
+@main.command()
+@click.argument("name", required=False)
+def machines(name: str | None) -> None:
+    """List the machines, or the costs of one."""
+    from simkvm.scenario.machine import load_machine
+    from simkvm.show import tables
+
+    if name is None:
+        rows = [vars(machine) for machine in api.machines().values()]
+        _show(tables.named_table(rows, dict.fromkeys(["name", "arch", "cores", "ghz", "title"])))
+        return
+    _show(tables.machine_report(load_machine(name)))
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--diff", nargs=2, metavar="A B", help="Only the policies in which A and B differ.")
+def kernels(name: str | None, diff: tuple[str, str] | None) -> None:
+    """List the kernels, or the policies of one."""
+    from simkvm.scenario import kernel
+    from simkvm.show import tables
+
+    if diff is not None:
+        if name is not None:
+            raise click.UsageError("give either a name or --diff")
+        first, second = map(kernel.load_kernel, diff)
+        _show(tables.kernel_diff(kernel.diff(first, second), *diff))
+    elif name is not None:
+        _show(tables.kernel_report(kernel.load_kernel(name)))
+    else:
+        rows = [vars(variant) for variant in api.kernels().values()]
+        _show(tables.named_table(rows, dict.fromkeys(["name", "arch", "title"])))
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON schema of scenario files."""
+    from simkvm.scenario.describe import json_schema
+    from simkvm.show import document
+
+    click.echo(document.as_json(json_schema()))
+
+
+@main.command()
+@click.argument("key")
+def explain(key: str) -> None:
+    """Say what KEY of a scenario file means.
+
+    KEY is dotted: host.hz, guests.vm0.access.
+    """
+    from simkvm.scenario.describe import explain as text_of
+
+    click.echo(text_of(key))
+
+
+@main.command()
+@click.argument("folder", default="workloads")
+def workloads(folder: str) -> None:
+    """List the scenario files in FOLDER (default: ./workloads)."""
+    from simkvm.show import tables
+
+    rows = [vars(workload) for workload in api.workloads(folder)]
+    _show(tables.named_table(rows, {"path": None, "points": None, "description": 60}))
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--csv", metavar="FILE", help="Write the summaries as CSV; - is stdout.")
+def results(folder: str, csv: str | None) -> None:
+    """Report on a finished sweep, or write it as CSV."""
+    from simkvm.show import tables
+
+    opened = api.open_results(folder)
+    if csv is None:
+        _show(tables.sweep_report(opened, opened.failed))
+        return
+    with click.open_file(csv, "w", encoding="utf-8") as file:
+        opened.summary.to_csv(file, index=False)
+
+
+@main.group(name="import", cls=Commands)
+def import_() -> None:
+    """Make traces for guests of recorded programs."""
+
+
+@import_.command()
+@click.argument("file")
+@click.option("--out", required=True, metavar="FILE", help="The trace to write, .parquet.")
+@click.option(
+    "--window",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    metavar="N",
+    help="Leave out touches of pages that are among the last N distinct ones.",
+)
+@click.option("--page-size", default="4 KiB", show_default=True, metavar="SIZE")
+def lackey(file: str, out: str, window: int, page_size: str) -> None:
+    """Reduce a recording by valgrind's lackey.
+
+    FILE is the output of valgrind --tool=lackey --trace-mem=yes, plain or .gz; - is stdin.
+    """
+    from simkvm.guest.lackey import convert
+    from simkvm.show import tables
+    from simkvm.units import parse_size
+
+    header = convert(file, out, page_size=parse_size(page_size), window=window)
+    _show(tables.trace_report(header, out))
+
+
+def _show(report: RenderableType) -> None:
+    from simkvm.show import tables
+
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    click.echo(tables.render(report, colour=colour))
+
+
+def _draw_all(opened: Result | Results, folder: Path, *, err: bool = False) -> None:
+    from simkvm.show import figures
+
+    paths = figures.write_all(opened, folder / "figures")
+    for path in paths:
+        click.echo(str(path), err=err)
+    if not paths:
+        click.echo("simkvm: no figure applies to these results", err=True)
+
+
+def _warn_of_unfulfilled(results: Iterable[Result]) -> None:
+    """An unsafe scenario that did nothing wrong deserves a look: it may no longer test anything."""
+    for result in results:
+        if result.scenario.get("expect") == "unsafe" and not result.violations:
+            name = result.scenario.get("name")
+            click.echo(f"simkvm: warning: {name} expects a violation, none was found", err=True)

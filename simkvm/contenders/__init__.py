@@ -1,0 +1,26 @@
+"""Takers of ``mmu_lock`` other than faults and ageing: one small file each, found by its kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from simkvm.contenders.balloon import Balloon
+from simkvm.contenders.contender import Contender
+from simkvm.contenders.free_page_reporting import FreePageReporting
+from simkvm.contenders.madvise_dontneed import MadviseDontneed
+from simkvm.kernel.kvm import Kvm
+from simkvm.kernel.task import Task
+
+KINDS: dict[str, Any] = {
+    "madvise_dontneed": MadviseDontneed,
+    "free_page_reporting": FreePageReporting,
+    "balloon": Balloon,
+}
+
+
+def build(kvm: Kvm, task: Task, rng: np.random.Generator, spec: Any) -> Contender:
+    """The contender that ``spec`` (a model of the scenario) describes."""
+    contender: Contender = KINDS[spec.kind](kvm, task, rng, spec)
+    return contender

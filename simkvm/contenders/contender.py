@@ -1,0 +1,54 @@
+"""What contenders share: a thread of the host that takes guest memory back through the notifier."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from simpy import Event
+
+from simkvm.kernel.task import Task, reach
+
+if TYPE_CHECKING:
+    from simkvm.kernel.kvm import Kvm
+
+NS_PER_S = 1_000_000_000
+Steps = Generator[Event, Any, int]
+
+
+class Contender:
+    """A thread on a CPU of its own that works on ``kvm``; draws only from ``rng``."""
+
+    def __init__(self, kvm: Kvm, task: Task, rng: np.random.Generator) -> None:
+        self.kvm = kvm
+        self.task = task
+        self.rng = rng
+        self.calls = 0
+
+    def run(self) -> Generator[Event, Any, None]:
+        """The thread; a subclass writes it."""
+        raise NotImplementedError
+
+    def sleep_until(self, t_ns: int, due_ns: int) -> Steps:
+        """Sleep from ``t_ns`` to ``due_ns``; one that is late goes on at once."""
+        if due_ns <= t_ns:
+            return t_ns
+        self.task.cpu.sleep(t_ns)
+        t_ns = yield from reach(self.kvm.env, due_ns)
+        self.task.cpu.enter_kernel(t_ns)
+        return t_ns
+
+    def take_back(self, t_ns: int, first_byte: int, size: int) -> Steps:
+        """``MADV_DONTNEED`` of ``size`` bytes at ``first_byte`` of guest memory.
+
+        One range start and end whatever the size (mm/madvise.c). Returns when it is done.
+        """
+        kvm = self.kvm
+        self.calls += 1
+        leaf = kvm.stage2.leaf_bytes
+        first, last = first_byte // leaf, -(-(first_byte + size) // leaf)
+        t_ns = kvm.host.mmap_lock.visit(self.task.cpu.id, t_ns, 1)
+        t_ns = yield from kvm.notifier.invalidate(self.task, t_ns, first, last)
+        kvm.host.mmap_lock.post(self.task.cpu.id, t_ns)
+        return t_ns + self.task.cpu.take_stolen()

@@ -1,0 +1,252 @@
+"""A vCPU: touches memory as its pattern says, and exits where stage 2 stops it.
+
+Touches cost no events. A run of touches up to the next fault is planned at once and applied when
+somebody looks (ageing, an unmap, the vCPU's own next step), so warm pages can be touched often at
+little cost. An unmap that takes a planned page away, or an invalidation that empties the TLB,
+moves the next fault to where it now belongs.
+
+A touch sets the accessed flag only on a TLB miss: ageing clears flags without invalidating, so a
+page whose translation is still cached looks old although it is used (arm64, like x86, accepts
+that). The TLB is direct-mapped with as many entries as the machine's second level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from simpy import Event
+
+from simkvm.guest.patterns import Chunk
+from simkvm.kernel.cpu import Cpu
+from simkvm.kernel.fault import FaultPath
+from simkvm.kernel.stage2 import AF, VALID, WRITE
+from simkvm.kernel.task import Task
+
+if TYPE_CHECKING:
+    from simkvm.kernel.kvm import Kvm
+
+DONE: Final = -1
+WINDOW: Final = 256  #: touches looked ahead at once, doubled while none of them faults
+
+
+class Vcpu:
+    """One vCPU of ``kvm``, on ``cpu``, that touches what ``chunks`` yields."""
+
+    def __init__(self, kvm: Kvm, index: int, cpu: Cpu, chunks: Iterator[Chunk]) -> None:
+        self.kvm = kvm
+        self.index = index
+        self.cpu = cpu
+        self.task = Task(f"{kvm.name}/vcpu{index}", cpu)
+        self.fault = FaultPath(kvm, self, self.task)
+        self._env = kvm.env
+        self._chunks = chunks
+        self._touch_ns = kvm.costs.touch_ns
+        self._entries = kvm.stage2.leaf.fast
+        self._tags: NDArray[np.int64] = np.full(kvm.costs.tlb_entries, -1, np.int64)
+        self._fast_tags = memoryview(self._tags)  # type: ignore[arg-type]  # a buffer
+        self._tlb_entries = kvm.costs.tlb_entries
+        self._flushes = False
+        # The chunk being worked on: leaves, what each needs, when each is touched.
+        self._leaves: NDArray[np.int64] = np.empty(0, np.int64)
+        self._list: list[int] = []
+        self._needs: NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._need_list: list[int] = []
+        self._cost: NDArray[np.int64] = np.zeros(1, np.int64)
+        self._cost_list: list[int] = []
+        self._position = 0
+        # The run in the guest: touches [position, _run_to) from _run_from_ns on.
+        self._running = False
+        self._run_from_ns = 0
+        self._run_to = 0
+        self._exit_ns = 0
+        self.next_ns = 0  #: when the host is needed next, as planned
+        self.alarm: Event | None = None  #: the event that wakes the thread then
+        self.touches = 0
+        self.finished_ns = DONE
+
+    # -- the process --------------------------------------------------------------------------
+
+    def run(self) -> Generator[Event, Any, None]:
+        """The vCPU thread: fault after fault until the pattern ends or the VM dies."""
+        env, fault = self._env, self.fault
+        if not self._load():
+            self._finish(0)
+            return
+        next_ns = self.enter(0)
+        while True:
+            while next_ns >= env.peek() and next_ns > env._now:
+                self.alarm = alarm = env.timeout(next_ns - env._now)
+                yield alarm
+                next_ns = self.next_ns  # it may have been moved meanwhile
+            self.alarm = None
+            if not self.kvm.alive:
+                self._finish(next_ns)
+                return
+            self.catch_up(next_ns)
+            self._running = False
+            position = self._position
+            if position == len(self._list):
+                if not self._load():
+                    self._finish(next_ns)
+                    return
+                next_ns = self.enter(next_ns)
+                continue
+            write = self._need_list[position] != VALID
+            next_ns = yield from fault.handle(next_ns, self._list[position], write)
+            self.next_ns = next_ns
+
+    def _finish(self, t_ns: int) -> None:
+        self.finished_ns = t_ns
+        self.cpu.sleep(t_ns)
+
+    def _load(self) -> bool:
+        """Take the next chunk; False if there is none."""
+        chunk = next(self._chunks, None)
+        if chunk is None:
+            return False
+        kvm = self.kvm
+        if kvm.leaf_pages == 1:
+            self._leaves = chunk.pages
+        else:
+            self._leaves = kvm.stage2.leaves_of(chunk.pages)
+        self._needs = np.where(chunk.writes, VALID | WRITE, VALID).astype(np.uint8)
+        self._list = self._leaves.tolist()
+        self._need_list = self._needs.tolist()
+        cost = np.zeros(len(self._list) + 1, np.int64)
+        np.cumsum(np.broadcast_to(chunk.gaps_ns, len(self._list)) + self._touch_ns, out=cost[1:])
+        self._cost = cost
+        self._cost_list = cost.tolist()
+        self._position = 0
+        return True
+
+    # -- running in the guest -----------------------------------------------------------------
+
+    def mapped(self, t_ns: int) -> int:
+        """The page at the present position was mapped; the guest goes on at ``t_ns``."""
+        position = self._position
+        self.touches += 1
+        leaf = self._list[position]
+        self.kvm.fast_last_touch[leaf] = t_ns
+        self._fast_tags[leaf % self._tlb_entries] = leaf
+        self._position = position + 1
+        return self.enter(t_ns, self._cost_list[position + 1] - self._cost_list[position])
+
+    def enter(self, t_ns: int, busy_ns: int = 0) -> int:
+        """The guest runs from ``t_ns`` on, the first ``busy_ns`` without a touch.
+
+        Returns when it needs the host: at its next fault, or at the end of the chunk.
+        """
+        cpu = self.cpu
+        start = t_ns + busy_ns
+        if cpu.stolen_ns:
+            start += cpu.take_stolen()
+        if self._flushes:
+            start += self._refill_ns()
+        self._running = True
+        self._run_from_ns = start
+        self.next_ns = next_ns = self._plan(start)
+        cpu.enter_guest(t_ns, self._exit_ns)
+        return next_ns
+
+    def _plan(self, start: int) -> int:
+        """Find the next fault of a guest that touches on from ``start``."""
+        position = self._position
+        stop = len(self._list)
+        if position < stop:
+            need = self._need_list[position]
+            if self._entries[self._list[position]] & need != need:
+                self._run_to = position
+                self._exit_ns = exit_ns = start + self._touch_ns
+                return self.fault.arrival_ns(exit_ns)
+            position = self._first_fault(position + 1, stop)
+        self._run_to = position
+        self._exit_ns = exit_ns = (
+            start + self._cost_list[position] - self._cost_list[self._position]
+        )
+        if position == stop:
+            return exit_ns
+        self._exit_ns = exit_ns = exit_ns + self._touch_ns
+        return self.fault.arrival_ns(exit_ns)
+
+    def _first_fault(self, position: int, stop: int) -> int:
+        """First touch from ``position`` on that stage 2 does not allow; ``stop`` if all are."""
+        entries, window = self.kvm.stage2.leaf.entries, WINDOW
+        while position < stop:
+            end = min(position + window, stop)
+            needs = self._needs[position:end]
+            lacks = (entries[self._leaves[position:end]] & needs) != needs
+            first = int(lacks.argmax())
+            if lacks[first]:
+                return position + first
+            position, window = end, 2 * window
+        return stop
+
+    # -- seen from outside --------------------------------------------------------------------
+
+    def catch_up(self, t_ns: int) -> None:
+        """Apply the touches planned before ``t_ns``."""
+        if not self._running or t_ns <= self._run_from_ns or self._position == self._run_to:
+            return
+        first = self._position
+        into = t_ns - self._run_from_ns + self._cost_list[first]
+        last = min(self._run_to, int(np.searchsorted(self._cost, into, side="left")))
+        if last == first:
+            return
+        leaves = self._leaves[first:last]
+        self._touch(leaves)
+        self.kvm.last_touch_ns[leaves] = t_ns
+        self.touches += last - first
+        self._position = last
+        self._run_from_ns += self._cost_list[last] - self._cost_list[first]
+
+    def _touch(self, leaves: NDArray[np.int64]) -> None:
+        """Look ``leaves`` up in the TLB, in order; each miss sets the accessed flag."""
+        tags = self._tags
+        slots = leaves % len(tags)
+        order = np.argsort(slots, kind="stable")
+        slots, pages = slots[order], leaves[order]
+        first = np.empty(len(slots), np.bool_)
+        first[0] = True
+        np.not_equal(slots[1:], slots[:-1], out=first[1:])
+        before = np.empty_like(pages)
+        before[1:] = pages[:-1]
+        before[first] = tags[slots[first]]
+        missed = pages[pages != before]
+        self.kvm.stage2.leaf.entries[missed] |= np.uint8(AF)
+        last = np.empty(len(slots), np.bool_)
+        last[-1] = True
+        last[:-1] = first[1:]
+        tags[slots[last]] = pages[last]
+
+    def flushed(self, t_ns: int) -> None:
+        """The VM's translations were invalidated, and mappings may have gone, at ``t_ns``."""
+        self._flushes = True
+        if not self._running or self.alarm is None:
+            return
+        self._run_from_ns = max(self._run_from_ns, t_ns) + self._refill_ns()
+        moved = self._plan(self._run_from_ns)
+        if moved < self.next_ns:
+            self._wake_at(moved)
+        self.next_ns = moved
+        self.cpu.enter_guest(t_ns, self._exit_ns)
+
+    def _refill_ns(self) -> int:
+        """The TLB is empty: what filling it again costs the guest."""
+        self._flushes = False
+        lost = int(np.count_nonzero(self._tags >= 0))
+        self._tags.fill(-1)
+        return lost * self.kvm.costs.tlb_refill_ns
+
+    def _wake_at(self, t_ns: int) -> None:
+        """Move the alarm to an earlier time."""
+        late = self.alarm
+        assert late is not None
+        assert late.callbacks is not None
+        early = self._env.timeout(max(0, t_ns - int(self._env.now)))
+        assert early.callbacks is not None
+        early.callbacks.extend(late.callbacks)
+        late.callbacks.clear()
+        self.alarm = early

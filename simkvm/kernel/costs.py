@@ -1,0 +1,181 @@
+"""What each step of the simulated kernel costs on one machine, in whole nanoseconds.
+
+Everything comes from the machine's table (``simkvm machines NAME``); a cost that is measured only
+as a total is split here, once, so that its parts add up to that total on an idle machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from simkvm.kernel.cacheline import LineCosts
+from simkvm.scenario.machine import Machine
+
+
+@dataclass(frozen=True)
+class FaultCosts:
+    """The path of one stage-2 fault around the walk (arch/arm64/kvm/mmu.c, ``user_mem_abort``)."""
+
+    exit_ns: int  #: exit, SRCU and memslot look-up: up to taking ``mmap_lock``
+    vma_ns: int  #: look-up of the VMA under ``mmap_lock``
+    gup_hit_ns: int  #: resolving a host page that is there
+    gup_zero_ns: int  #: installing the zero page for a read
+    gup_alloc_ns: int  #: allocating, clearing and installing a host page (or block)
+    gup_copy_ns: int  #: replacing the zero page for a write
+    ptl_ns: int  #: how long that holds the host's page-table lock, at its end
+    hold_ns: int  #: the walk and the map, under ``mmu_lock``
+    table_ns: int  #: each table installed on the way
+    retry_ns: int  #: finding, under the lock, that an invalidation runs or ran
+    enter_ns: int  #: from the unlock to the guest's next instruction
+    object_ns: int  #: allocating and clearing one page for the memory cache
+
+
+@dataclass(frozen=True)
+class AgeingCosts:
+    """The page-table walk of MGLRU (mm/vmscan.c) and the notifier call it makes."""
+
+    scan_ns: int  #: one host PTE
+    call_ns: int  #: one notifier call up to the table walk: SRCU twice, memslot look-up
+    walk_ns: int  #: one walk from the root to one leaf
+    visit_ns: int  #: each further leaf of the same table
+    promote_ns: int  #: moving one folio to the youngest generation
+    folio_move_ns: int  #: moving one folio up when the oldest generation is emptied
+    resched_ns: int  #: a ``cond_resched`` that does not switch
+    lru_lock_ns: int  #: taking and releasing the lruvec lock
+
+
+@dataclass(frozen=True)
+class UnmapStepCosts:
+    """Stage-2 and host side of an invalidation."""
+
+    visit_ns: int
+    descend_ns: int
+    table_visit_ns: int
+    leaf_ns: int
+    host_page_ns: int  #: removing and freeing one host mapping between range start and end
+    bookkeeping_ns: int  #: range start and end: counters and the interval, under the lock
+
+
+@dataclass(frozen=True)
+class FreeCosts:
+    """Freeing a table page: now or by RCU."""
+
+    free_ns: int
+    call_rcu_ns: int
+    callback_ns: int  #: freeing one page in a callback, its dispatch apart
+    visit_ns: int  #: one entry of a table that is walked again
+    count_test_ns: int  #: reading the page's count first
+
+
+@dataclass(frozen=True)
+class Costs:
+    """All costs of one guest's geometry on one machine."""
+
+    line: LineCosts
+    handoff_ns: int
+    next_ns: int
+    fault: FaultCosts
+    ageing: AgeingCosts
+    unmap: UnmapStepCosts
+    free: FreeCosts
+    tlbi_ns: int
+    tlbi_all_ns: int
+    tlbi_service_ns: int
+    touch_ns: int
+    tlb_entries: int
+    tlb_refill_ns: int
+    wakeup_ns: int
+    switch_ns: int
+
+    @classmethod
+    def of(cls, machine: Machine, leaf_bytes: int, page_bytes: int) -> Costs:
+        """Costs for leaves of ``leaf_bytes`` in a guest whose host pages have ``page_bytes``."""
+        line = LineCosts.of(machine)
+        return cls(
+            line=line,
+            handoff_ns=round(machine["lock_handoff_ns"]),
+            next_ns=round(machine["c2c_same_ns"]),
+            fault=_fault(machine, line, leaf_bytes),
+            ageing=_ageing(machine),
+            unmap=_unmap(machine),
+            free=_free(machine),
+            tlbi_ns=round(machine["tlbi_s2_page_ns"]),
+            tlbi_all_ns=round(machine["tlbi_vmid_all_ns"]),
+            tlbi_service_ns=round(machine["tlbi_global_service_ns"]),
+            touch_ns=round(machine["page_touch_ns"]),
+            tlb_entries=round(machine["tlb_l2_entries"]),
+            tlb_refill_ns=round(machine["tlb_miss_nested_warm_ns"]),
+            wakeup_ns=round(machine["wakeup_ns"]),
+            switch_ns=round(machine["context_switch_ns"]),
+        )
+
+
+def _fault(machine: Machine, line: LineCosts, leaf_bytes: int) -> FaultCosts:
+    half_exit = machine["exit_roundtrip_ns"] / 2
+    around = machine["memslot_lookup_ns"] + machine["srcu_ns"]
+    vma = machine["mmap_lock_vma_lookup_ns"]
+    clean = machine["dcache_clean_4k_ns"] * leaf_bytes / 4096
+    if leaf_bytes >= 2 << 20:
+        clean = machine["dcache_clean_2m_ns"] * leaf_bytes / (2 << 20)
+    hold = machine["fault_hold_ns"]
+    parts = 2 * half_exit + around + vma + hold + machine["dcache_clean_4k_ns"] + 4 * line.same_ns
+    gup_hit = machine["s2_map4k_total_ns"] - parts
+    alloc = machine["s2_fault4k_alloc_total_ns"] - machine["s2_map4k_total_ns"]
+    clear = machine["zero_4k_ns"] + machine["page_alloc_free_ns"]
+    zero_page = alloc - clear
+    if leaf_bytes >= 2 << 20:
+        alloc = (machine["s2_fault2m_total_ns"] - parts - machine["dcache_clean_2m_ns"]) * (
+            leaf_bytes / (2 << 20)
+        )
+    elif leaf_bytes > 4096:
+        alloc += machine["zero_4k_ns"] * (leaf_bytes / 4096 - 1)
+    return FaultCosts(
+        exit_ns=round(half_exit + around),
+        vma_ns=round(vma),
+        gup_hit_ns=round(gup_hit),
+        gup_zero_ns=round(gup_hit + zero_page),
+        gup_alloc_ns=round(gup_hit + alloc),
+        gup_copy_ns=round(gup_hit + alloc),
+        ptl_ns=round(machine["host_ptl_hold_ns"]),
+        hold_ns=round(hold + clean),
+        table_ns=round(machine["stage2_cmpxchg_ns"] + machine["stage2_descend_ns"]),
+        retry_ns=round(machine["retry_check_ns"]),
+        enter_ns=round(half_exit),
+        object_ns=round(machine["zero_4k_ns"] + machine["page_alloc_free_ns"]),
+    )
+
+
+def _ageing(machine: Machine) -> AgeingCosts:
+    return AgeingCosts(
+        scan_ns=round(machine["pte_scan_old_ns"]),
+        call_ns=round(
+            machine["notifier_call_ns"] + machine["srcu_ns"] + machine["memslot_lookup_ns"]
+        ),
+        walk_ns=round(machine["age_walk_ns"]),
+        visit_ns=round(machine["stage2_leaf_visit_ns"]),
+        promote_ns=round(machine["lru_promote_ns"]),
+        folio_move_ns=round(machine["folio_move_ns"]),
+        resched_ns=round(machine["cond_resched_ns"]),
+        lru_lock_ns=round(2 * machine["atomic_uncontended_ns"]),
+    )
+
+
+def _unmap(machine: Machine) -> UnmapStepCosts:
+    return UnmapStepCosts(
+        visit_ns=round(machine["stage2_leaf_visit_ns"]),
+        descend_ns=round(machine["stage2_descend_ns"]),
+        table_visit_ns=round(machine["stage2_table_visit_ns"]),
+        leaf_ns=round(machine["unmap_s2_4k_noflush_ns"]),
+        host_page_ns=round(machine["unmap_s1_4k_ns"]) ,
+        bookkeeping_ns=round(machine["range_bookkeeping_ns"]),
+    )
+
+
+def _free(machine: Machine) -> FreeCosts:
+    return FreeCosts(
+        free_ns=round(machine["free_page_ns"]),
+        call_rcu_ns=round(machine["call_rcu_ns"]),
+        callback_ns=round(machine["table_page_free_rcu_ns"] - machine["callback_invoke_ns"]),
+        visit_ns=round(machine["stage2_leaf_visit_ns"]),
+        count_test_ns=round(machine["llc_ns"]),
+    )

@@ -1,0 +1,103 @@
+"""The host's side of guest memory: its page table, its locks and its generations.
+
+One entry a leaf: a guest backed by huge pages has huge host mappings. Source of the rules:
+mm/memory.c (``do_anonymous_page``, ``wp_page_copy``), mm/vmscan.c, v6.12.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from simpy import Environment, Event
+
+from simkvm.kernel.cacheline import CacheLine, LineCosts
+from simkvm.kernel.mglru import LruGen
+
+PRESENT: Final = 1
+OWN: Final = 2  #: a page of its own; without it a present entry is the shared zero page
+YOUNG: Final = 4  #: the host's own accessed flag
+
+
+class HostMemory:
+    """Host mappings of one guest's ``leaves``; ``entries``: PTEs in one host table."""
+
+    def __init__(
+        self, env: Environment, leaves: int, entries: int, line: LineCosts, two_step: bool
+    ) -> None:
+        self._env = env
+        self.entries = entries
+        self.state: NDArray[np.uint8] = np.zeros(leaves, np.uint8)
+        self.fast = memoryview(self.state)  # type: ignore[arg-type]  # arrays are buffers
+        self.present = [0] * (-(-leaves // entries))  #: entries present in each host table
+        self.mmap_lock = CacheLine(line)
+        self.lru = LruGen(leaves, two_step)
+        self._aged_table = -1
+        self._aged_from_ns = 0
+        self._aged_until_ns = 0
+        self._released: Event | None = None
+        self._busy: dict[int, tuple[int, int]] = {}
+
+    # -- what is mapped -----------------------------------------------------------------------
+
+    def install(self, leaf: int, own: bool) -> None:
+        """A fault mapped ``leaf``: a page of its own, or the zero page."""
+        before = self.fast[leaf]
+        if not before:
+            self.present[leaf // self.entries] += 1
+        if own and not before & OWN:
+            self.lru.add(leaf)
+        self.fast[leaf] = PRESENT | YOUNG | (OWN if own else 0)
+
+    def zap(self, first: int, last: int) -> int:
+        """Remove what is mapped in ``first`` up to ``last``; returns how many entries that was."""
+        state = self.state[first:last]
+        there = np.flatnonzero(state)
+        self.lru.remove(first + np.flatnonzero(state & OWN))
+        tables, gone = np.unique((first + there) // self.entries, return_counts=True)
+        for table, count in zip(tables.tolist(), gone.tolist(), strict=True):
+            self.present[table] -= count
+        state[:] = 0
+        return len(there)
+
+    def table_leaves(self, table: int) -> NDArray[np.int64]:
+        """Leaves of host table ``table`` that map a page of their own, in order."""
+        first = table * self.entries
+        return first + np.flatnonzero(self.state[first : first + self.entries] & OWN)
+
+    # -- the page-table lock ------------------------------------------------------------------
+
+    def plan_fault(self, leaf: int, from_ns: int, until_ns: int) -> None:
+        """A fault will hold the lock of ``leaf``'s table in that time."""
+        self._busy[leaf // self.entries] = (from_ns, until_ns)
+
+    def trylock(self, table: int, t_ns: int) -> bool:
+        """Ageing tries the lock of ``table`` at ``t_ns``; fails if a fault holds it."""
+        held = self._busy.pop(table, None)
+        if held is not None and held[0] <= t_ns < held[1]:
+            return False
+        self._aged_table, self._aged_from_ns = table, t_ns
+        self._released = None
+        return True
+
+    def unlock(self, t_ns: int) -> None:
+        """Ageing lets go of its table at ``t_ns``."""
+        if self._released is not None:
+            self._released._ok = True
+            self._released._value = t_ns
+            self._env.schedule(self._released, delay=max(0, t_ns - int(self._env.now)))
+        self._aged_until_ns = t_ns
+
+    def blocked(self, leaf: int, t_ns: int) -> int | Event | None:
+        """Who took the lock of ``leaf``'s table before ``t_ns`` and holds it then.
+
+        Returns None if nobody, the time of release if it is past, else the event of it.
+        """
+        if leaf // self.entries != self._aged_table or self._aged_from_ns > t_ns:
+            return None
+        if self._aged_until_ns > self._aged_from_ns:
+            return self._aged_until_ns if self._aged_until_ns > t_ns else None
+        if self._released is None:
+            self._released = Event(self._env)
+        return self._released

@@ -1,0 +1,79 @@
+"""Generations of the multi-gen LRU, for the folios of one guest (mm/vmscan.c, v6.12).
+
+A folio's generation is a sequence number modulo four. Ageing moves what was used to the youngest
+generation, then opens a new one; if four exist the oldest is emptied first, by moving its folios
+up. A folio that a fault brings in starts in the youngest generation.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+MIN_NR_GENS: Final = 2
+MAX_NR_GENS: Final = 4
+MIN_LRU_BATCH: Final = 64  #: PTEs in a window of the batched notifier calls
+MAX_LRU_BATCH: Final = 4096  #: promotions or moves between two looks at need-resched
+
+
+class LruGen:
+    """Generations of ``leaves`` folios; ``two_step``: a first sighting only marks (v7.x)."""
+
+    def __init__(self, leaves: int, two_step: bool) -> None:
+        self.max_seq = MIN_NR_GENS - 1
+        self.min_seq = 0
+        self.sizes = [0] * MAX_NR_GENS
+        self._two_step = two_step
+        self._generation: NDArray[np.uint8] = np.zeros(leaves, np.uint8)
+        self._referenced: NDArray[np.bool_] = np.zeros(leaves, np.bool_)
+        self._fast = memoryview(self._generation)  # type: ignore[arg-type]  # a buffer
+
+    def add(self, leaf: int) -> None:
+        """A fault brought ``leaf`` in."""
+        youngest = self.max_seq % MAX_NR_GENS
+        self._fast[leaf] = youngest
+        self.sizes[youngest] += 1
+
+    def remove(self, leaves: NDArray[np.int64]) -> None:
+        """``leaves`` (distinct, all present) were freed."""
+        for generation, gone in enumerate(np.bincount(self._generation[leaves], minlength=4)):
+            self.sizes[generation] -= int(gone)
+        self._referenced[leaves] = False
+
+    def promote(self, leaves: NDArray[np.int64]) -> int:
+        """``leaves`` (distinct, all present) were seen young; returns how many moved."""
+        if self._two_step:
+            first = ~self._referenced[leaves]
+            self._referenced[leaves[first]] = True
+            leaves = leaves[~first]
+        youngest = self.max_seq % MAX_NR_GENS
+        self.remove(leaves)
+        self._generation[leaves] = youngest
+        self.sizes[youngest] += len(leaves)
+        return len(leaves)
+
+    def inc_max_seq(self) -> int:
+        """Open a new generation; returns how many folios had to be moved up first."""
+        moved = 0
+        if self.max_seq - self.min_seq + 1 == MAX_NR_GENS:
+            moved = self._inc_min_seq()
+        self.max_seq += 1
+        return moved
+
+    def _inc_min_seq(self) -> int:
+        oldest, following = self.min_seq % MAX_NR_GENS, (self.min_seq + 1) % MAX_NR_GENS
+        moved = self.sizes[oldest]
+        if moved:
+            # Slots of folios that are not there hold stale numbers: moving them too does no harm.
+            self._generation[self._generation == oldest] = following
+            self.sizes[following] += moved
+            self.sizes[oldest] = 0
+        self.min_seq += 1
+        return moved
+
+    @property
+    def total(self) -> int:
+        """Folios in all generations."""
+        return sum(self.sizes)

@@ -1,0 +1,38 @@
+"""What actors of the simulated kernel share: a CPU, and time that may run ahead of the clock.
+
+An actor computes its steps with explicit times and meets the clock only where somebody else
+could interfere: if no other event comes before a step, the step costs no event of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+from simpy import Environment, Event
+
+from simkvm.kernel.cpu import Cpu
+
+
+@dataclass(eq=False)
+class Task:
+    """An actor: its name for people, and the CPU that it runs on."""
+
+    name: str
+    cpu: Cpu
+
+
+def reach(env: Environment, t_ns: int) -> Generator[Event, Any, int]:
+    """Let everything happen that comes before ``t_ns``; returns ``t_ns``."""
+    if t_ns >= env.peek():
+        yield env.timeout(max(0, t_ns - int(env.now)))
+    return t_ns
+
+
+def acquired(grant: int | Event) -> Generator[Event, Any, int]:
+    """When the section of a lock request is over and its caller goes on."""
+    if isinstance(grant, int):
+        return grant
+    at: int = yield grant
+    return at

@@ -1,0 +1,140 @@
+"""The unmap walker: what removing a range costs, and which tables it leaves empty.
+
+Source: arch/arm64/kvm/hyp/pgtable.c (``stage2_unmap_walker``, ``kvm_pgtable_stage2_unmap``) and
+arch/arm64/kvm/mmu.c (``stage2_apply_range``), v6.12. The walk is depth first. Every entry of every
+linked table in the range is visited, empty ones too; an entry that is no table ends the walk of
+its whole span; a table is visited once more after its entries, and if its count shows that
+nothing is left it is unlinked there, which may in turn empty the table above.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from simkvm.kernel.stage2 import TABLE, VALID, Level, Stage2, TableId
+
+
+@dataclass(frozen=True)
+class UnmapCosts:
+    """Integer nanoseconds of the walker's steps."""
+
+    visit_ns: int
+    descend_ns: int  #: entering a table: a dependent miss
+    table_visit_ns: int  #: looking at a table's count on the way up
+    leaf_ns: int  #: removing one valid leaf, invalidation apart
+    leaf_flush_ns: int  #: invalidation for that leaf; 0 if left to the end of the walk
+    table_flush_ns: int  #: invalidation for an unlinked table, never left to the end
+    table_free_ns: int  #: what the free policy does with it under the lock
+
+
+@dataclass
+class UnmapWalk:
+    """One walk over the leaves ``first`` up to (not including) ``last``, done on construction.
+
+    Afterwards: ``visits`` of the walker's callback, ``leaves`` removed, ``elapsed_ns`` it takes,
+    ``tables`` unlinked (children first) and, for each, ``unlinked_ns`` after the start.
+    """
+
+    stage2: Stage2
+    first: int
+    last: int
+    costs: UnmapCosts
+    visits: int = 0
+    leaves: int = 0
+    elapsed_ns: int = 0
+    tables: list[TableId] = field(default_factory=list)
+    unlinked_ns: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.stage2.steps:
+            self._walk(0, self.first, self.last)
+        else:
+            self._remove_leaves(self.first, self.last)
+        self.stage2.linked_tables -= len(self.tables)
+
+    def _walk(self, depth: int, first: int, last: int) -> None:
+        """Walk the entries of one level that cover leaves ``first`` up to ``last``."""
+        upper, lower, down, phase = self.stage2.steps[depth]
+        low, high = (first + phase) >> down, ((last - 1 + phase) >> down) + 1
+        if depth == len(self.stage2.steps) - 1:
+            self._leaf_tables(upper, lower, low, high, first, last)
+            return
+        for entry in range(low, high):
+            self._visit()
+            if upper.fast[entry] & TABLE:
+                self.visits -= 1  # a table is not visited on the way down, only entered
+                self.elapsed_ns += self.costs.descend_ns - self.costs.visit_ns
+                start = (entry << down) - phase
+                self._walk(depth + 1, max(first, start), min(last, start + (1 << down)))
+                self._leave(upper, lower, entry)
+
+    def _visit(self) -> None:
+        self.visits += 1
+        self.elapsed_ns += self.costs.visit_ns
+
+    def _leave(self, upper: Level, lower: Level, entry: int) -> None:
+        """The visit of a table after its entries: unlink it if its count says empty."""
+        self.visits += 1
+        self.elapsed_ns += self.costs.table_visit_ns
+        if not lower.counts[entry]:
+            self.elapsed_ns += self.costs.table_flush_ns + self.costs.table_free_ns
+            self._unlink(upper, lower, entry, self.elapsed_ns)
+
+    def _unlink(self, upper: Level, lower: Level, entry: int, at_ns: int) -> None:
+        upper.fast[entry] = 0
+        upper.counts[self.stage2.holder(upper, entry)] -= 1
+        self.tables.append(self.stage2.identity(lower.number, entry))
+        self.unlinked_ns.append(at_ns)
+
+    def _leaf_tables(
+        self, upper: Level, lower: Level, low: int, high: int, first: int, last: int
+    ) -> None:
+        """The leaf-level tables ``low`` up to ``high`` at once: same steps, as arrays."""
+        costs, entries = self.costs, self.stage2.geometry.entries
+        linked = (upper.entries[low:high] & TABLE) != 0
+        starts = np.arange(low, high, dtype=np.int64) * entries - lower.phase
+        begin = np.maximum(starts, first)
+        overlap = np.minimum(starts + entries, last) - begin
+        valid = (lower.entries[first:last] & VALID).astype(np.int64)
+        removed = np.add.reduceat(valid, begin - first)
+        lower.entries[first:last] = 0
+        lower.counts[low:high] -= removed.astype(np.int32)
+        empty = linked & (lower.counts[low:high] == 0)
+        spent = np.where(
+            linked,
+            costs.descend_ns + overlap * costs.visit_ns + costs.table_visit_ns,
+            costs.visit_ns,
+        )
+        spent += removed * (costs.leaf_ns + costs.leaf_flush_ns)
+        spent += empty * (costs.table_flush_ns + costs.table_free_ns)
+        done = self.elapsed_ns + np.cumsum(spent)
+        for table in np.flatnonzero(empty):
+            self._unlink(upper, lower, low + int(table), int(done[table]))
+        self.visits += int(overlap[linked].sum()) + len(linked)
+        self.leaves += int(removed.sum())
+        self.elapsed_ns = int(done[-1])
+
+    def _remove_leaves(self, first: int, last: int) -> None:
+        """Leaves that sit in the root itself: nothing to unlink."""
+        level = self.stage2.leaf
+        removed = int(np.count_nonzero(level.entries[first:last] & VALID))
+        level.entries[first:last] = 0
+        self.visits += last - first
+        self.leaves += removed
+        self.elapsed_ns += (last - first) * self.costs.visit_ns
+        self.elapsed_ns += removed * (self.costs.leaf_ns + self.costs.leaf_flush_ns)
+
+
+def chunks(stage2: Stage2, first: int, last: int) -> list[tuple[int, int]]:
+    """Cut the leaves ``first`` up to ``last`` where ``stage2_apply_range`` does.
+
+    Chunks end at multiples of the largest block, counted in guest-physical addresses.
+    """
+    size = stage2.geometry.chunk_bytes // stage2.leaf_bytes
+    offset = stage2.first_leaf
+    cuts = [first]
+    while cuts[-1] < last:
+        cuts.append(min(last, ((cuts[-1] + offset) // size + 1) * size - offset))
+    return list(zip(cuts, cuts[1:], strict=False))

@@ -1,0 +1,221 @@
+"""The simulated world: builds host, guests and actors from a scenario, and runs them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Generator, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from simpy import Environment, Event
+
+from simkvm import contenders
+from simkvm.guest import patterns
+from simkvm.guest.vcpu import Vcpu
+from simkvm.kernel.aging import AgeingThread
+from simkvm.kernel.cpu import Cpu
+from simkvm.kernel.kvm import Kvm
+from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
+from simkvm.kernel.task import Task
+from simkvm.kernel.teardown import Teardown
+from simkvm.kernel.tlb import TlbiPath
+from simkvm.observe.record import Record
+from simkvm.observe.recorder import SAMPLES, Recorder
+from simkvm.observe.table_memory import TableMemory
+from simkvm.scenario.errors import InputError
+from simkvm.scenario.kernel import KernelVariant
+from simkvm.scenario.machine import Machine
+from simkvm.scenario.schema import Guest, Scenario
+
+#: Instructions a nanosecond of guest time, for traces: one a cycle.
+FIRST_SAMPLE_NS = 1_000_000
+
+
+def simulate(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Record:
+    """Run ``scenario`` on ``machine`` under ``kernel`` to its end."""
+    return World(scenario, machine, kernel).run()
+
+
+class World:
+    """Everything that is alive in one run."""
+
+    def __init__(self, scenario: Scenario, machine: Machine, kernel: KernelVariant) -> None:
+        if machine.arch != kernel.arch:
+            raise InputError(
+                f"kernel {kernel.name} is for {kernel.arch}, machine {machine.name} is {machine.arch}"
+            )
+        self.scenario = scenario
+        self.machine = machine
+        self.kernel = kernel
+        self.env = Environment()
+        if scenario.ties == "shuffle":
+            self.env._eid = shuffled(self.stream("ties"))  # type: ignore[assignment]
+        self.recorder = Recorder()
+        self.memory = TableMemory()
+        self.tlbi = TlbiPath(
+            round(machine["tlbi_s2_page_ns"]), round(machine["tlbi_global_service_ns"])
+        )
+        self.cpus = self._cpus()
+        self.rcu = self._rcu()
+        self._free_cpus = iter(self.cpus)
+        self.kvms = [self._guest(name, guest) for name, guest in scenario.guests.items()]
+        self.ageing: AgeingThread | None = None
+        if scenario.ageing is not None:
+            task = Task("ageing", next(self._free_cpus))
+            self.ageing = AgeingThread(self.kvms, task, scenario.ageing)
+        by_name = {kvm.name: kvm for kvm in self.kvms}
+        self.contenders = [
+            contenders.build(
+                by_name[spec.guest], Task(name, next(self._free_cpus)), self.stream(name), spec
+            )
+            for name, spec in scenario.contenders.items()
+        ]
+        self.teardowns = [
+            Teardown(
+                by_name[name],
+                Task(f"{name}/teardown", by_name[name].vcpus[0].cpu),
+                guest.teardown.order,
+                guest.teardown.at,
+            )
+            for name, guest in scenario.guests.items()
+            if guest.teardown is not None
+        ]
+        self._running = sum(len(kvm.vcpus) for kvm in self.kvms) + len(self.teardowns)
+        self._over = Event(self.env)
+
+    @property
+    def events(self) -> int:
+        """SimPy events scheduled so far."""
+        return next(self.env._eid) if self.scenario.ties == "fifo" else -1
+
+    def stream(self, component: str) -> np.random.Generator:
+        """The random stream of one component: no other one's draws shift it."""
+        key = (self.scenario.replication, zlib.crc32(component.encode()))
+        seeds = np.random.SeedSequence(self.scenario.seed, spawn_key=key)
+        return np.random.Generator(np.random.Philox(seeds))
+
+    # -- building -----------------------------------------------------------------------------
+
+    def _cpus(self) -> list[Cpu]:
+        host, machine = self.scenario.host, self.machine
+        number = host.cpus or machine.cores
+        vcpus = sum(guest.vcpus for guest in self.scenario.guests.values())
+        per_node = -(-machine.cores // machine.nodes)
+        return [
+            Cpu(n, n // per_node, nohz_full=host.nohz_full == "vcpus" and n < vcpus)
+            for n in range(number)
+        ]
+
+    def _rcu(self) -> Rcu:
+        host, machine = self.scenario.host, self.machine
+        config = RcuConfig(
+            hz=host.hz,
+            preemptible=host.preemption in ("full", "lazy"),
+            nr_cpu_ids=machine.cores,
+            blimit=host.rcu.blimit,
+            qhimark=host.rcu.qhimark,
+            qlowmark=host.rcu.qlowmark,
+        )
+        costs = RcuCosts(
+            call_rcu_ns=round(machine["call_rcu_ns"]),
+            wakeup_ns=round(machine["wakeup_ns"]),
+            context_switch_ns=round(machine["context_switch_ns"]),
+            callback_invoke_ns=round(machine["callback_invoke_ns"]),
+        )
+        return Rcu(
+            self.env,
+            self.cpus,
+            config,
+            costs,
+            on_grace_period=self._grace_period,
+            on_batch=self.recorder.batch,
+        )
+
+    def _grace_period(self, number: int, start_ns: int, end_ns: int, scans: int) -> None:
+        self.recorder.grace_period(number, start_ns, end_ns, scans)
+        for kvm in self.kvms:
+            kvm.oracle.grace_period(start_ns, end_ns)
+
+    def _guest(self, name: str, guest: Guest) -> Kvm:
+        preemptible = self.scenario.host.preemption in ("full", "lazy")
+        kvm = Kvm(
+            name,
+            guest,
+            self.env,
+            self.machine,
+            self.kernel,
+            self.rcu,
+            self.tlbi,
+            self.memory,
+            break_lock=preemptible or self.kernel["lock_break"] == "build",
+        )
+        layout = self.stream(f"{name}/layout")
+        for index in range(guest.vcpus):
+            chunks = patterns.build(
+                guest.access,
+                vcpu=index,
+                vcpus=guest.vcpus,
+                pages=kvm.pages,
+                page_bytes=guest.page_size,
+                rng=self.stream(f"{name}/vcpu{index}"),
+                layout_rng=layout,
+                base_dir=Path(),
+                instruction_ns=1 / self.machine.ghz,
+            )
+            kvm.vcpus.append(Vcpu(kvm, index, next(self._free_cpus), chunks))
+        return kvm
+
+    # -- running ------------------------------------------------------------------------------
+
+    def run(self) -> Record:
+        """Run to the end; returns the record."""
+        env, duration = self.env, self.scenario.duration
+        for kvm in self.kvms:
+            for vcpu in kvm.vcpus:
+                env.process(self._until_done(vcpu.run()))
+        for teardown in self.teardowns:
+            env.process(self._until_done(teardown.run()))
+        if self.ageing is not None:
+            env.process(self.ageing.run())
+        for contender in self.contenders:
+            env.process(contender.run())
+        env.process(self._samples())
+        env.run(self._over if duration is None else duration)
+        end_ns = duration if duration is not None else self._end_ns()
+        if self.teardowns and self.rcu.idle:
+            for kvm in self.kvms:
+                if not kvm.stage2.attached:
+                    kvm.oracle.finished(end_ns)
+        return self.recorder.finish(self, end_ns)
+
+    def _until_done(self, process: Generator[Event, Any, None]) -> Generator[Event, Any, None]:
+        yield from process
+        self._running -= 1
+        if not self._running:
+            self._over.succeed()
+
+    def _end_ns(self) -> int:
+        ends = [vcpu.finished_ns for kvm in self.kvms for vcpu in kvm.vcpus]
+        return max(int(self.env.now), *ends)
+
+    def _samples(self) -> Generator[Event, Any, None]:
+        """Samples at growing distances: their number does not depend on how long the run is."""
+        step = FIRST_SAMPLE_NS
+        if self.scenario.duration is not None:
+            step = max(1, self.scenario.duration // SAMPLES)
+        taken = 0
+        while True:
+            yield self.env.timeout(step)
+            self.recorder.sample(self, int(self.env.now))
+            self.recorder.absorb(self)
+            taken += 1
+            if taken == SAMPLES and self.scenario.duration is None:
+                taken, step = SAMPLES // 2, 2 * step
+
+
+def shuffled(rng: np.random.Generator) -> Iterator[int]:
+    """Event numbers in an order that is drawn: who comes first among simultaneous events."""
+    for number in count():
+        yield (int(rng.integers(1 << 40)) << 40) + number

@@ -1,0 +1,34 @@
+"""What a finished run knows: plain tables of columns, ready for a store or for pandas."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+#: Columns of equal length, in row order.
+Table = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """Results of one run; units are in the names of columns and keys.
+
+    ``fingerprint`` is a digest over every lock acquisition, grace period, batch of callbacks and
+    ageing pass, in order: two runs with the same one did the same.
+    """
+
+    summary: dict[str, int | float | str]
+    locks: Table
+    histograms: Table
+    timeline: Table
+    grace_periods: Table
+    passes: Table
+    series: Table
+    violations: list[dict[str, Any]]
+    fingerprint: str
+
+
+def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A table with ``columns`` from ``rows``."""
+    return {column: [row[column] for row in rows] for column in columns}

@@ -1,0 +1,74 @@
+"""The one exception for wrong input: it knows the file, the line and the key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+Keys = tuple[str | int, ...]
+"""The way to a value: keys of mappings and positions in lists."""
+
+
+class InputError(Exception):
+    """Something the user wrote is wrong: a file, a key, a value or a name.
+
+    `str()` is the one line that the command line prints,
+    ``FILE:LINE:COLUMN: key: message (did you mean 'x'?)``, leaving out what is unknown.
+    Lines and columns count from 1, as compilers and editors do.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: str | None = None,
+        line: int | None = None,
+        column: int | None = None,
+        key: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.file = file
+        self.line = line
+        self.column = column
+        self.key = key
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return ": ".join(
+            [*filter(None, (self._place(), self.key)), self.message + self._question()]
+        )
+
+    def _place(self) -> str:
+        parts = [part for part in (self.file, self.line, self.column) if part is not None]
+        return ":".join(map(str, parts))
+
+    def _question(self) -> str:
+        return f" (did you mean '{self.hint}'?)" if self.hint is not None else ""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions pickle by their positional arguments; worker processes would lose the rest.
+        return type(self), (self.message,), self.__dict__
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with the value at `keys`, before anybody knows where that was written."""
+
+    keys: Keys
+    message: str
+    hint: str | None = None
+
+    @property
+    def key(self) -> str | None:
+        """The keys as people write them, ``guests.vm0.vcpus``."""
+        return ".".join(map(str, self.keys)) or None
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate most like `word`, or None if none is like it; capitals do not matter."""
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    found = get_close_matches(word.lower(), by_lower, n=1)
+    return by_lower[found[0]] if found else None

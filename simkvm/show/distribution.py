@@ -1,0 +1,87 @@
+"""A latency distribution read back from the recorder's histogram rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from simkvm.show.points import ResultLike
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Counts of whole nanoseconds in rising buckets [low_ns, high_ns), and the lock modes seen."""
+
+    low_ns: Floats
+    high_ns: Floats
+    count: Floats
+    modes: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        """How many values were recorded."""
+        return int(self.count.sum())
+
+    @property
+    def max_ns(self) -> float:
+        """The largest value that the last bucket can hold."""
+        return float(self._last_ns[-1])
+
+    def quantile_ns(self, share: float) -> float:
+        """What `share` of all values do not exceed, values taken as even within a bucket."""
+        wanted = share * self.count.sum()
+        reached = np.cumsum(self.count)
+        i = min(int(np.searchsorted(reached, wanted)), len(self.count) - 1)
+        inside = (wanted - reached[i] + self.count[i]) / self.count[i]
+        return float(self.low_ns[i] + inside * (self._last_ns[i] - self.low_ns[i]))
+
+    @property
+    def _last_ns(self) -> Floats:
+        return np.maximum(self.high_ns - 1, self.low_ns)
+
+    def tail(self) -> tuple[Floats, Floats]:
+        """The complementary distribution as a line: points x in ns, and the share of values above
+        x.
+
+        Flat where buckets are empty and straight within one. Starts at the first point a
+        logarithmic axis can show: where many did not wait at all, the line starts at the share that
+        did.
+        """
+        above = self.count[::-1].cumsum()[::-1] / self.count.sum()
+        x = np.column_stack([self.low_ns, self.high_ns]).ravel()
+        y = np.column_stack([above, np.append(above[1:], above[-1])]).ravel()
+        shown = x >= 1
+        return x[shown], y[shown]
+
+
+def distribution(
+    results: Iterable[ResultLike], site: str, quantity: str, *, lock: str = "mmu_lock"
+) -> Distribution | None:
+    """One site's holds or waits over all guests, modes and points; None if it took no lock."""
+    rows = [_rows(result.histograms, site, quantity, lock) for result in results]
+    table = pd.concat(rows) if rows else pd.DataFrame()
+    if table.empty:
+        return None
+    merged = table.groupby(["low_ns", "high_ns"], sort=True)["count"].sum().reset_index()
+    return Distribution(
+        low_ns=merged["low_ns"].to_numpy(dtype=np.float64),
+        high_ns=merged["high_ns"].to_numpy(dtype=np.float64),
+        count=merged["count"].to_numpy(dtype=np.float64),
+        modes=tuple(sorted(set(table["mode"]))),
+    )
+
+
+def _rows(histograms: pd.DataFrame, site: str, quantity: str, lock: str) -> pd.DataFrame:
+    wanted = (
+        (histograms["site"] == site)
+        & (histograms["quantity"] == quantity)
+        & (histograms["lock"] == lock)
+        & (histograms["count"] > 0)
+    )
+    return histograms[wanted]

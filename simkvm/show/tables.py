@@ -1,0 +1,475 @@
+"""Reports for a terminal: one run in the words of lock_stat, one sweep with a row a point.
+
+`run_report` and `sweep_report` return rich renderables, `render` makes text of them. Tables are as
+wide as they need to be (the run's fit in 100 columns) and plain ASCII, so that nothing is cut or
+lost in a pipe, a log or a mail.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from rich.box import Box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from simkvm.show.distribution import distribution
+from simkvm.show.points import (
+    AxisOfStudy,
+    OneOrMany,
+    ResultLike,
+    axes_of,
+    in_site_order,
+    listed,
+    reference_label,
+    summary_of,
+    value_of,
+)
+from simkvm.units import format_count, format_duration, format_size
+
+if TYPE_CHECKING:
+    from simkvm.guest.trace import TraceHeader
+    from simkvm.scenario.kernel import KernelVariant
+    from simkvm.scenario.machine import Machine
+
+WIDTH = 100
+MOST_VIOLATIONS = 5
+NOTHING = "-"
+QUANTITIES = ("wait", "hold")
+FIGURES = ("p50", "p99", "max")
+SIMPLE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+
+Row = Sequence[str]
+
+
+def render(*parts: RenderableType, colour: bool = False) -> str:
+    """The text of renderables, with ANSI colours if asked for, and without blanks at line ends."""
+    console = Console(
+        file=io.StringIO(),
+        width=1_000,
+        force_terminal=colour,
+        color_system="standard" if colour else None,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+    with console.capture() as capture:
+        console.print(*parts, sep="\n")
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def run_report(result: ResultLike) -> Group:
+    """Everything about one run: headline, guests, ageing, mmu_lock, RCU and tables, safety."""
+    return Group(
+        headline(result),
+        guest_table(result),
+        ageing_table(result),
+        *lock_tables(result),
+        rcu_table(result),
+        *violations(result),
+    )
+
+
+def headline(result: ResultLike) -> RenderableType:
+    """What was run, how long, and whether it was safe."""
+    scenario, summary = result.scenario, summary_of(result)
+    where = reference_label(scenario.get("machine", "?"))
+    kernel = reference_label(scenario.get("kernel", "?"))
+    title = f"{scenario.get('name', '')}: {kernel} on {where}, seed {scenario.get('seed', '?')}"
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    for name, guest in scenario.get("guests", {}).items():
+        grid.add_row("  guest", f"{name}: {describe_guest(guest)}")
+    events = _count(summary.get("events"))
+    grid.add_row("  simulated", f"{_time(summary.get('sim_ns'))} in {events} events")
+    grid.add_row("  fingerprint", result.fingerprint)
+    grid.add_row("  safety", verdict(result))
+    return Group(Text(title, "bold"), grid, "")
+
+
+def describe_guest(guest: Mapping[str, Any]) -> str:
+    """One line about a guest of a resolved scenario."""
+    vcpus = int(guest.get("vcpus", 1))
+    memory = _size_of(guest.get("memory") or guest.get("memory_per_vcpu"))
+    each = "" if guest.get("memory") else " each"
+    pages = f"{_size_of(guest.get('page_size', 4096))} pages"
+    mapping, page = guest.get("mapping"), guest.get("page_size")
+    mapped = f" mapped as {_size_of(mapping)}" if mapping not in (None, page) else ""
+    pattern = guest.get("access", {}).get("pattern", "?")
+    plural = "vCPU" if vcpus == 1 else "vCPUs"
+    return f"{vcpus} {plural}, {memory}{each} in {pages}{mapped}, {pattern}"
+
+
+def verdict(result: ResultLike) -> Text:
+    """Clean, violated, and whether that was expected."""
+    expected_unsafe = result.scenario.get("expect", "safe") == "unsafe"
+    found = len(result.violations)
+    if not found:
+        return (
+            Text("clean, though a violation was expected", "yellow")
+            if expected_unsafe
+            else (Text("clean", "green"))
+        )
+    text = f"VIOLATED: {found} violation{'s' if found > 1 else ''}"
+    return Text(f"{text}, as expected", "yellow") if expected_unsafe else Text(text, "bold red")
+
+
+def guest_table(result: ResultLike) -> RenderableType:
+    """Touches and faults, one row a guest if there are several and samples of each."""
+    summary = summary_of(result)
+    headers = ["guest", "touches", "touches/s", "faults", "retries", "vCPU wall"]
+    rows = [
+        [
+            "all" if len(result.scenario.get("guests", {})) > 1 else _only_guest(result),
+            _count(summary.get("touches")),
+            _count(summary.get("touches_per_s")),
+            _count(summary.get("faults")),
+            _count(summary.get("fault_retries")),
+            _time(summary.get("vcpu_wall_ns")),
+        ]
+    ]
+    return _table("Guests", headers, [*_rows_by_guest(result), *rows])
+
+
+def ageing_table(result: ResultLike) -> RenderableType:
+    """Ageing passes of each guest."""
+    passes = result.passes
+    if passes.empty:
+        return Group(Text("Ageing", "bold"), "  no pass was completed", "")
+    headers = [
+        *("guest", "passes", "mean", "p50", "max"),
+        *("pages\nscanned", "young", "young\nshare", "calls"),
+    ]
+    return _table(
+        "Ageing passes", headers, [_ageing_row(*group) for group in passes.groupby("guest")]
+    )
+
+
+def lock_tables(result: ResultLike) -> list[RenderableType]:
+    """Acquisitions, contention, waits and holds by call site and mode; a table a guest and lock."""
+    locks = result.locks
+    if locks.empty:
+        return [Group(Text("mmu_lock", "bold"), "  was never taken", "")]
+    several = locks["guest"].nunique() > 1
+    headers = [
+        *("site", "mode", "acqui-\nsitions", "con-\ntended"),
+        *(f"{quantity}\n{figure}" for quantity in QUANTITIES for figure in FIGURES),
+        "queue\nmax",
+    ]
+    return [
+        _table(
+            f"{lock}{f' of {guest}' if several else ''}, by call site and mode",
+            headers,
+            _lock_rows(table),
+            left=2,
+        )
+        for (lock, guest), table in locks.groupby(["lock", "guest"])
+    ]
+
+
+def rcu_table(result: ResultLike) -> RenderableType:
+    """Grace periods, callbacks, and the table memory that waits for them."""
+    summary = summary_of(result)
+    headers = [
+        *("grace\nperiods", "p50", "p99", "call-\nbacks"),
+        *("deferred\ntables\nmean", "peak", "deferred\nbytes\nmean", "peak"),
+        *("tables\nallocated", "freed"),
+    ]
+    row = [
+        _count(summary.get("grace_periods")),
+        _time(summary.get("grace_period_p50_ns")),
+        _time(summary.get("grace_period_p99_ns")),
+        _count(summary.get("callbacks")),
+        _count(summary.get("deferred_tables_mean")),
+        _count(summary.get("deferred_tables_peak")),
+        _size(summary.get("deferred_bytes_mean")),
+        _size(summary.get("deferred_bytes_peak")),
+        _count(summary.get("tables_allocated")),
+        _count(summary.get("tables_freed")),
+    ]
+    return _table("RCU and stage-2 tables", headers, [row], left=0)
+
+
+def violations(result: ResultLike) -> list[RenderableType]:
+    """The first violations with the events that led to them, oldest first; nothing if clean."""
+    found = result.violations
+    if not found:
+        return []
+    parts: list[RenderableType] = [Text("Safety", "bold")]
+    for i, violation in enumerate(found[:MOST_VIOLATIONS], start=1):
+        parts += _violation(i, violation)
+    if len(found) > MOST_VIOLATIONS:
+        parts.append(f"  and {len(found) - MOST_VIOLATIONS} more")
+    return [*parts, ""]
+
+
+def sweep_report(results: OneOrMany, failed: Iterable[Mapping[str, Any]] = ()) -> Group:
+    """A sweep in three tables with a row a point: guests and ageing; mmu_lock; RCU and memory.
+
+    `failed`: points without a result, as mappings with `axes` and `reason`.
+    """
+    points = listed(results)
+    parts: list[RenderableType] = []
+    if points:
+        axes = list(axes_of(points).values())
+        for title, columns in SWEEP_TABLES.items():
+            parts.append(_sweep_table(title, columns, points, axes))
+    for failure in failed:
+        place = ", ".join(f"{key}={reference_label(v)}" for key, v in failure["axes"].items())
+        parts.append(Text(f"failed: {place or 'the point'}: {failure['reason']}", "red"))
+    return Group(*parts) if parts else Group("no finished point")
+
+
+def machine_report(machine: Machine) -> Group:
+    """A machine and every cost: value, range, unit, basis and source."""
+    flags = [name for name in ("hw_af", "tlbirange", "fwb") if getattr(machine, name)]
+    nodes = "1 node" if machine.nodes == 1 else f"{machine.nodes} nodes"
+    shape = f"{machine.arch}, {machine.cores} cores on {nodes}, {machine.ghz:g} GHz"
+    rows = [row | {"range": f"{row['low']:g} .. {row['high']:g}"} for row in machine.table()]
+    columns = {"name": None, "value": None, "range": None, "unit": None, "basis": None}
+    return Group(
+        Text(f"{machine.name}: {machine.title}", "bold"),
+        Text(f"  {shape}, {', '.join(flags) or 'no hw_af, tlbirange or fwb'}"),
+        Text("  basis: V read in the source, D derived, R recalled, E estimate\n"),
+        named_table(rows, {**columns, "source": 60}),
+    )
+
+
+def kernel_report(kernel: KernelVariant) -> Group:
+    """A kernel variant and every policy: value, meaning and source."""
+    kind = ", counterfactual" if kernel.counterfactual else ""
+    return Group(
+        Text(f"{kernel.name}: {kernel.title}", "bold"),
+        Text(f"  {kernel.arch}{kind}\n"),
+        named_table(kernel.table(), {"policy": None, "value": None, "meaning": 36, "source": 40}),
+    )
+
+
+def kernel_diff(rows: Sequence[Mapping[str, str]], a: str, b: str) -> RenderableType:
+    """The policies in which two variants differ, as `simkvm.scenario.kernel.diff` finds them."""
+    if not rows:
+        return Text(f"{a} and {b} have the same policies")
+    named = [{"policy": row["policy"], a: row["a"], b: row["b"]} for row in rows]
+    return named_table(named, dict.fromkeys(["policy", a, b]))
+
+
+def trace_report(header: TraceHeader, path: str) -> RenderableType:
+    """What a recording became."""
+    return Text(
+        f"{path}: {format_count(header.touches)} touches ({format_count(header.writes)} writes) of "
+        f"{format_count(header.touched_pages)} pages, {format_size(header.footprint_bytes)}; "
+        f"{format_count(header.instructions)} instructions"
+    )
+
+
+def named_table(
+    rows: Iterable[Mapping[str, Any]], columns: Mapping[str, int | None]
+) -> RenderableType:
+    """Rows under the keys of `columns`; each value is the width to wrap at, None for nowhere.
+
+    Only blanks are wrapped at: an address or a path stays whole, so that it can be copied.
+    """
+    table = Table(box=SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name, no_wrap=True, header_style="")
+    for row in rows:
+        table.add_row(*(_wrapped(row.get(name, ""), width) for name, width in columns.items()))
+    return table
+
+
+def _wrapped(value: object, width: int | None) -> Text:
+    text = _plain(value)
+    if width is not None:
+        lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+        text = "\n".join(lines)
+    return Text(text)
+
+
+def _table(title: str, headers: Row, rows: Iterable[Row], left: int = 1) -> RenderableType:
+    """A table with `left` columns of text; the others are numbers."""
+    padding = (0, 1, 0, 0)
+    table = Table(box=SIMPLE, show_edge=False, pad_edge=False, padding=padding, header_style="")
+    for i, header in enumerate(headers):
+        justify = "left" if i < left else "right"
+        table.add_column(header, justify=justify, no_wrap=True, vertical="bottom")  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*row)
+    return Group(Text(title, "bold"), Padding(table, (0, 0, 1, 2), expand=False))
+
+
+def _only_guest(result: ResultLike) -> str:
+    return next(iter(result.scenario.get("guests", {})), "all")
+
+
+def _rows_by_guest(result: ResultLike) -> list[Row]:
+    series = getattr(result, "series", None)
+    if series is None or series.empty or len(result.scenario.get("guests", {})) < 2:
+        return []
+    last = series.sort_values("t_ns", kind="stable").groupby("guest", sort=False).last()
+    return [
+        [
+            str(guest),
+            _count(row["touches"]),
+            _count(row["touches"] / (row["t_ns"] / 1e9)) if row["t_ns"] else NOTHING,
+            _count(row["faults"]),
+            _count(row["retries"]),
+            NOTHING,
+        ]
+        for guest, row in last.iterrows()
+    ]
+
+
+def _ageing_row(guest: object, passes: pd.DataFrame) -> Row:
+    took = passes["end_ns"] - passes["start_ns"]
+    scanned, young = int(passes["scanned"].sum()), int(passes["young"].sum())
+    return [
+        str(guest),
+        _count(len(passes)),
+        _time(took.mean()),
+        _time(took.median()),
+        _time(took.max()),
+        _count(scanned),
+        _count(young),
+        f"{young / scanned:.1%}" if scanned else NOTHING,
+        _count(passes["calls"].sum()),
+    ]
+
+
+def _lock_rows(table: pd.DataFrame) -> list[Row]:
+    place = {site: i for i, site in enumerate(in_site_order(table["site"]))}
+    rows = table.assign(place=table["site"].map(place)).sort_values(["place", "mode"])
+    return [
+        [
+            str(row["site"]),
+            str(row["mode"]),
+            _count(row["acquisitions"]),
+            f"{row['contended'] / row['acquisitions']:.1%}" if row["acquisitions"] else NOTHING,
+            *(_time(row[f"{q}_{f}_ns"]) for q in QUANTITIES for f in FIGURES),
+            _count(row["queue_max"]),
+        ]
+        for _, row in rows.iterrows()
+    ]
+
+
+def _violation(i: int, violation: Mapping[str, Any]) -> list[RenderableType]:
+    kind = str(violation.get("kind", "violation")).replace("_", " ")
+    head = f"{i}. {kind} at {_time(violation.get('time_ns'))}"
+    if violation.get("guest"):
+        head += f", guest {violation['guest']}"
+    said = textwrap.wrap(str(violation.get("message", "")), WIDTH - 5)
+    return [
+        Text(f"  {head}", "red"),
+        *(Text(f"     {line}") for line in said),
+        *(Text(f"       {event}") for event in violation.get("timeline", [])),
+    ]
+
+
+Cell = Callable[[ResultLike], str]
+
+
+def _figure(column: str, text: Callable[[Any], str]) -> Cell:
+    return lambda result: text(summary_of(result).get(column))
+
+
+def _at_site(site: str, quantity: str, figure: str) -> Cell:
+    return lambda result: _time(site_figure(result, site, quantity, figure))
+
+
+def site_figure(result: ResultLike, site: str, quantity: str, figure: str) -> float | None:
+    """p50, p99 or max in ns of one site's waits or holds over all guests and modes of a point.
+
+    None if it never took mmu_lock. Percentiles of several rows come from their histograms.
+    """
+    locks = result.locks
+    rows = locks[(locks["site"] == site) & (locks["lock"] == "mmu_lock")]
+    if rows.empty:
+        return None
+    if figure == "max" or len(rows) == 1:
+        return float(rows[f"{quantity}_{figure}_ns"].max())
+    merged = distribution([result], site, quantity)
+    return None if merged is None else merged.quantile_ns({"p50": 0.5, "p99": 0.99}[figure])
+
+
+def _sweep_table(
+    title: str,
+    columns: Sequence[tuple[str, Cell]],
+    points: Sequence[ResultLike],
+    axes: Sequence[AxisOfStudy],
+) -> RenderableType:
+    replicated = len({point.scenario.get("replication", 0) for point in points}) > 1
+    headers = [*(axis.name for axis in axes), *(["rep"] if replicated else [])]
+    headers += [header for header, _ in columns]
+    rows = [
+        [
+            *(_plain(value_of(point, axis.key)) for axis in axes),
+            *([str(point.scenario.get("replication", 0))] if replicated else []),
+            *(cell(point) for _, cell in columns),
+        ]
+        for point in points
+    ]
+    return _table(title, headers, rows, left=len(axes) + replicated)
+
+
+def _missing(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _time(value: Any) -> str:
+    return NOTHING if _missing(value) else format_duration(round(value))
+
+
+def _size(value: Any) -> str:
+    return NOTHING if _missing(value) else format_size(round(value))
+
+
+def _count(value: Any) -> str:
+    return NOTHING if _missing(value) else format_count(value)
+
+
+def _size_of(value: object) -> str:
+    return format_size(value) if isinstance(value, int) else str(value)
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return NOTHING
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {
+    "Guests and ageing": (
+        ("touches/s", _figure("touches_per_s", _count)),
+        ("vCPU\nwall", _figure("vcpu_wall_ns", _time)),
+        ("faults", _figure("faults", _count)),
+        ("retries", _figure("fault_retries", _count)),
+        ("pass\nmean", _figure("ageing_pass_mean_ns", _time)),
+        ("max", _figure("ageing_pass_max_ns", _time)),
+        ("ageing\ncalls", _figure("ageing_calls", _count)),
+        ("safety", _figure("safety", str)),
+    ),
+    "mmu_lock": (
+        ("fault\nwait\np50", _at_site("fault", "wait", "p50")),
+        ("p99", _at_site("fault", "wait", "p99")),
+        ("max", _at_site("fault", "wait", "max")),
+        ("age\nwait\np99", _at_site("age", "wait", "p99")),
+        ("hold\np99", _at_site("age", "hold", "p99")),
+        ("range_start\nhold\np99", _at_site("range_start", "hold", "p99")),
+        ("max", _at_site("range_start", "hold", "max")),
+    ),
+    "RCU and stage-2 tables": (
+        ("grace\nperiod\np50", _figure("grace_period_p50_ns", _time)),
+        ("p99", _figure("grace_period_p99_ns", _time)),
+        ("call-\nbacks", _figure("callbacks", _count)),
+        ("deferred\nmean", _figure("deferred_bytes_mean", _size)),
+        ("peak", _figure("deferred_bytes_peak", _size)),
+        ("tables\nfreed", _figure("tables_freed", _count)),
+    ),
+}
+"""The tables of a sweep: each column's header and its cell of a point."""

@@ -1,0 +1,126 @@
+"""Statistics of simulation output: intervals over replications, warm-up, batch means.
+
+The t quantile is computed here so that intervals need no SciPy; the tests compare the two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the half width of its confidence interval, in the unit of the values.
+
+    `half_width` is infinite for a single value: one replication says nothing about its own spread.
+    """
+
+    mean: float
+    half_width: float
+    confidence: float
+    count: int
+
+    def __contains__(self, value: float) -> bool:
+        return abs(value - self.mean) <= self.half_width
+
+
+def t_quantile(confidence: float, degrees: int) -> float:
+    """The t with P(|T| < t) = confidence for Student's T with a whole number of degrees.
+
+    The probability is the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4, in the angle
+    atan(t / sqrt(degrees)); it rises with the angle, which a bisection of (0, pi/2) inverts.
+    Raises ValueError for a confidence outside (0, 1) or fewer than one degree.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
+    if degrees < 1:
+        raise ValueError(f"Student's t needs at least one degree of freedom, not {degrees}")
+    low, high = 0.0, math.pi / 2
+    while low < (middle := (low + high) / 2) < high:
+        if _within(middle, degrees) < confidence:
+            low = middle
+        else:
+            high = middle
+    return math.tan(low) * math.sqrt(degrees)
+
+
+def _within(angle: float, degrees: int) -> float:
+    """P(|T| < tan(angle) sqrt(degrees))."""
+    odd = degrees % 2 == 1
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for step in range(2 if odd else 1, degrees, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * step / (step + 1)
+    total *= math.sin(angle)
+    return (angle + total) * 2 / math.pi if odd else total
+
+
+def confidence_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Interval for the mean of independent values, such as one summary figure over replications.
+
+    Raises ValueError for no values, or for one that is not finite: leaving it out would turn a
+    failed replication into a narrower interval.
+    """
+    if not values:
+        raise ValueError("no values to average")
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError("a value is not a finite number")
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count == 1:
+        return Interval(mean, math.inf, confidence, count)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    half_width = t_quantile(confidence, count - 1) * math.sqrt(variance / count)
+    return Interval(mean, half_width, confidence, count)
+
+
+def paired_difference(
+    first: Mapping[Hashable, float], second: Mapping[Hashable, float], confidence: float = 0.95
+) -> Interval:
+    """Interval for first minus second, paired by key: the (seed, replication) both ran with.
+
+    Two variants at one seed meet the same arrivals, so their difference varies less than either.
+    Raises ValueError if a key has no partner, since pairing by position would compare strangers.
+    """
+    if lonely := first.keys() ^ second.keys():
+        raise ValueError(f"without a partner: {', '.join(sorted(map(str, lonely)))}")
+    return confidence_interval([first[key] - second[key] for key in first], confidence)
+
+
+def mser5(series: Sequence[float]) -> int:
+    """How many leading values of a series to drop as warm-up, by the MSER-5 rule.
+
+    Averages of 5 are formed, and the cut is where the variance of what remains, over the number
+    that remains, is least (White, Cobb and Spratt, "A comparison of five steady-state truncation
+    heuristics for simulation", WSC 2000). Only the first half is searched; a cut at its end means
+    that the series was too short to settle. Fewer than 10 values: 0.
+    """
+    import numpy as np
+
+    batches = np.asarray(series[: len(series) // 5 * 5], dtype=float).reshape(-1, 5).mean(axis=1)
+    if len(batches) < 2:
+        return 0
+    batches -= batches.mean()  # keeps the difference of squares below exact
+    left = np.arange(len(batches), 0, -1)
+    mean = np.cumsum(batches[::-1])[::-1] / left
+    square = np.cumsum(batches[::-1] ** 2)[::-1] / left
+    error = (square - mean**2) / left
+    return 5 * int(np.argmin(error[: len(batches) // 2]))
+
+
+def batch_means(values: Sequence[float], batches: int = 20, confidence: float = 0.95) -> Interval:
+    """Interval for the mean of one long correlated series, from the means of equal batches.
+
+    The oldest values are left out when the length is not a multiple of `batches`. The interval is
+    only right if a batch is much longer than the correlation. Raises ValueError for fewer values
+    than batches, or fewer than 2 batches.
+    """
+    size = len(values) // batches if batches >= 2 else 0
+    if size == 0:
+        raise ValueError(f"{len(values)} values do not make {batches} batches")
+    start = len(values) - size * batches
+    means = [math.fsum(values[i : i + size]) / size for i in range(start, len(values), size)]
+    return confidence_interval(means, confidence)

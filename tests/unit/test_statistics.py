@@ -1,0 +1,140 @@
+"""Are the intervals, the warm-up cut and the batches what statistics says they are?"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from simkvm.study.statistics import (
+    batch_means,
+    confidence_interval,
+    mser5,
+    paired_difference,
+    t_quantile,
+)
+
+CONFIDENCES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.9999)
+DEGREES = (1, 2, 3, 4, 5, 9, 10, 29, 100, 1001)
+
+
+@pytest.mark.parametrize("degrees", DEGREES)
+@pytest.mark.parametrize("confidence", CONFIDENCES)
+def test_t_quantile_is_scipys(confidence: float, degrees: int) -> None:
+    expected = stats.t.ppf((1 + confidence) / 2, degrees)
+    assert t_quantile(confidence, degrees) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(("confidence", "degrees"), [(0, 5), (1, 5), (-1, 5), (0.9, 0)])
+def test_t_quantile_refuses_what_has_none(confidence: float, degrees: int) -> None:
+    with pytest.raises(ValueError, match=r"must lie between|at least one"):
+        t_quantile(confidence, degrees)
+
+
+numbers = st.floats(-1e6, 1e6)
+
+
+@given(st.lists(numbers, min_size=2, max_size=40), st.sampled_from(CONFIDENCES))
+def test_interval_is_scipys(values: list[float], confidence: float) -> None:
+    interval = confidence_interval(values, confidence)
+    half_width = stats.sem(values) * stats.t.ppf((1 + confidence) / 2, len(values) - 1)
+    assert interval.mean == pytest.approx(np.mean(values), abs=1e-9)
+    assert interval.half_width == pytest.approx(half_width, rel=1e-6, abs=1e-9)
+
+
+def test_interval_covers_as_often_as_it_says() -> None:
+    """2,000 samples of 6 at 90 %: the number of hits is binomial; 4 standard deviations allowed."""
+    rng = np.random.default_rng(7)
+    tries, confidence = 2000, 0.9
+    hits = sum(
+        3.0 in confidence_interval(list(rng.normal(3, 2, 6)), confidence) for _ in range(tries)
+    )
+    slack = 4 * math.sqrt(tries * confidence * (1 - confidence))
+    assert abs(hits - tries * confidence) < slack
+
+
+def test_one_value_has_no_finite_interval() -> None:
+    assert confidence_interval([4.0]).half_width == math.inf
+
+
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [1.0, math.inf]])
+def test_interval_refuses_gaps(values: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"no values|not a finite"):
+        confidence_interval(values)
+
+
+def test_pairs_are_made_by_key_not_by_order() -> None:
+    first = {(1, 0): 10.0, (1, 1): 20.0, (1, 2): 35.0}
+    second = {(1, 2): 30.0, (1, 0): 9.0, (1, 1): 17.0}
+    difference = paired_difference(first, second)
+    assert difference == confidence_interval([1.0, 3.0, 5.0])
+
+
+def test_pairs_need_partners() -> None:
+    with pytest.raises(ValueError, match=r"without a partner: \(1, 1\)"):
+        paired_difference({(1, 0): 1.0, (1, 1): 2.0}, {(1, 0): 1.0})
+
+
+def test_common_random_numbers_narrow_the_difference() -> None:
+    """Var(a - b) of pairs that share noise s and have own noise e is 2 e^2, not 2 (s^2 + e^2)."""
+    rng = np.random.default_rng(3)
+    shared = rng.normal(0, 10, 400)
+    first = dict(enumerate(5 + shared + rng.normal(0, 1, 400)))
+    second = dict(enumerate(shared + rng.normal(0, 1, 400)))
+    difference = paired_difference(first, second, 0.9999)
+    assert 5 in difference
+    theory = t_quantile(0.9999, 399) * math.sqrt(2 / 400)
+    assert difference.half_width == pytest.approx(theory, rel=0.2)
+
+
+def brute_force_mser5(series: list[float]) -> int:
+    """The rule as its paper states it."""
+    batches = np.asarray(series[: len(series) // 5 * 5]).reshape(-1, 5).mean(axis=1)
+    errors = [batches[cut:].var() / (len(batches) - cut) for cut in range(len(batches) // 2)]
+    return 5 * int(np.argmin(errors)) if errors else 0
+
+
+@given(st.integers(0, 60), st.integers(0, 2**32 - 1))
+def test_mser5_follows_its_rule(length: int, seed: int) -> None:
+    series = list(np.random.default_rng(seed).normal(1e6, 1, length))
+    assert mser5(series) == brute_force_mser5(series)
+
+
+def test_mser5_cuts_a_step_where_it_is() -> None:
+    """Exactly the 15 values before the step: what remains has no variance at all."""
+    assert mser5([9.0] * 15 + [2.0] * 45) == 15
+
+
+def test_mser5_keeps_all_of_a_steady_series() -> None:
+    assert mser5([4.0] * 50) == 0
+
+
+def test_batch_means_leave_out_the_oldest() -> None:
+    values = [99.0, 1.0, 3.0, 2.0, 6.0, 5.0, 7.0]
+    assert batch_means(values, batches=3) == confidence_interval([2.0, 4.0, 6.0])
+
+
+@pytest.mark.parametrize(("length", "batches"), [(3, 4), (10, 1), (10, 0), (0, 2)])
+def test_batch_means_refuse_too_few(length: int, batches: int) -> None:
+    with pytest.raises(ValueError, match="do not make"):
+        batch_means([1.0] * length, batches)
+
+
+def test_batch_means_cover_a_correlated_series() -> None:
+    """AR(1) with coefficient 0.9: the interval of single values covers far too seldom."""
+    rng = np.random.default_rng(11)
+    by_batches = by_values = 0
+    for _ in range(100):
+        noise = rng.normal(0, 1, 4000)
+        series = np.empty_like(noise)
+        series[0] = noise[0] / math.sqrt(1 - 0.81)
+        for i in range(1, len(noise)):
+            series[i] = 0.9 * series[i - 1] + noise[i]
+        by_batches += 0.0 in batch_means(list(series), 20, 0.9)
+        by_values += 0.0 in confidence_interval(list(series), 0.9)
+    assert by_batches > 90 - 4 * 3
+    assert by_values < 60
