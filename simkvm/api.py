@@ -90,27 +90,19 @@ def default_folder(study: Study) -> Path:
 def open_results(folder: PathLike) -> Results:
     """The results in a store. Raises InputError if `folder` is none."""
     from simkvm.study.result import Results
-    from simkvm.study.store import Damaged
 
-    try:
-        return Results(folder)
-    except FileNotFoundError:
-        raise InputError(_why_no_store(Path(folder)), file=str(folder)) from None
-    except Damaged as damage:
-        raise InputError(str(damage), file=str(folder)) from None
+    if not Path(folder).is_dir():
+        raise InputError("no such folder", file=str(folder))
+    if _is_point(folder):
+        raise InputError("holds one point, not a study; use open_result", file=str(folder))
+    return Results(folder)
 
 
 def open_result(folder: PathLike) -> Result:
     """The result in a point's folder. Raises InputError if `folder` is none, or damaged."""
     from simkvm.study.result import Result
-    from simkvm.study.store import Damaged
 
-    if not _is_point(folder):
-        raise InputError("holds no point", file=str(folder))
-    try:
-        return Result.from_folder(folder)
-    except Damaged as damage:
-        raise InputError(str(damage), file=str(folder)) from None
+    return Result.from_folder(folder)
 
 
 def open_any(folder: PathLike) -> Result | Results:
@@ -220,12 +212,6 @@ def _kept(name: str, point: Point, out: PathLike) -> Result:
         store.write(key, record, certificate)
     store.extend_manifest(name, tuple(point.axes), [Entry(key, point.axes)])
     return Result.from_folder(store.folder(key), point.axes)
-
-
-def _why_no_store(folder: Path) -> str:
-    if not folder.is_dir():
-        return "no such folder"
-    return "holds one point; use open_result" if _is_point(folder) else "holds no results"
 
 
 def _is_point(folder: PathLike) -> bool:

@@ -202,7 +202,7 @@ def verify(ctx: click.Context, result: str, traces: tuple[str, ...]) -> None:
 
     RESULT is the folder of a sweep, or of one point in it.
     """
-    from simkvm.show import tables
+    from simkvm.show.text import named_table
 
     differing = 0
     for key, differences in api.verify(result, traces):
@@ -210,7 +210,7 @@ def verify(ctx: click.Context, result: str, traces: tuple[str, ...]) -> None:
         if differences:
             differing += 1
             rows = [vars(difference) for difference in differences]
-            _show(tables.named_table(rows, {"name": None, "stored": 40, "found": 40}))
+            _show(named_table(rows, {"name": None, "stored": 40, "found": 40}))
     ctx.exit(VIOLATED if differing else 0)
 
 
@@ -219,13 +219,14 @@ def verify(ctx: click.Context, result: str, traces: tuple[str, ...]) -> None:
 def machines(name: str | None) -> None:
     """List the machines, or the costs of one."""
     from simkvm.scenario.machine import load_machine
-    from simkvm.show import tables
+    from simkvm.show.catalogue import machine_report
+    from simkvm.show.text import named_table
 
     if name is None:
         rows = [vars(machine) for machine in api.machines().values()]
-        _show(tables.named_table(rows, dict.fromkeys(["name", "arch", "cores", "ghz", "title"])))
+        _show(named_table(rows, dict.fromkeys(["name", "arch", "cores", "ghz", "title"])))
         return
-    _show(tables.machine_report(load_machine(name)))
+    _show(machine_report(load_machine(name)))
 
 
 @main.command()
@@ -234,18 +235,19 @@ def machines(name: str | None) -> None:
 def kernels(name: str | None, diff: tuple[str, str] | None) -> None:
     """List the kernels, or the policies of one."""
     from simkvm.scenario import kernel
-    from simkvm.show import tables
+    from simkvm.show.catalogue import kernel_diff, kernel_report
+    from simkvm.show.text import named_table
 
     if diff is not None:
         if name is not None:
             raise click.UsageError("give either a name or --diff")
         first, second = map(kernel.load_kernel, diff)
-        _show(tables.kernel_diff(kernel.diff(first, second), *diff))
+        _show(kernel_diff(kernel.diff(first, second), *diff))
     elif name is not None:
-        _show(tables.kernel_report(kernel.load_kernel(name)))
+        _show(kernel_report(kernel.load_kernel(name)))
     else:
         rows = [vars(variant) for variant in api.kernels().values()]
-        _show(tables.named_table(rows, dict.fromkeys(["name", "arch", "title"])))
+        _show(named_table(rows, dict.fromkeys(["name", "arch", "title"])))
 
 
 @main.command()
@@ -273,10 +275,10 @@ def explain(key: str) -> None:
 @click.argument("folder", default="workloads")
 def workloads(folder: str) -> None:
     """List the scenario files in FOLDER (default: ./workloads)."""
-    from simkvm.show import tables
+    from simkvm.show.text import named_table
 
     rows = [vars(workload) for workload in api.workloads(folder)]
-    _show(tables.named_table(rows, {"path": None, "points": None, "description": 60}))
+    _show(named_table(rows, {"path": None, "points": None, "description": 60}))
 
 
 @main.command()
@@ -317,18 +319,18 @@ def lackey(file: str, out: str, window: int, page_size: str) -> None:
     FILE is the output of valgrind --tool=lackey --trace-mem=yes, plain or .gz; - is stdin.
     """
     from simkvm.guest.lackey import convert
-    from simkvm.show import tables
+    from simkvm.show.catalogue import trace_report
     from simkvm.units import parse_size
 
     header = convert(file, out, page_size=parse_size(page_size), window=window)
-    _show(tables.trace_report(header, out))
+    _show(trace_report(header, out))
 
 
 def _show(report: RenderableType) -> None:
-    from simkvm.show import tables
+    from simkvm.show.text import render
 
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    click.echo(tables.render(report, colour=colour))
+    click.echo(render(report, colour=colour))
 
 
 def _draw_all(opened: Result | Results, folder: Path, *, err: bool = False) -> None:

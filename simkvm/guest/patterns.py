@@ -78,8 +78,8 @@ class Pattern(Protocol):
         """Whether the pattern ends."""
 
     @staticmethod
-    def touches(access: Any, pages: int, vcpus: int, base_dir: Path) -> int:
-        """Touches of all vCPUs together. Only asked of finite patterns."""
+    def touches(access: Any, pages: int, vcpus: int, base_dir: Path) -> int | None:
+        """Touches of all vCPUs together, None if endless."""
 
 
 def build(
@@ -114,8 +114,6 @@ def finite(access: Any) -> bool:
 
 def touches(access: Any, pages: int, vcpus: int, base_dir: str | Path = ".") -> int | None:
     """Touches of all ``vcpus`` of a guest of ``pages`` pages together; None if it never ends."""
-    if not finite(access):
-        return None
     return PATTERNS[access.pattern].touches(access, pages, vcpus, Path(base_dir))
 
 
@@ -146,7 +144,7 @@ class Populate:
     @staticmethod
     def touches(access: schema.Populate, pages: int, _vcpus: int, _base_dir: Path) -> int:
         """The shares of all vCPUs cover every page once a round."""
-        return int(pages * access.repeat)
+        return pages * access.repeat
 
 
 class Drawn:
@@ -181,9 +179,9 @@ class Drawn:
         return access.touches is not None
 
     @staticmethod
-    def touches(access: DrawnAccess, _pages: int, vcpus: int, _base_dir: Path) -> int:
+    def touches(access: DrawnAccess, _pages: int, vcpus: int, _base_dir: Path) -> int | None:
         """Each vCPU makes ``touches``."""
-        return int(access.touches * vcpus)
+        return None if access.touches is None else access.touches * vcpus
 
 
 class Uniform(Drawn):
@@ -271,10 +269,13 @@ class Phases:
         return access.repeat is not None and all(finite(phase) for phase in access.phases)
 
     @staticmethod
-    def touches(access: schema.Phases, pages: int, vcpus: int, base_dir: Path) -> int:
+    def touches(access: schema.Phases, pages: int, vcpus: int, base_dir: Path) -> int | None:
         """The sum over phases and rounds."""
-        counts = [touches(phase, pages, vcpus, base_dir) or 0 for phase in access.phases]
-        return int(access.repeat * sum(counts))
+        counts = [touches(phase, pages, vcpus, base_dir) for phase in access.phases]
+        known = [count for count in counts if count is not None]
+        if access.repeat is None or len(known) < len(counts):
+            return None
+        return access.repeat * sum(known)
 
 
 class Replay:
@@ -326,9 +327,11 @@ class Replay:
         return access.repeat is not None
 
     @staticmethod
-    def touches(access: schema.Trace, _pages: int, vcpus: int, base_dir: Path) -> int:
+    def touches(access: schema.Trace, _pages: int, vcpus: int, base_dir: Path) -> int | None:
         """Records, times rounds, times vCPUs."""
-        return int(read_header(base_dir / access.file).touches * access.repeat * vcpus)
+        if access.repeat is None:
+            return None
+        return read_header(base_dir / access.file).touches * access.repeat * vcpus
 
 
 def footprint_pages(path: str | Path, page_bytes: int) -> int:

@@ -22,6 +22,7 @@ from simpy import Event
 from simkvm.guest.patterns import Chunk
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.fault import FaultPath
+from simkvm.kernel.sites import FAULT
 from simkvm.kernel.stage2 import AF, VALID, WRITE
 from simkvm.kernel.task import Task
 
@@ -48,6 +49,7 @@ class Vcpu:
         self._tags: NDArray[np.int64] = np.full(kvm.costs.tlb_entries, -1, np.int64)
         self._fast_tags = memoryview(self._tags)  # type: ignore[arg-type]  # a buffer
         self._tlb_entries = kvm.costs.tlb_entries
+        self._fast_last_touch = kvm.fast_last_touch
         self._flushes = False
         # The chunk being worked on: leaves, what each needs, when each is touched.
         self._leaves: NDArray[np.int64] = np.empty(0, np.int64)
@@ -72,40 +74,48 @@ class Vcpu:
     def run(self) -> Generator[Event, Any, None]:
         """The vCPU thread: fault after fault until the pattern ends or the VM dies."""
         env, fault = self._env, self.fault
-        if not self._load():
-            self._finish(0)
-            return
-        next_ns = self.enter(0)
-        while True:
-            while next_ns >= env.peek() and next_ns > env._now:
-                self.alarm = alarm = env.timeout(next_ns - env._now)
+        queue, timeout = env._queue, env.timeout
+        take, locked, cpu_id = fault.take_lock, fault.locked, self.cpu.id
+        next_ns = self.enter(0) if self._load() else 0
+        while self._list:
+            while next_ns > env._now and queue and next_ns >= queue[0][0]:
+                self.alarm = alarm = timeout(next_ns - env._now)
                 yield alarm
                 next_ns = self.next_ns  # it may have been moved meanwhile
             self.alarm = None
             if not self.kvm.alive:
-                self._finish(next_ns)
-                return
-            self.catch_up(next_ns)
+                break
+            if self._position != self._run_to:
+                self.catch_up(next_ns)
             self._running = False
             position = self._position
             if position == len(self._list):
-                if not self._load():
-                    self._finish(next_ns)
-                    return
-                next_ns = self.enter(next_ns)
+                next_ns = self.enter(next_ns) if self._load() else next_ns
                 continue
-            write = self._need_list[position] != VALID
-            next_ns = yield from fault.handle(next_ns, self._list[position], write)
-            self.next_ns = next_ns
-
-    def _finish(self, t_ns: int) -> None:
-        self.finished_ns = t_ns
-        self.cpu.sleep(t_ns)
+            leaf = self._list[position]
+            t_ns = fault.look_up(next_ns, leaf, self._need_list[position] != VALID)
+            if queue and t_ns >= queue[0][0]:
+                yield timeout(t_ns - env._now)
+            if fault.lacking:
+                rest = fault.install(t_ns)
+                if rest is not None:
+                    t_ns = yield from rest
+            grant = take(t_ns, cpu_id, FAULT, locked)
+            if isinstance(grant, int):
+                self.next_ns = next_ns = grant
+            else:
+                self.cpu.spin(t_ns)
+                self.alarm = grant
+                yield grant
+                next_ns = self.next_ns  # an unmap may have moved it since the grant
+        self.finished_ns = next_ns
+        self.cpu.sleep(next_ns)
 
     def _load(self) -> bool:
         """Take the next chunk; False if there is none."""
         chunk = next(self._chunks, None)
         if chunk is None:
+            self._list = []
             return False
         kvm = self.kvm
         if kvm.leaf_pages == 1:
@@ -125,14 +135,32 @@ class Vcpu:
     # -- running in the guest -----------------------------------------------------------------
 
     def mapped(self, t_ns: int) -> int:
-        """The page at the present position was mapped; the guest goes on at ``t_ns``."""
+        """The page at the present position was mapped; the guest goes on at ``t_ns``.
+
+        Returns when it needs the host next. As :meth:`enter`, in one go for a guest whose next
+        touch faults too: filling memory is what faults are mostly about.
+        """
         position = self._position
-        self.touches += 1
         leaf = self._list[position]
-        self.kvm.fast_last_touch[leaf] = t_ns
+        self.touches += 1
+        self._fast_last_touch[leaf] = t_ns
         self._fast_tags[leaf % self._tlb_entries] = leaf
-        self._position = position + 1
-        return self.enter(t_ns, self._cost_list[position + 1] - self._cost_list[position])
+        costs = self._cost_list
+        busy_ns = costs[position + 1] - costs[position]
+        self._position = position = position + 1
+        cpu = self.cpu
+        if cpu.stolen_ns or self._flushes or position == len(self._list):
+            return self.enter(t_ns, busy_ns)
+        need = self._need_list[position]
+        if self._entries[self._list[position]] & need == need:
+            return self.enter(t_ns, busy_ns)
+        self._running = True
+        self._run_to = position
+        self._run_from_ns = start = t_ns + busy_ns
+        self._exit_ns = exit_ns = start + self._touch_ns
+        self.next_ns = next_ns = self.fault.arrival_ns(exit_ns)
+        cpu.enter_guest(t_ns, exit_ns)
+        return next_ns
 
     def enter(self, t_ns: int, busy_ns: int = 0) -> int:
         """The guest runs from ``t_ns`` on, the first ``busy_ns`` without a touch.

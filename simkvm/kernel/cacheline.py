@@ -13,8 +13,9 @@ already known) is *posted* and served in its turn.
 
 from __future__ import annotations
 
+from bisect import insort
+from collections import deque
 from dataclasses import dataclass
-from heapq import heappop, heappush
 
 from simkvm.scenario.machine import Machine
 
@@ -54,7 +55,7 @@ class CacheLine:
         self._remote_ns = costs.remote_ns
         self._cpus_per_node = costs.cpus_per_node
         self._one_node = costs.remote_ns == costs.transfer_ns
-        self._posted: list[tuple[int, int]] = []
+        self._posted: deque[tuple[int, int]] = deque()  # (time, cpu), in order of time
         self.free_ns = 0
         self.owner = -1
 
@@ -83,7 +84,7 @@ class CacheLine:
         """
         posted = self._posted
         while posted and posted[0][0] <= t_ns:
-            at_ns, by = heappop(posted)
+            at_ns, by = posted.popleft()
             self.serve(by, at_ns)
         if self.free_ns <= t_ns or cpu == self.owner:
             return self.serve(cpu, t_ns, atomics)
@@ -94,7 +95,11 @@ class CacheLine:
 
     def post(self, cpu: int, t_ns: int) -> None:
         """An atomic that ``cpu`` will issue at ``t_ns`` and not wait for: a release."""
-        heappush(self._posted, (t_ns, cpu))
+        posted = self._posted
+        if posted and (t_ns, cpu) < posted[-1]:
+            insort(posted, (t_ns, cpu))
+        else:
+            posted.append((t_ns, cpu))
 
     def occupy(self, cpu: int, t_ns: int, service_ns: int) -> int:
         """Take the line at ``t_ns`` for ``service_ns`` (a hand-over); returns when that is done."""

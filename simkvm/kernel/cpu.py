@@ -60,8 +60,7 @@ class Cpu:
 
     def enter_guest(self, t_ns: int, until_ns: int) -> None:
         """The guest runs in [t, until), then the kernel."""
-        self._told.append((t_ns, until_ns, GUEST))
-        self._quiet.append(t_ns)
+        self._told.append((t_ns, until_ns, GUEST))  # a quiescent moment by itself
         if self.nohz_full:
             self._extended.append(t_ns)
 
@@ -78,8 +77,10 @@ class Cpu:
 
     def spin(self, t_ns: int) -> None:
         """Preemption is off from ``t`` until the next thing told."""
-        self._wake(t_ns)
-        self._told.append((t_ns, NEVER, ATOMIC))
+        told = self._told
+        if not told or told[-1][2] is IDLE:
+            self._wake(t_ns)
+        told.append((t_ns, NEVER, ATOMIC))
 
     def atomic(self, t_ns: int, until_ns: int) -> None:
         """Preemption is off in [t, until), then the kernel runs on, preemptible."""
@@ -135,7 +136,9 @@ class Cpu:
 
     def switched_between(self, since_ns: int, t_ns: int) -> bool:
         """Whether the CPU switched context or entered a guest in (since, t]."""
-        return any(since_ns < moment <= t_ns for moment in self._quiet)
+        return any(since_ns < moment <= t_ns for moment in self._quiet) or any(
+            state is GUEST and since_ns < moment <= t_ns for moment, _, state in self._told
+        )
 
     def quiescent_between(self, since_ns: int, t_ns: int) -> bool:
         """Whether a quiescent state of any kind that needs no tick lies in (since, t]."""

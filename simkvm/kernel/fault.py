@@ -19,8 +19,8 @@ from simpy import Event
 
 from simkvm.kernel.host_memory import OWN
 from simkvm.kernel.sites import FAULT
-from simkvm.kernel.stage2 import VALID, WRITE
-from simkvm.kernel.task import Task
+from simkvm.kernel.stage2 import VALID, WRITE, TableId
+from simkvm.kernel.task import Task, reach
 
 if TYPE_CHECKING:
     from simkvm.guest.vcpu import Vcpu
@@ -41,9 +41,17 @@ class FaultPath:
         self._costs = kvm.costs.fault
         self._cpu = task.cpu.id
         lock = kvm.mmu_lock
-        self._lock = lock.write if kvm.kernel["fault_lock"] == "write" else lock.read
+        #: How this kernel's fault takes ``mmu_lock``; its section is :meth:`locked`.
+        self.take_lock = lock.write if kvm.kernel["fault_lock"] == "write" else lock.read
         self._cache_minimum = kvm.stage2.geometry.cache_minimum
-        self.cached = 0
+        self._exit_ns = kvm.costs.fault.exit_ns
+        self._mmap_lock = kvm.host.mmap_lock
+        self._host_state = kvm.host.fast
+        self._leaf_state = kvm.stage2.leaf.fast
+        self.cached = 0  #: table pages in the memory cache
+        self.lacking = False  #: whether the host page has to be installed
+        self.ptl_table = -1  #: host table whose lock the fault in flight takes,
+        self.ptl_until_ns = 0  #: and until when
         self._leaf = 0
         self._write = False
         self._noted_ns = 0
@@ -52,78 +60,79 @@ class FaultPath:
 
     def arrival_ns(self, exit_ns: int) -> int:
         """When a guest that exits at ``exit_ns`` comes to ``mmap_lock``, its cache topped up."""
-        arrival = exit_ns + self._costs.exit_ns
         if self.cached < self._cache_minimum:
-            arrival += (CACHE_CAPACITY - self.cached) * self._costs.object_ns
-        return arrival
+            return exit_ns + self._exit_ns + (CACHE_CAPACITY - self.cached) * self._costs.object_ns
+        return exit_ns + self._exit_ns
 
-    def handle(self, t_ns: int, leaf: int, write: bool) -> Generator[Event, Any, int]:
-        """Handle one abort that comes to ``mmap_lock`` at ``t_ns``.
+    def look_up(self, t_ns: int, leaf: int, write: bool) -> int:
+        """From ``mmap_lock``, reached at ``t_ns``, to a host page; returns when ``mmu_lock`` is.
 
-        Returns when the vCPU next needs the host: the guest's run in between is done already.
+        A page that is not there takes GUP's slow path, under ``mmap_lock`` taken again and, at
+        its end, the lock of the host's table: :meth:`install` has to follow then.
         """
-        env, kvm, costs = self._env, self._kvm, self._costs
+        kvm, costs = self._kvm, self._costs
         self.faults += 1
         if self.cached < self._cache_minimum:
             self.cached = CACHE_CAPACITY
         self._leaf = leaf
         self._write = write
-        state = kvm.host.fast[leaf]
-        resolved = state & OWN or (state and not write)
-        noted = kvm.host.mmap_lock.visit(self._cpu, t_ns, 2 if resolved else 3)
-        self._noted_ns = noted
-        t_ns = noted + costs.vma_ns
-        if resolved:
-            t_ns += costs.gup_hit_ns
-            if t_ns >= env.peek():
-                yield env.timeout(t_ns - env._now)
-        else:
-            t_ns = yield from self._resolve(t_ns, state)
-        grant = self._lock(t_ns, self._cpu, FAULT, self._locked)
-        if isinstance(grant, int):
-            return grant
-        self._task.cpu.spin(t_ns)
-        self._vcpu.alarm = grant
-        yield grant
-        return self._vcpu.next_ns  # an unmap may have moved it since the grant
-
-    def _resolve(self, t_ns: int, state: int) -> Generator[Event, Any, int]:
-        """Make the host map the page: GUP's slow path, under ``mmap_lock`` taken again."""
-        env, kvm, costs, leaf = self._env, self._kvm, self._costs, self._leaf
-        if not self._write:
-            t_ns += costs.gup_zero_ns
+        state = self._host_state[leaf]
+        if state & OWN or (state and not write):
+            self.lacking = False
+            self._noted_ns = noted = self._mmap_lock.visit(self._cpu, t_ns, 2)
+            return noted + costs.vma_ns + costs.gup_hit_ns
+        self.lacking = True
+        self._noted_ns = noted = self._mmap_lock.visit(self._cpu, t_ns, 3)
+        gup_ns = costs.gup_alloc_ns
+        if not write:
+            gup_ns = costs.gup_zero_ns
         elif state:
-            t_ns += costs.gup_copy_ns
-        else:
-            t_ns += costs.gup_alloc_ns
-        lock_ns = t_ns - costs.ptl_ns
-        kvm.host.plan_fault(leaf, lock_ns, t_ns)
-        kvm.host.mmap_lock.post(self._cpu, t_ns)
-        if t_ns >= env.peek():
-            yield env.timeout(t_ns - env._now)
-        held = kvm.host.blocked(leaf, lock_ns)
+            gup_ns = costs.gup_copy_ns
+        t_ns = noted + costs.vma_ns + gup_ns
+        self.ptl_until_ns = t_ns
+        self.ptl_table = leaf // kvm.host.entries
+        self._mmap_lock.post(self._cpu, t_ns)
+        return t_ns
+
+    def install(self, t_ns: int) -> Generator[Event, Any, int] | None:
+        """At ``t_ns``, the end of GUP's slow path: the host maps the page, and the rest if any.
+
+        The rest is to wait for ageing, which has the host's table locked, or to take the zero page
+        back before its copy is there: an invalidation of its own.
+        """
+        host, leaf = self._kvm.host, self._leaf
+        held = None
+        if host.aged_table == self.ptl_table:
+            held = host.blocked(leaf, t_ns - self._costs.ptl_ns)
+        if held is None and not self._host_state[leaf]:
+            host.install(leaf, self._write)
+            return None
+        return self._install_later(t_ns, held)
+
+    def _install_later(self, t_ns: int, held: int | Event | None) -> Generator[Event, Any, int]:
+        kvm, costs, leaf = self._kvm, self._costs, self._leaf
         if held is not None:
             self._task.cpu.spin(t_ns)
             freed: int = held if isinstance(held, int) else (yield held)
             t_ns = max(t_ns, freed + kvm.costs.line.transfer_ns + costs.ptl_ns)
-            if t_ns >= env.peek():
-                yield env.timeout(t_ns - env._now)
-        if state:
-            # A copy takes the zero page back first: an invalidation of its own.
+            t_ns = yield from reach(self._env, t_ns)
+        if self._write and kvm.host.fast[leaf] and not kvm.host.fast[leaf] & OWN:
             t_ns = yield from kvm.notifier.invalidate(self._task, t_ns, leaf, leaf + 1)
         kvm.host.install(leaf, self._write)
         return t_ns
 
-    def _locked(self, entry_ns: int) -> tuple[int, int]:
+    def holds_table(self, table: int, t_ns: int) -> bool:
+        """Whether this fault holds the lock of host table ``table`` at ``t_ns``."""
+        until = self.ptl_until_ns
+        return self.ptl_table == table and until - self._costs.ptl_ns <= t_ns < until
+
+    def locked(self, entry_ns: int) -> tuple[int, int]:
         """The section under ``mmu_lock``: returns the hold and when the host is needed next."""
         kvm, costs, leaf = self._kvm, self._costs, self._leaf
         notifier = kvm.notifier
-        if notifier.in_progress or notifier.moved_ns > self._noted_ns:
-            self.retries += 1
-            return self._again(entry_ns, costs.retry_ns)
-        state = kvm.host.fast[leaf]
-        if not state:
-            # Zapped between the look-up and here, and the invalidation is not over or was noted.
+        state = self._host_state[leaf]
+        if notifier.in_progress or notifier.moved_ns > self._noted_ns or not state:
+            # Without a host page: zapped since the look-up, and the invalidation was noted then.
             self.retries += 1
             return self._again(entry_ns, costs.retry_ns)
         stage2 = kvm.stage2
@@ -131,17 +140,23 @@ class FaultPath:
             # Another fault is breaking or making an entry on this path.
             return self._again(entry_ns, costs.hold_ns)
         need = VALID | WRITE if self._write else VALID
-        if stage2.leaf.fast[leaf] & need == need:
+        if self._leaf_state[leaf] & need == need:
             return self._again(entry_ns, costs.hold_ns)  # another vCPU was first
         hold = costs.hold_ns
         made = stage2.map_leaf(leaf, WRITE if state & OWN else 0)
         if made:
-            hold += len(made) * costs.table_ns
-            self.cached -= len(made)
-            kvm.tables_linked(made, entry_ns)
-            kvm.installing = {t: end for t, end in kvm.installing.items() if end > entry_ns}
-            kvm.installing[stage2.leaf_table(leaf)] = entry_ns + hold
+            hold += self._linked(made, entry_ns)
         return hold, self._vcpu.mapped(entry_ns + hold + costs.enter_ns)
+
+    def _linked(self, made: list[TableId], entry_ns: int) -> int:
+        """New tables on the way to the leaf: returns what they add to the hold."""
+        kvm, extra_ns = self._kvm, len(made) * self._costs.table_ns
+        self.cached -= len(made)
+        kvm.tables_linked(made, entry_ns)
+        kvm.installing = {table: end for table, end in kvm.installing.items() if end > entry_ns}
+        done = entry_ns + self._costs.hold_ns + extra_ns
+        kvm.installing[kvm.stage2.leaf_table(self._leaf)] = done
+        return extra_ns
 
     def _again(self, entry_ns: int, hold_ns: int) -> tuple[int, int]:
         """Leave without a mapping; the guest runs into the same fault again, if it is one."""

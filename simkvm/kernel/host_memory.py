@@ -33,11 +33,11 @@ class HostMemory:
         self.present = [0] * (-(-leaves // entries))  #: entries present in each host table
         self.mmap_lock = CacheLine(line)
         self.lru = LruGen(leaves, two_step)
-        self._aged_table = -1
+        self.aged_table = -1  #: the host table that ageing locked last
         self._aged_from_ns = 0
         self._aged_until_ns = 0
+        self._aging = False
         self._released: Event | None = None
-        self._busy: dict[int, tuple[int, int]] = {}
 
     # -- what is mapped -----------------------------------------------------------------------
 
@@ -46,9 +46,12 @@ class HostMemory:
         before = self.fast[leaf]
         if not before:
             self.present[leaf // self.entries] += 1
-        if own and not before & OWN:
-            self.lru.add(leaf)
-        self.fast[leaf] = PRESENT | YOUNG | (OWN if own else 0)
+        if own:
+            if not before & OWN:
+                self.lru.add(leaf)
+            self.fast[leaf] = PRESENT | YOUNG | OWN
+        else:
+            self.fast[leaf] = PRESENT | YOUNG
 
     def zap(self, first: int, last: int) -> int:
         """Remove what is mapped in ``first`` up to ``last``; returns how many entries that was."""
@@ -68,18 +71,10 @@ class HostMemory:
 
     # -- the page-table lock ------------------------------------------------------------------
 
-    def plan_fault(self, leaf: int, from_ns: int, until_ns: int) -> None:
-        """A fault will hold the lock of ``leaf``'s table in that time."""
-        self._busy[leaf // self.entries] = (from_ns, until_ns)
-
-    def trylock(self, table: int, t_ns: int) -> bool:
-        """Ageing tries the lock of ``table`` at ``t_ns``; fails if a fault holds it."""
-        held = self._busy.pop(table, None)
-        if held is not None and held[0] <= t_ns < held[1]:
-            return False
-        self._aged_table, self._aged_from_ns = table, t_ns
+    def lock_for_ageing(self, table: int, t_ns: int) -> None:
+        """Ageing got the lock of ``table`` at ``t_ns``."""
+        self.aged_table, self._aged_from_ns = table, t_ns
         self._released = None
-        return True
 
     def unlock(self, t_ns: int) -> None:
         """Ageing lets go of its table at ``t_ns``."""
@@ -87,16 +82,16 @@ class HostMemory:
             self._released._ok = True
             self._released._value = t_ns
             self._env.schedule(self._released, delay=max(0, t_ns - int(self._env.now)))
-        self._aged_until_ns = t_ns
+        self._aged_until_ns, self._aging = t_ns, False
 
     def blocked(self, leaf: int, t_ns: int) -> int | Event | None:
         """Who took the lock of ``leaf``'s table before ``t_ns`` and holds it then.
 
         Returns None if nobody, the time of release if it is past, else the event of it.
         """
-        if leaf // self.entries != self._aged_table or self._aged_from_ns > t_ns:
+        if leaf // self.entries != self.aged_table or self._aged_from_ns > t_ns:
             return None
-        if self._aged_until_ns > self._aged_from_ns:
+        if not self._aging:
             return self._aged_until_ns if self._aged_until_ns > t_ns else None
         if self._released is None:
             self._released = Event(self._env)

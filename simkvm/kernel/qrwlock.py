@@ -23,9 +23,10 @@ What happens at the same time is ordered by the line of the lock word
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Callable
-from heapq import heappop, heappush
+from heapq import heappush
 from typing import Final
 
 from simpy import Environment, Event
@@ -56,7 +57,6 @@ class QueuedRwlock:
         "_env",
         "_handoff_ns",
         "_holder",
-        "_last_unlock_ns",
         "_line",
         "_next_ns",
         "_open",
@@ -77,9 +77,8 @@ class QueuedRwlock:
         self._readers = 0
         self._writer = False
         self._waiting = False
-        self._unlocks: list[tuple[int, int]] = []  # (time, cpu) of releases by readers inside
+        self._unlocks: deque[tuple[int, int]] = deque()  # (time, cpu): releases of readers inside
         self._due_ns = NEVER  # the earliest posted release
-        self._last_unlock_ns = 0
         self._writer_cpu = -1
         self._holder: Event | None = None  # an event already planned for the moment of release
         self._open: tuple[int, int, int, int] | None = None
@@ -100,11 +99,15 @@ class QueuedRwlock:
         hold, resume = section(entry)
         unlock = entry + hold
         self._readers += 1
-        heappush(self._unlocks, (unlock, cpu))
-        if unlock < self._due_ns:
+        unlocks = self._unlocks
+        if not unlocks:
             self._due_ns = unlock
-        if unlock > self._last_unlock_ns:
-            self._last_unlock_ns = unlock
+            unlocks.append((unlock, cpu))
+        elif (unlock, cpu) >= unlocks[-1]:
+            unlocks.append((unlock, cpu))
+        else:
+            insort(unlocks, (unlock, cpu))
+            self._due_ns = unlocks[0][0]
         self.rows += (site, 0, t_ns, entry - t_ns, hold, FAST)
         return resume
 
@@ -163,7 +166,7 @@ class QueuedRwlock:
         """The head of the line looks at the word: plan the moment at which it can get in."""
         if not self._writer:
             self._waiting = True
-            self._arm(self._last_unlock_ns)
+            self._arm(self._unlocks[-1][0])
         elif self._open is None:
             holder = self._holder
             if holder is not None and holder.callbacks is not None:
@@ -197,7 +200,7 @@ class QueuedRwlock:
                 self._due_ns = NEVER
                 self._writer = False
             else:
-                at, cpu = heappop(self._unlocks)
+                at, cpu = self._unlocks.popleft()
                 seen = line.serve(cpu, at)
                 self._due_ns = self._unlocks[0][0] if self._unlocks else NEVER
                 self._readers -= 1
@@ -233,11 +236,15 @@ class QueuedRwlock:
         hold, resume = section(entry)
         unlock = entry + hold
         self._readers += 1
-        heappush(self._unlocks, (unlock, cpu))
-        if unlock < self._due_ns:
+        unlocks = self._unlocks
+        if not unlocks:
             self._due_ns = unlock
-        if unlock > self._last_unlock_ns:
-            self._last_unlock_ns = unlock
+            unlocks.append((unlock, cpu))
+        elif (unlock, cpu) >= unlocks[-1]:
+            unlocks.append((unlock, cpu))
+        else:
+            insort(unlocks, (unlock, cpu))
+            self._due_ns = unlocks[0][0]
         self.rows += (site, 0, arrival, entry - arrival, hold, met)
         self._trigger(event, resume)
 

@@ -106,10 +106,11 @@ class Rcu:
             self._queued(data, times_ns[0])
         return self._costs.call_rcu_ns * len(times_ns)
 
-    def synchronize_rcu(self, cpu_id: int) -> Event:
+    def synchronize_rcu(self, cpu_id: int, t_ns: int | None = None) -> Event:
         """Wait for a grace period: the event happens when the caller runs again.
 
-        The caller tells its CPU that it sleeps (kernel/rcu/update.c, wait_rcu_gp()).
+        ``t_ns`` is when the caller asks, if it is ahead of the clock; it also tells its CPU that
+        it sleeps (kernel/rcu/update.c, wait_rcu_gp()).
         """
         done = self._env.event()
 
@@ -117,7 +118,7 @@ class Rcu:
             at(self._env, t_ns + self._costs.wakeup_ns, done.succeed)
             return 0
 
-        self.call_rcu(self._now(), cpu_id, wake)
+        self.call_rcu(self._now() if t_ns is None else t_ns, cpu_id, wake)
         return done
 
     @property
@@ -238,7 +239,7 @@ class Rcu:
             self._look_for_quiescent_state(data, state, t_ns)
         if self._core_is_needed(data):
             self._softirq.raise_softirq(data, t_ns)
-        if state is GUEST:
+        elif state is GUEST and not data.in_softirq(t_ns):
             data.quiescent()  # the tick took it out of the guest, and now it goes back
 
     def _look_for_quiescent_state(self, data: RcuData, state: CpuState, t_ns: int) -> None:
@@ -255,12 +256,11 @@ class Rcu:
 
     def _core_is_needed(self, data: RcuData) -> bool:
         """rcu_pending()."""
-        callbacks = data.callbacks
         return (
             data.gp_seq != self._gp.seq
             or (data.core_needs_qs and not data.cpu_no_qs)
-            or (not data.offloaded and callbacks.ready > 0)
-            or (not data.offloaded and not self.running and callbacks.unnumbered > 0)
+            or data.ready > 0
+            or (not data.offloaded and not self.running and data.callbacks.unnumbered > 0)
         )
 
     # -- the core of one CPU, in softirq ------------------------------------------------------

@@ -89,6 +89,11 @@ class RcuData:
         """Callbacks queued as the kernel counts them: a batch is subtracted when it ends."""
         return self.callbacks.seen + self.taken
 
+    @property
+    def ready(self) -> int:
+        """Callbacks that softirqs may invoke; an offloaded CPU leaves that to its kthread."""
+        return 0 if self.offloaded else self.callbacks.ready
+
     def in_softirq(self, t_ns: int) -> bool:
         """Whether the CPU serves softirqs at ``t``."""
         return self.serving or t_ns < self.softirq_until_ns

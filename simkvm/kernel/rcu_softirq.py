@@ -18,7 +18,7 @@ from typing import Final
 
 from simpy import Environment, Event
 
-from simkvm.kernel.cpu import IDLE, NEVER, Cpu
+from simkvm.kernel.cpu import GUEST, IDLE, NEVER, Cpu
 from simkvm.kernel.rcu_config import RcuConfig, RcuCosts
 from simkvm.kernel.rcu_data import RcuData
 from simkvm.kernel.rcu_segcblist import ALONE
@@ -88,9 +88,11 @@ class Invocation:
         drive(self._env, self._interrupt_exit(data, int(self._env.now)))
 
     def _interrupt_exit(self, data: RcuData, t_ns: int) -> Work:
-        idle = data.cpu.state(t_ns) is IDLE
-        t_ns = yield from self._run_softirqs(data, t_ns, idle, NEVER)
-        if data.callbacks.ready and not data.ksoftirqd:
+        interrupted = data.cpu.state(t_ns)
+        t_ns = yield from self._run_softirqs(data, t_ns, interrupted is IDLE, NEVER)
+        if interrupted is GUEST:
+            data.quiescent()  # back to the guest
+        if data.ready and not data.ksoftirqd:
             data.ksoftirqd = True
             wake_ns = t_ns + self._costs.switch_ns
             self._begin_turn(data, wake_ns)
@@ -112,9 +114,9 @@ class Invocation:
             data.cpu.steal(int(self._env.now), self._costs.core_ns)
             t_ns += self._costs.core_ns
             data.softirq_until_ns = t_ns
-            if data.callbacks.ready:
+            if data.ready:
                 t_ns = yield from self._batch(data, t_ns, idle)
-            if not data.callbacks.ready and not data.raised:
+            if not data.ready and not data.raised:
                 break
             yield t_ns
             if config.jiffies(t_ns) >= last_jiffy or self._turn_is_over(data, t_ns, turn_end_ns):
@@ -132,7 +134,7 @@ class Invocation:
 
     def _batch(self, data: RcuData, t_ns: int, idle: bool) -> Work:
         """One rcu_do_batch() in softirq context; ``idle``: it interrupted the idle task."""
-        ready = data.callbacks.ready
+        ready = data.ready
         limit = max(data.blimit, ready >> self._config.divisor)
         deadline_ns = t_ns + self._config.resched_ns if limit > 100 else NEVER
         begin_ns = t_ns
@@ -170,7 +172,7 @@ class Invocation:
     def _ksoftirqd(self, data: RcuData, t_ns: int) -> Work:
         """The kthread that takes over what a run of softirqs left, in turns with the thread."""
         turn_ns = t_ns
-        while data.callbacks.ready:
+        while data.ready:
             if data.in_softirq(t_ns):  # a tick serves them right now
                 t_ns = turn_ns = max(data.softirq_until_ns, t_ns + 1)
                 yield t_ns
@@ -178,7 +180,7 @@ class Invocation:
             self._begin_turn(data, turn_ns)
             t_ns = yield from self._run_softirqs(data, t_ns, False, data.turn_end_ns)
             data.switched(int(self._env.now))  # rcu_softirq_qs() after every run
-            if data.callbacks.ready and t_ns >= data.turn_end_ns:
+            if data.ready and t_ns >= data.turn_end_ns:
                 if self._wanted_by_others(data, t_ns):
                     t_ns += self._others_turn_ns(data, t_ns, t_ns - turn_ns)
                     yield t_ns

@@ -82,6 +82,8 @@ class Stage2:
         self.linked_tables = 0
         self.attached = True  #: the VM still has its root (``mmu->pgt``)
         # (upper level, the level below it, leaves an upper entry covers as a shift, slot's phase)
+        parent = self.levels.get(self.leaf_level - 1)
+        self._leaf_parents = parent.fast if parent is not None else None
         self.steps = [self._step(n) for n in range(geometry.start_level, self.leaf_level)]
 
     def _level(self, number: int) -> Level:
@@ -155,17 +157,17 @@ class Stage2:
                 lacking += 1
         return lacking
 
-    def map_leaf(self, leaf: int, flags: int) -> list[TableId]:
-        """Install a leaf with AF set, and the tables that lack; returns these, top down."""
-        made: list[TableId] = []
-        if self.steps:
-            upper, _, down, phase = self.steps[-1]
-            if not upper.fast[(leaf + phase) >> down] & TABLE:
-                made = self._grow(leaf)
+    def map_leaf(self, leaf: int, flags: int) -> list[TableId] | None:
+        """Install a leaf with AF set, and the tables that lack; returns these, top down, if any."""
+        made = None
         level = self.leaf
-        if not level.fast[leaf]:
-            level.fast_counts[(leaf + level.phase) >> self._bits] += 1
-        level.fast[leaf] = VALID | AF | flags
+        table = (leaf + level.phase) >> self._bits
+        if self._leaf_parents is not None and not self._leaf_parents[table]:
+            made = self._grow(leaf)
+        entries = level.fast
+        if not entries[leaf]:
+            level.fast_counts[table] += 1
+        entries[leaf] = VALID | AF | flags
         return made
 
     def _grow(self, leaf: int) -> list[TableId]:

@@ -29,7 +29,6 @@ from simkvm.scenario.kernel import KernelVariant
 from simkvm.scenario.machine import Machine
 from simkvm.scenario.schema import Guest, Scenario
 
-#: Instructions a nanosecond of guest time, for traces: one a cycle.
 FIRST_SAMPLE_NS = 1_000_000
 
 
@@ -174,11 +173,12 @@ class World:
         env, duration = self.env, self.scenario.duration
         for kvm in self.kvms:
             for vcpu in kvm.vcpus:
-                env.process(self._until_done(vcpu.run()))
+                self._until_done(vcpu.run())
         for teardown in self.teardowns:
-            env.process(self._until_done(teardown.run()))
+            self._until_done(teardown.run())
         if self.ageing is not None:
-            env.process(self.ageing.run())
+            self._running += 1
+            self._until_done(self.ageing.run(self._vcpus_run))
         for contender in self.contenders:
             env.process(contender.run())
         env.process(self._samples())
@@ -190,15 +190,25 @@ class World:
                     kvm.oracle.finished(end_ns)
         return self.recorder.finish(self, end_ns)
 
-    def _until_done(self, process: Generator[Event, Any, None]) -> Generator[Event, Any, None]:
-        yield from process
+    def _vcpus_run(self) -> bool:
+        """Whether some vCPU still has something to do: if not, ageing ends with its pass."""
+        return any(vcpu.finished_ns < 0 for kvm in self.kvms for vcpu in kvm.vcpus)
+
+    def _until_done(self, steps: Generator[Event, Any, None]) -> None:
+        """Start a process that the run has to wait for."""
+        process = self.env.process(steps)
+        assert process.callbacks is not None
+        process.callbacks.append(self._one_done)
+
+    def _one_done(self, _: Event) -> None:
         self._running -= 1
         if not self._running:
             self._over.succeed()
 
     def _end_ns(self) -> int:
         ends = [vcpu.finished_ns for kvm in self.kvms for vcpu in kvm.vcpus]
-        return max(int(self.env.now), *ends)
+        passes = self.ageing.passes if self.ageing is not None else []
+        return max([int(self.env.now), *ends, *(p.end_ns for p in passes[-1:])])
 
     def _samples(self) -> Generator[Event, Any, None]:
         """Samples at growing distances: their number does not depend on how long the run is."""

@@ -44,8 +44,10 @@ class LockStat:
         table = np.array(rows, np.int64).reshape(-1, ROW)
         rows.clear()
         self._digest.update(table.astype("<i8").tobytes())
-        for site, mode in sorted({(int(s), int(m)) for s, m in np.unique(table[:, :2], axis=0)}):
-            part = table[(table[:, 0] == site) & (table[:, 1] == mode)]
+        kinds = table[:, 0] * len(MODES) + table[:, 1]
+        for kind in np.flatnonzero(np.bincount(kinds)).tolist():
+            site, mode = divmod(kind, len(MODES))
+            part = table[kinds == kind]
             stat = self.sites.setdefault((site, mode), SiteStat())
             stat.wait.add(part[:, 3])
             stat.hold.add(part[:, 4])

@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from simkvm.scenario.errors import Keys, Problem, nearest
 from simkvm.scenario.fields import shown
-from simkvm.scenario.keys import below, shape_at
+from simkvm.scenario.keys import below, shape_at, tag_value
 from simkvm.scenario.schema import Scenario
 
 EXPECTED = {
@@ -20,7 +20,6 @@ EXPECTED = {
     "string_type": "text",
     "bool_type": "true or false",
     "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
     "dict_type": "a mapping",
     "tuple_type": "a list",
 }
@@ -42,8 +41,7 @@ FIXED = {
 def problems(error: ValidationError, raw: dict[str, Any]) -> list[Problem]:
     """Everything pydantic found in the document `raw` of one point."""
     errors = error.errors(include_url=False)
-    # A default that could not be computed follows from another error of the same mapping.
-    found = [(e, _problem(e, raw)) for e in errors if e["type"] != "default_factory_not_called"]
+    found = [(e, _problem(e, raw)) for e in errors if not _follows(e)]
     # `acces` is one slip, although `acces` is unknown and `access` missing.
     meant = {
         (*problem.keys[:-1], problem.hint)
@@ -51,6 +49,12 @@ def problems(error: ValidationError, raw: dict[str, Any]) -> list[Problem]:
         if detail["type"] == "extra_forbidden"
     }
     return [p for detail, p in found if detail["type"] != "missing" or p.keys not in meant]
+
+
+def _follows(error: ErrorDetails) -> bool:
+    """Whether the error is only the consequence of another one of the same mapping or list."""
+    kind = error["type"]
+    return kind == "default_factory_not_called" or (kind == "too_short" and bool(error["input"]))
 
 
 def _problem(error: ErrorDetails, raw: dict[str, Any]) -> Problem:
@@ -63,7 +67,9 @@ def _problem(error: ErrorDetails, raw: dict[str, Any]) -> Problem:
     if kind == "literal_error":
         return _not_one_of(keys, value, context["expected"])
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return _wrong_branch(keys, kind, context, value)
+        return _wrong_branch(keys, context, value)
+    if kind == "model_attributes_type":
+        return _no_branch(keys, value)
     return Problem(keys, _message(kind, context, value) or error["msg"])
 
 
@@ -89,16 +95,26 @@ def _unknown_key(keys: Keys, raw: dict[str, Any]) -> Problem:
     return Problem(keys, f"unknown key{owner}{choice}", hint)
 
 
-def _wrong_branch(keys: Keys, kind: str, context: dict[str, Any], value: object) -> Problem:
+def _wrong_branch(keys: Keys, context: dict[str, Any], value: Any) -> Problem:
     tag = context["discriminator"].strip("'")
-    if not isinstance(value, dict):
-        return Problem(keys, f"expects a mapping with {tag}, not {shown(value)}")
-    shape = shape_at(keys, {}, Scenario)
-    assert shape is not None
-    names = ", ".join(str(b.model_fields[tag].default) for b in shape.branches)  # type: ignore[attr-defined]
-    if kind == "union_tag_not_found":
+    names = ", ".join(_tags(keys, tag))
+    if tag not in value:
         return Problem((*keys, tag), f"is missing, expected one of {names}")
     return _not_one_of((*keys, tag), value[tag], names)
+
+
+def _no_branch(keys: Keys, value: object) -> Problem:
+    shape = shape_at(keys, {}, Scenario)
+    assert shape is not None
+    assert shape.tag is not None
+    hint = f"{{{shape.tag}: {value}}}" if value in _tags(keys, shape.tag) else None
+    return Problem(keys, f"expects a mapping with {shape.tag}, not {shown(value)}", hint)
+
+
+def _tags(keys: Keys, tag: str) -> list[str]:
+    shape = shape_at(keys, {}, Scenario)
+    assert shape is not None
+    return [tag_value(branch, tag) for branch in shape.branches]
 
 
 def _not_one_of(keys: Keys, value: object, expected: str) -> Problem:

@@ -13,7 +13,7 @@ from typing import Any
 
 from simkvm.scenario.errors import InputError, Keys, Problem, nearest
 
-MOST_VALUES = 1_000_000
+MOST_VALUES = 250_000
 """More than any sweep needs: a bound on what aliases of aliases can unfold to."""
 
 SCALARS = (bool, int, float, str)

@@ -37,9 +37,8 @@ class InputError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return ": ".join(
-            [*filter(None, (self._place(), self.key)), self.message + self._question()]
-        )
+        parts = (self._place(), self.key, self.message + self._question())
+        return " ".join(": ".join(filter(None, parts)).splitlines())
 
     def _place(self) -> str:
         parts = [part for part in (self.file, self.line, self.column) if part is not None]

@@ -64,5 +64,7 @@ class Recordings:
                 hint = error.hint and str(Path(written).with_name(error.hint))
                 problems.append(Problem((*keys, "file"), error.message, hint))
             else:
-                access |= {"file": file, "sha256": access.get("sha256") or header.sha256}
+                access["file"] = file
+                if access.get("sha256") is None:
+                    access["sha256"] = header.sha256
         return document, problems

@@ -72,11 +72,9 @@ def deferred_memory(
         panel.set_title(label)
     _share_size_axis(panels)
     panels[-1].set_xlabel("simulated time (bands: grace periods)")
-    style.entitle(
-        figure,
-        "Page-table memory waiting for grace periods",
-        caption(results, list(shown.values())),
-    )
+    part = "" if window_ns is None else f", {' to '.join(map(format_duration, window_ns))}"
+    title = f"Page-table memory waiting for grace periods{part}"
+    style.entitle(figure, title, caption(results, list(shown.values())))
     return figure
 
 

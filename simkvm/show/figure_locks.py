@@ -127,7 +127,8 @@ def _tail(ax: Axes, values: Distribution, look: Look, label: str, width: float =
     for share, name, marker in MARKED:
         at = values.quantile_ns(share)
         if at >= 1:
-            ax.plot([at], [1 - share], marker, color=colour, label=f"_{name} {label}", zorder=3)
+            (mark,) = ax.plot([at], [1 - share], marker, color=colour, zorder=3)
+            mark.set(label=f"_{name} {label}", markersize=3.5 + 1.2 * width)
 
 
 def _scales(ax: Axes, quantity: Quantity, bottom: float) -> None:

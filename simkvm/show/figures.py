@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from simkvm.scenario.errors import InputError, nearest
@@ -110,7 +111,8 @@ def write(figure: Figure, path: str | Path) -> Path:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.tmp")
-    figure.savefig(aside, format=kind, dpi=DPI, metadata=_anonymous(kind))
+    with mpl.rc_context({"svg.hashsalt": "simkvm"}):
+        figure.savefig(aside, format=kind, dpi=DPI, metadata=_anonymous(kind))
     return aside.replace(path)
 
 

@@ -241,7 +241,13 @@ def lines_by_variant(
         rows = table[(table["variant"] == variant) & (table[column] > 0)]
         spread = rows.groupby("x")[column].agg(["mean", "min", "max"])
         width = line_width(i)
-        ax.plot(spread.index, spread["mean"], "o-", color=colour, linewidth=width, label=variant)
+        ax.plot(
+            *(spread.index, spread["mean"], "o-"),
+            color=colour,
+            linewidth=width,
+            markersize=3.5 + width,
+            label=variant,
+        )
         if (spread["min"] < spread["max"]).any():
             ax.fill_between(
                 spread.index, spread["min"], spread["max"], color=colour, alpha=0.2, linewidth=0
@@ -295,4 +301,5 @@ def line_under(
         [-4 / 72, 18 / 72], [height_pt / 72] * 2, color=colour, linestyle=sample, clip_on=False
     )
     piece.set_transform(cast("Figure", ax.get_figure(root=True)).dpi_scale_trans + corner)
+    piece.set_label("_sample")
     ax.add_artist(piece)

@@ -1,22 +1,18 @@
 """Reports for a terminal: one run in the words of lock_stat, one sweep with a row a point.
 
-`run_report` and `sweep_report` return rich renderables, `render` makes text of them. Tables are as
-wide as they need to be (the run's fit in 100 columns) and plain ASCII, so that nothing is cut or
-lost in a pipe, a log or a mail.
+The reports are rich renderables, of which `simkvm.show.text.render` makes text. Those of a run fit
+in 100 columns.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
-from rich.box import Box
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -32,37 +28,13 @@ from simkvm.show.points import (
     summary_of,
     value_of,
 )
+from simkvm.show.text import NOTHING, Row, plain, titled_table
 from simkvm.units import format_count, format_duration, format_size
-
-if TYPE_CHECKING:
-    from simkvm.guest.trace import TraceHeader
-    from simkvm.scenario.kernel import KernelVariant
-    from simkvm.scenario.machine import Machine
 
 WIDTH = 100
 MOST_VIOLATIONS = 5
-NOTHING = "-"
 QUANTITIES = ("wait", "hold")
 FIGURES = ("p50", "p99", "max")
-SIMPLE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-
-Row = Sequence[str]
-
-
-def render(*parts: RenderableType, colour: bool = False) -> str:
-    """The text of renderables, with ANSI colours if asked for, and without blanks at line ends."""
-    console = Console(
-        file=io.StringIO(),
-        width=1_000,
-        force_terminal=colour,
-        color_system="standard" if colour else None,
-        highlight=False,
-        markup=False,
-        emoji=False,
-    )
-    with console.capture() as capture:
-        console.print(*parts, sep="\n")
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def run_report(result: ResultLike) -> Group:
@@ -135,7 +107,7 @@ def guest_table(result: ResultLike) -> RenderableType:
             _time(summary.get("vcpu_wall_ns")),
         ]
     ]
-    return _table("Guests", headers, [*_rows_by_guest(result), *rows])
+    return titled_table("Guests", headers, [*_rows_by_guest(result), *rows])
 
 
 def ageing_table(result: ResultLike) -> RenderableType:
@@ -147,7 +119,7 @@ def ageing_table(result: ResultLike) -> RenderableType:
         *("guest", "passes", "mean", "p50", "max"),
         *("pages\nscanned", "young", "young\nshare", "calls"),
     ]
-    return _table(
+    return titled_table(
         "Ageing passes", headers, [_ageing_row(*group) for group in passes.groupby("guest")]
     )
 
@@ -164,7 +136,7 @@ def lock_tables(result: ResultLike) -> list[RenderableType]:
         "queue\nmax",
     ]
     return [
-        _table(
+        titled_table(
             f"{lock}{f' of {guest}' if several else ''}, by call site and mode",
             headers,
             _lock_rows(table),
@@ -194,7 +166,7 @@ def rcu_table(result: ResultLike) -> RenderableType:
         _count(summary.get("tables_allocated")),
         _count(summary.get("tables_freed")),
     ]
-    return _table("RCU and stage-2 tables", headers, [row], left=0)
+    return titled_table("RCU and stage-2 tables", headers, [row], left=0)
 
 
 def violations(result: ResultLike) -> list[RenderableType]:
@@ -225,83 +197,6 @@ def sweep_report(results: OneOrMany, failed: Iterable[Mapping[str, Any]] = ()) -
         place = ", ".join(f"{key}={reference_label(v)}" for key, v in failure["axes"].items())
         parts.append(Text(f"failed: {place or 'the point'}: {failure['reason']}", "red"))
     return Group(*parts) if parts else Group("no finished point")
-
-
-def machine_report(machine: Machine) -> Group:
-    """A machine and every cost: value, range, unit, basis and source."""
-    flags = [name for name in ("hw_af", "tlbirange", "fwb") if getattr(machine, name)]
-    nodes = "1 node" if machine.nodes == 1 else f"{machine.nodes} nodes"
-    shape = f"{machine.arch}, {machine.cores} cores on {nodes}, {machine.ghz:g} GHz"
-    rows = [row | {"range": f"{row['low']:g} .. {row['high']:g}"} for row in machine.table()]
-    columns = {"name": None, "value": None, "range": None, "unit": None, "basis": None}
-    return Group(
-        Text(f"{machine.name}: {machine.title}", "bold"),
-        Text(f"  {shape}, {', '.join(flags) or 'no hw_af, tlbirange or fwb'}"),
-        Text("  basis: V read in the source, D derived, R recalled, E estimate\n"),
-        named_table(rows, {**columns, "source": 60}),
-    )
-
-
-def kernel_report(kernel: KernelVariant) -> Group:
-    """A kernel variant and every policy: value, meaning and source."""
-    kind = ", counterfactual" if kernel.counterfactual else ""
-    return Group(
-        Text(f"{kernel.name}: {kernel.title}", "bold"),
-        Text(f"  {kernel.arch}{kind}\n"),
-        named_table(kernel.table(), {"policy": None, "value": None, "meaning": 36, "source": 40}),
-    )
-
-
-def kernel_diff(rows: Sequence[Mapping[str, str]], a: str, b: str) -> RenderableType:
-    """The policies in which two variants differ, as `simkvm.scenario.kernel.diff` finds them."""
-    if not rows:
-        return Text(f"{a} and {b} have the same policies")
-    named = [{"policy": row["policy"], a: row["a"], b: row["b"]} for row in rows]
-    return named_table(named, dict.fromkeys(["policy", a, b]))
-
-
-def trace_report(header: TraceHeader, path: str) -> RenderableType:
-    """What a recording became."""
-    return Text(
-        f"{path}: {format_count(header.touches)} touches ({format_count(header.writes)} writes) of "
-        f"{format_count(header.touched_pages)} pages, {format_size(header.footprint_bytes)}; "
-        f"{format_count(header.instructions)} instructions"
-    )
-
-
-def named_table(
-    rows: Iterable[Mapping[str, Any]], columns: Mapping[str, int | None]
-) -> RenderableType:
-    """Rows under the keys of `columns`; each value is the width to wrap at, None for nowhere.
-
-    Only blanks are wrapped at: an address or a path stays whole, so that it can be copied.
-    """
-    table = Table(box=SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in columns:
-        table.add_column(name, no_wrap=True, header_style="")
-    for row in rows:
-        table.add_row(*(_wrapped(row.get(name, ""), width) for name, width in columns.items()))
-    return table
-
-
-def _wrapped(value: object, width: int | None) -> Text:
-    text = _plain(value)
-    if width is not None:
-        lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
-        text = "\n".join(lines)
-    return Text(text)
-
-
-def _table(title: str, headers: Row, rows: Iterable[Row], left: int = 1) -> RenderableType:
-    """A table with `left` columns of text; the others are numbers."""
-    padding = (0, 1, 0, 0)
-    table = Table(box=SIMPLE, show_edge=False, pad_edge=False, padding=padding, header_style="")
-    for i, header in enumerate(headers):
-        justify = "left" if i < left else "right"
-        table.add_column(header, justify=justify, no_wrap=True, vertical="bottom")  # type: ignore[arg-type]
-    for row in rows:
-        table.add_row(*row)
-    return Group(Text(title, "bold"), Padding(table, (0, 0, 1, 2), expand=False))
 
 
 def _only_guest(result: ResultLike) -> str:
@@ -408,13 +303,13 @@ def _sweep_table(
     headers += [header for header, _ in columns]
     rows = [
         [
-            *(_plain(value_of(point, axis.key)) for axis in axes),
+            *(plain(value_of(point, axis.key)) for axis in axes),
             *([str(point.scenario.get("replication", 0))] if replicated else []),
             *(cell(point) for _, cell in columns),
         ]
         for point in points
     ]
-    return _table(title, headers, rows, left=len(axes) + replicated)
+    return titled_table(title, headers, rows, left=len(axes) + replicated)
 
 
 def _missing(value: object) -> bool:
@@ -435,12 +330,6 @@ def _count(value: Any) -> str:
 
 def _size_of(value: object) -> str:
     return format_size(value) if isinstance(value, int) else str(value)
-
-
-def _plain(value: object) -> str:
-    if value is None:
-        return NOTHING
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {

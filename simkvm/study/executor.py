@@ -98,9 +98,25 @@ def attempt(work: Callable[[Task], R], task: Task) -> R | Failure:
 
 def process_pool(workers: int) -> Executor:
     """Worker processes started afresh: neither Arrow's nor BLAS's threads survive a fork."""
-    return ProcessPoolExecutor(
+    return _Pool(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=_become_worker
     )
+
+
+class _Pool(ProcessPoolExecutor):
+    """Submits with Ctrl-C held back, since it is on submission that a pool starts its workers.
+
+    One caught between its start and its entry in the pool's books would be nobody's. And workers
+    inherit the hold, so that a Ctrl-C, which reaches every process of a terminal, does not meet
+    them at their imports.
+    """
+
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return super().submit(fn, *args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _become_worker() -> None:
@@ -190,7 +206,7 @@ class Drive(Generic[Task, R]):
             broken = False
             for item in islice(tasks, window - len(self._flying)):
                 try:
-                    future = _submit(executor, attempt, self.work, item[0])
+                    future = executor.submit(attempt, self.work, item[0])
                 except BrokenExecutor:
                     tasks, broken = chain([item], tasks), True
                     break
@@ -231,7 +247,7 @@ class Drive(Generic[Task, R]):
         """A new executor, of which at least one worker has answered."""
         self._executor = executor = self.backend(self.workers)
         try:
-            _submit(executor, os.getpid).result()
+            executor.submit(os.getpid).result()
         except BrokenExecutor:
             raise BackendLost(
                 "a worker process died at its start; a script that starts a sweep must do so under "
@@ -250,19 +266,3 @@ class Drive(Generic[Task, R]):
             for process in list((getattr(executor, "_processes", None) or {}).values()):
                 process.kill()
         executor.shutdown(wait=True)
-
-
-def _submit(
-    executor: Executor, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs
-) -> Future[R]:
-    """Submit with Ctrl-C held back.
-
-    A pool starts its workers here, and one caught between its start and its entry in the pool's
-    books would be nobody's. Workers inherit the hold, so that a Ctrl-C, which reaches every process
-    of a terminal, does not meet them at their imports either.
-    """
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return executor.submit(fn, *args, **kwargs)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)

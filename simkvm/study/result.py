@@ -161,7 +161,7 @@ class Result:
 class Results:
     """The points of a store, in the order in which they were asked for, whichever finished first.
 
-    Iterating yields the finished ones. Raises FileNotFoundError if the folder holds no study.
+    Iterating yields the finished ones. Raises InputError if the folder holds no study.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:

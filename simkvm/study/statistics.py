@@ -1,13 +1,13 @@
-"""Statistics of simulation output: intervals over replications, warm-up, batch means.
-
-The t quantile is computed here so that intervals need no SciPy; the tests compare the two.
-"""
+"""Statistics of simulation output without SciPy: intervals, warm-up, batch means."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,11 @@ class Interval:
 def t_quantile(confidence: float, degrees: int) -> float:
     """The t with P(|T| < t) = confidence for Student's T with a whole number of degrees.
 
-    The probability is the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4, in the angle
-    atan(t / sqrt(degrees)); it rises with the angle, which a bisection of (0, pi/2) inverts.
+    The probability rises with the angle atan(t / sqrt(degrees)), which a bisection finds.
     Raises ValueError for a confidence outside (0, 1) or fewer than one degree.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
-    if degrees < 1:
-        raise ValueError(f"Student's t needs at least one degree of freedom, not {degrees}")
+    if not 0 < confidence < 1 or degrees < 1:
+        raise ValueError(f"no t for a confidence of {confidence} and {degrees} degrees of freedom")
     low, high = 0.0, math.pi / 2
     while low < (middle := (low + high) / 2) < high:
         if _within(middle, degrees) < confidence:
@@ -47,7 +44,7 @@ def t_quantile(confidence: float, degrees: int) -> float:
 
 
 def _within(angle: float, degrees: int) -> float:
-    """P(|T| < tan(angle) sqrt(degrees))."""
+    """P(|T| < tan(angle) sqrt(degrees)): Abramowitz and Stegun, 26.7.3 and 26.7.4."""
     odd = degrees % 2 == 1
     term = math.cos(angle) if odd else 1.0
     total = 0.0
@@ -78,12 +75,12 @@ def confidence_interval(values: Sequence[float], confidence: float = 0.95) -> In
 
 
 def paired_difference(
-    first: Mapping[Hashable, float], second: Mapping[Hashable, float], confidence: float = 0.95
+    first: Mapping[Key, float], second: Mapping[Key, float], confidence: float = 0.95
 ) -> Interval:
     """Interval for first minus second, paired by key: the (seed, replication) both ran with.
 
     Two variants at one seed meet the same arrivals, so their difference varies less than either.
-    Raises ValueError if a key has no partner, since pairing by position would compare strangers.
+    Raises ValueError for a key without a partner: pairing by position would compare strangers.
     """
     if lonely := first.keys() ^ second.keys():
         raise ValueError(f"without a partner: {', '.join(sorted(map(str, lonely)))}")
@@ -100,9 +97,9 @@ def mser5(series: Sequence[float]) -> int:
     """
     import numpy as np
 
-    batches = np.asarray(series[: len(series) // 5 * 5], dtype=float).reshape(-1, 5).mean(axis=1)
-    if len(batches) < 2:
+    if len(series) < 10:
         return 0
+    batches = np.asarray(series[: len(series) // 5 * 5], dtype=float).reshape(-1, 5).mean(axis=1)
     batches -= batches.mean()  # keeps the difference of squares below exact
     left = np.arange(len(batches), 0, -1)
     mean = np.cumsum(batches[::-1])[::-1] / left
@@ -114,13 +111,12 @@ def mser5(series: Sequence[float]) -> int:
 def batch_means(values: Sequence[float], batches: int = 20, confidence: float = 0.95) -> Interval:
     """Interval for the mean of one long correlated series, from the means of equal batches.
 
-    The oldest values are left out when the length is not a multiple of `batches`. The interval is
-    only right if a batch is much longer than the correlation. Raises ValueError for fewer values
-    than batches, or fewer than 2 batches.
+    The oldest values are left out if they do not fill one. Only right if a batch is much longer
+    than the correlation. Raises ValueError for fewer values than batches, or than 2 batches.
     """
-    size = len(values) // batches if batches >= 2 else 0
-    if size == 0:
+    if not 2 <= batches <= len(values):
         raise ValueError(f"{len(values)} values do not make {batches} batches")
+    size = len(values) // batches
     start = len(values) - size * batches
     means = [math.fsum(values[i : i + size]) / size for i in range(start, len(values), size)]
     return confidence_interval(means, confidence)

@@ -1,6 +1,7 @@
 """Where points are kept: a folder a study, a folder a point, and nothing that needs a lock to read.
 
     root/manifest.json                  which points were asked for, in order, and their axes
+    root/.lock                          held while the manifest is written
     root/points/ab/<32 hex digits>/     a finished point: point.json, and a Parquet file a table
     root/points/.tmp-<pid>-<key>/       being written
     root/failed/<32 hex digits>.json    why a point has no result
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simkvm.scenario.errors import InputError
 from simkvm.study.columns import COLUMNS, arrow_table, write_table
 
 if TYPE_CHECKING:
@@ -109,7 +111,7 @@ class Store:
         try:
             return read_document(folder)
         except Damaged as damage:
-            _warn(f"point {key} counts as missing: {damage}")
+            _warn(f"point {key} counts as missing: {damage.message}")
             return None
 
     def write(self, key: str, record: Record, certificate: Mapping[str, Any]) -> bool:
@@ -198,7 +200,8 @@ class Store:
     def manifest(self) -> Manifest:
         """What was asked for.
 
-        Raises FileNotFoundError if `root` is no store, and Damaged if the file cannot be read.
+        Raises InputError if `root` holds no study, and Damaged if the manifest cannot be read:
+        without it the points are still good, and running the study again writes another.
         """
         path = self.root / "manifest.json"
         try:
@@ -208,17 +211,24 @@ class Store:
                 tuple(document["axes"]),
                 tuple(Entry(point["key"], dict(point["axes"])) for point in document["points"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
-            raise Damaged(f"manifest.json cannot be read ({type(error).__name__})") from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError("holds no study", file=str(self.root)) from None
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            message = f"cannot be read ({type(error).__name__}); remove it and run the study again"
+            raise Damaged(message, file=str(path)) from None
 
     def extend_manifest(self, study: str, axes: Sequence[str], entries: Sequence[Entry]) -> None:
-        """Add a study's points. Shards that start together may all do so at once."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        """Add a study's points. Shards that start together may all do so at once.
+
+        Raises InputError if the folder cannot be made, and Damaged as `manifest` does.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot be a folder: {error.strerror}", file=str(self.root)) from None
         with _alone(self.root / ".lock"):
-            try:
-                before = self.manifest()
-            except FileNotFoundError:
-                before = Manifest()
+            asked = (self.root / "manifest.json").exists()
+            before = self.manifest() if asked else Manifest()
             after = before.merged(study, axes, entries)
             if after != before:
                 points = [{"key": entry.key, "axes": entry.axes} for entry in after.entries]
@@ -231,30 +241,34 @@ class Store:
                 _replace(self.root / "manifest.json", document)
 
 
-class Damaged(Exception):  # noqa: N818 (a state of a file, not a mistake of the caller)
-    """A file of a store is not what was written there."""
+class Damaged(InputError):  # noqa: N818 (a state of a file)
+    """A file of a store is not there, or not what was written there."""
 
 
 def read_document(folder: Path) -> dict[str, Any]:
     """The point.json of a point's folder. Raises Damaged if any file of the point is not whole."""
     try:
         document = json.loads((folder / "point.json").read_text(encoding="utf-8"))
-        certificate, files = document["certificate"], document["files"]
-        shapes = (certificate, files, document["summary"], document["violations"])
-        if [type(shape) for shape in shapes] != [dict, dict, dict, list]:
-            raise Damaged("point.json has another shape")
-        if document["schema_version"] != SCHEMA_VERSION:
-            raise Damaged(
-                f"written with version {document['schema_version']} of the results schema"
-            )
-        for name, size_bytes in files.items():
-            if (folder / name).stat().st_size != size_bytes:
-                raise Damaged(f"{name} was cut or changed")
+        complaint = _complaint(folder, document)
     except OSError as error:
-        raise Damaged(f"{Path(error.filename or 'a file').name} cannot be read") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"point.json cannot be read ({type(error).__name__})") from None
+        complaint = f"{Path(error.filename).name} cannot be read"
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        complaint = f"point.json cannot be read ({type(error).__name__})"
+    if complaint is not None:
+        raise Damaged(complaint, file=str(folder))
     return dict(document)
+
+
+def _complaint(folder: Path, document: Any) -> str | None:
+    names = ("certificate", "summary", "files", "violations")
+    if [type(document[name]) for name in names] != [dict, dict, dict, list]:
+        return "point.json has another shape"
+    if document["schema_version"] != SCHEMA_VERSION:
+        return f"its files are of version {document['schema_version']}"
+    for name, size_bytes in document["files"].items():
+        if (folder / name).stat().st_size != size_bytes:
+            return f"{name} was cut or changed"
+    return None
 
 
 def plain(value: Any) -> Any:

@@ -53,8 +53,9 @@ def sweep(
     makes the workers, by default processes here; `simulate` names the simulation.
 
     A point that cannot be run is recorded as failed and does not stop the others; running the same
-    study again tries it again. Raises InputError for what cannot be a sweep, Interrupted on
-    Ctrl-C, and BackendLost if the workers are gone; whatever was finished is kept.
+    study again tries it again. Raises InputError for what cannot be a sweep or where it cannot be
+    written, Interrupted on Ctrl-C, and BackendLost if the workers are gone; whatever was finished
+    is kept.
     """
     workers = _checked(jobs, shard)
     planned = list(plan(study, replications))
@@ -119,6 +120,7 @@ class _Run:
             raise Interrupted(self.done, self.total) from None
         finally:
             self.progress.stop()
+            self.store.sweep_stale()  # of workers that were killed
 
     def _settled(self, point: Planned, outcome: str | Failure) -> None:
         failed = isinstance(outcome, Failure)

@@ -114,7 +114,7 @@ def deferral(
         steps[int(t)] = steps.get(int(t), 0) + 1
         if len(later):
             steps[int(later.iloc[0])] = steps.get(int(later.iloc[0]), 0) - 1
-    times = sorted(steps)
+    times = sorted(t for t in steps if t < sim_ns)
     tables = np.cumsum([steps[t] for t in times])
     timeline = pd.DataFrame(
         {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fake_world
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 from fake_world import act_here, runs
 
@@ -227,7 +227,7 @@ def test_workers_go_when_the_driver_is_killed(tmp_path: Path) -> None:
         assert workers
         program.kill()
         program.communicate()
-    psutil.wait_procs(workers)
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
 
 
 def test_interrupted_passes_an_except_exception() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]
 
 from simkvm.study.statistics import (
     batch_means,
@@ -31,7 +31,7 @@ def test_t_quantile_is_scipys(confidence: float, degrees: int) -> None:
 
 @pytest.mark.parametrize(("confidence", "degrees"), [(0, 5), (1, 5), (-1, 5), (0.9, 0)])
 def test_t_quantile_refuses_what_has_none(confidence: float, degrees: int) -> None:
-    with pytest.raises(ValueError, match=r"must lie between|at least one"):
+    with pytest.raises(ValueError, match="no t for a confidence"):
         t_quantile(confidence, degrees)
 
 

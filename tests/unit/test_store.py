@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from simkvm.scenario.errors import InputError
 from simkvm.study import store as store_module
-from simkvm.study.columns import COLUMNS
+from simkvm.study.columns import COLUMNS, write_table
 from simkvm.study.result import Result, Results
 from simkvm.study.store import Damaged, Entry, Manifest, Store
 
@@ -93,7 +95,7 @@ def test_whole_numbers_keep_every_digit(store: Store) -> None:
 
 
 def test_what_is_no_number_comes_back_as_a_gap(store: Store) -> None:
-    summary = {"ageing_pass_mean_ns": float("nan"), "safety": "clean"}
+    summary: dict[str, int | float | str] = {"ageing_pass_mean_ns": float("nan"), "safety": "clean"}
     store.write(KEY, replace(fake_world.record(7), summary=summary), certificate())
     document = json.loads((store.folder(KEY) / "point.json").read_text())
     assert document["summary"]["ageing_pass_mean_ns"] is None
@@ -194,7 +196,7 @@ def test_a_writer_whose_folder_is_swept_writes_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another machine knows nothing of this one's processes, and may sweep in the middle."""
-    write_table, swept = store_module.write_table, []
+    swept: list[int] = []
 
     def interrupted(path: Path, table: pa.Table) -> None:
         write_table(path, table)
@@ -226,7 +228,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
 
-DAMAGE = {
+DAMAGE: dict[str, Callable[[Path], object]] = {
     "cut": lambda folder: cut(folder / "point.json"),
     "empty": lambda folder: (folder / "point.json").write_text(""),
     "not UTF-8": lambda folder: (folder / "point.json").write_bytes(b"\xff\xfe\x00"),
@@ -340,7 +342,7 @@ def test_shards_may_all_write_the_manifest_at_once(store: Store) -> None:
 def test_a_damaged_manifest_is_said_so(store: Store) -> None:
     store.extend_manifest("s", [], entries(1))
     cut(store.root / "manifest.json")
-    with pytest.raises(Damaged, match=r"manifest.json cannot be read"):
+    with pytest.raises(Damaged, match=r"manifest.json: cannot be read"):
         store.manifest()
 
 
@@ -371,8 +373,14 @@ def test_a_store_without_a_finished_point_has_rows_and_columns(store: Store) -> 
 
 
 def test_a_folder_without_a_study_is_no_store(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match="holds no study"):
         Results(tmp_path)
+
+
+def test_a_file_cannot_become_a_store(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be a folder: File exists"):
+        Store(tmp_path / "file").extend_manifest("s", [], [])
 
 
 def test_notebook_tables_escape_what_people_wrote(store: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -10,11 +11,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_world
 import pandas as pd
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from simkvm.guest.trace import assemble, write_trace
@@ -23,7 +25,7 @@ from simkvm.scenario.load import MODEL_VERSION, Study, load
 from simkvm.study import verify as verify_module
 from simkvm.study.executor import MAX_KILLS
 from simkvm.study.point import certificate, key_of, measure, run_point
-from simkvm.study.progress import Lines, Silent
+from simkvm.study.progress import Bar, Lines, Notebook, Silent, automatic
 from simkvm.study.result import Result, Results
 from simkvm.study.store import Damaged
 from simkvm.study.sweep import plan, sweep
@@ -114,12 +116,12 @@ def test_a_folder_may_grow_by_another_study(tmp_path: Path, marks: Path) -> None
     assert [tuple(row) for row in rows] == [
         (2, "linux-7.1"),
         (1, "linux-7.1"),
-        (1, "linux-6.12"),
         (5, "linux-7.1"),
+        (1, "linux-6.12"),
         (5, "linux-6.12"),
         (2, "linux-6.12"),
     ]
-    assert set(fake_world.runs(marks).values()) == {1, 2}  # a mark does not tell the kernel
+    assert fake_world.runs(marks) == {f"good-{seed}-0": 2 for seed in (1, 2, 5)}  # two kernels
     assert set(results.summary["status"]) == {"done"}
 
 
@@ -253,7 +255,7 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path, marks: Path, jobs: int) 
     assert program.returncode == 130
     assert out == "4 8\n"
     assert "Traceback" not in err
-    assert not [child for child in started if child.is_running()]
+    assert psutil.wait_procs(started, timeout=60)[1] == []
     stopped = Results(tmp_path / "out")
     assert list(stopped.summary["status"]) == ["done"] * 4 + ["missing"] * 4
     before = {key: result.certificate for key, result in enumerate(stopped)}
@@ -320,6 +322,51 @@ def test_a_log_is_what_a_sweep_writes_without_a_terminal(
     output = capsys.readouterr()
     assert output.out == ""
     assert re.fullmatch(r"simkvm: 2/2 points, .* a point\n", output.err)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "notebook", "sink"),
+    [(False, False, Lines), (True, False, Bar), (False, True, Notebook), (True, True, Notebook)],
+)
+def test_the_sink_suits_where_stderr_goes(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, notebook: bool, sink: type
+) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+    shell = SimpleNamespace(kernel=1) if notebook else SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert type(automatic(stream)) is sink
+
+
+def test_a_notebook_gets_one_line_that_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    handle = SimpleNamespace(update=lambda bundle, raw: shown.append(bundle["text/plain"]))
+
+    def display(bundle: dict[str, str], raw: bool, display_id: bool) -> Any:
+        shown.append("new: " + bundle["text/plain"])
+        return handle
+
+    monkeypatch.setitem(
+        sys.modules, "IPython", SimpleNamespace(display=SimpleNamespace(display=display))
+    )
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    progress = Notebook()
+    progress.start(total=2, done=2)
+    progress.stop()
+    progress.stop()
+    assert shown == ["new: 2/2 points", "2/2 points"]
+
+
+def test_a_bar_counts_points_and_failures(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = Bar()
+    bar.start(total=3, done=1)
+    bar.point(failed=True)
+    bar.point(failed=False)
+    bar.tick()
+    bar.stop()
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert re.search(r"3/3 points, 1 failed", output.err)
 
 
 def texts(value: Any) -> Sequence[str]:
