@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,14 @@ def our_lock(waiters: int = 10, cycles: int = 6000) -> int:
         return HOLD_NS, entry_ns + HOLD_NS
 
     def writer(cpu: int) -> Any:
+        t_ns = 0
         for _ in range(cycles):
-            grant = lock.write(env.now, cpu, 0, section)
-            yield env.timeout(grant - env.now) if isinstance(grant, int) else grant
+            grant = lock.write(t_ns, cpu, 0, section)
+            if isinstance(grant, int):
+                yield env.timeout(grant - t_ns)
+                t_ns = grant
+            else:
+                t_ns = yield grant
 
     for cpu in range(waiters):
         env.process(writer(cpu))
@@ -190,61 +195,60 @@ print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 def big_guest_bytes() -> tuple[int, int]:
     """Peak resident memory before and with a guest of 64 GiB at 4 KiB."""
     code = BIG_GUEST.format(folder=str(HERE))
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     before, peak = (int(word) * 1024 for word in done.stdout.split())
     return before, peak
 
 
-def figure(name: str, value: float, unit: str, baseline: str, at: float, goal: str) -> dict[str, Any]:
-    """One row of the report."""
-    return {"name": name, "value": value, "unit": unit, "baseline": baseline, "of": at, "goal": goal}
+@dataclass(frozen=True)
+class Figure:
+    """One row of the report: a value, and what it is measured against."""
+
+    name: str
+    value: float
+    unit: str
+    baseline: str
+    of: float
+    goal: str
+
+    @property
+    def ratio(self) -> float:
+        """The value in units of its baseline."""
+        return self.value / self.of
+
+
+def measure() -> list[Figure]:
+    """All figures, each beside its baseline."""
+    lock, reference = side_by_side(our_lock, simpy_lock)
+    rates = [(*fault_run(), timed(bare_loop)) for _ in range(ROUNDS)]
+    faults, events, bare = (statistics.median(column) for column in zip(*rates, strict=True))
+    touches, plain = side_by_side(touch_run, numpy_touches)
+    before, peak = big_guest_bytes()
+    sleep = "bare SimPy timeouts"
+    return [
+        Figure("lock cycles", lock, "/s", "simpy.Resource, 10 waiters", reference, ">= 3x"),
+        Figure("fault run, events", events, "/s", sleep, bare, ">= 0.4x"),
+        Figure("fault run, faults", faults, "/s", sleep, bare, "-"),
+        Figure("touches", touches, "/s", "NumPy draw and mark", plain, "-"),
+        Figure(
+            "64 GiB guest, peak", peak / 1e6, "MB", "the process before", before / 1e6, "<= 500"
+        ),
+    ]
 
 
 def main() -> None:
     """Measure, print and write."""
-    lock, reference = side_by_side(our_lock, simpy_lock)
-    rows = [
-        figure("lock cycles", lock, "/s", "simpy.Resource, 10 waiters", reference, ">= 3x")
-    ]
-    rates = []
-    for _ in range(ROUNDS):
-        rates.append((*fault_run(), timed(bare_loop)))
-    faults_s, events_s, bare_s = (statistics.median(column) for column in zip(*rates, strict=True))
-    rows += [
-        figure("fault run, events", events_s, "/s", "bare SimPy timeouts", bare_s, ">= 0.4x"),
-        figure("fault run, faults", faults_s, "/s", "bare SimPy timeouts", bare_s, "-"),
-    ]
-    touches, plain = side_by_side(touch_run, numpy_touches)
-    rows.append(figure("touches", touches, "/s", "NumPy draw and mark", plain, "-"))
-    before, peak = big_guest_bytes()
-    rows.append(
-        figure("64 GiB guest, peak", peak / 1e6, "MB", "the same process before", before / 1e6, "<= 500")
-    )
-    print(f"{'figure':<22}{'value':>14} {'unit':<4} {'baseline':>14}  {'ratio':>7}  goal")
-    for row in rows:
-        ratio = row["value"] / row["of"]
+    figures = measure()
+    print(f"{'figure':<20}{'value':>12} {'unit':<4}{'baseline':>12}{'ratio':>8}  goal")
+    for row in figures:
         print(
-            f"{row['name']:<22}{row['value']:>14,.0f} {row['unit']:<4} {row['of']:>14,.0f}"
-            f"  {ratio:>6.2f}x  {row['goal']:<8} ({row['baseline']})"
+            f"{row.name:<20}{row.value:>12,.0f} {row.unit:<4}{row.of:>12,.0f}{row.ratio:>7.2f}x"
+            f"  {row.goal:<8} ({row.baseline})"
         )
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     report = {
         "python": platform.python_version(),
         "simpy": simpy.__version__,
-        "peak_rss_bytes": own,
-        "figures": [
-            {
-                "name": row["name"],
-                "value": row["value"],
-                "unit": row["unit"],
-                "baseline": {"name": row["baseline"], "value": row["of"]},
-                "ratio": row["value"] / row["of"],
-                "goal": row["goal"],
-            }
-            for row in rows
-        ],
+        "figures": [asdict(row) | {"ratio": row.ratio} for row in figures],
     }
     (HERE / "latest.json").write_text(json.dumps(report, indent=2) + "\n")
 

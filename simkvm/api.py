@@ -84,7 +84,7 @@ def sweep(
 
 def default_folder(study: Study) -> Path:
     """Where a study is kept unless said otherwise: results/NAME."""
-    return Path("results") / study.name.replace(os.sep, "-")
+    return Path("results") / (study.name.replace(os.sep, "-").lstrip(".") or "study")
 
 
 def open_results(folder: PathLike) -> Results:
@@ -207,10 +207,10 @@ def _kept(name: str, point: Point, out: PathLike) -> Result:
     from simkvm.study.store import Entry, Store
 
     store, key = Store(out), key_of(point.scenario)
+    store.extend_manifest(name, tuple(point.axes), [Entry(key, point.axes)])
     if key not in store:
         record, certificate = measure(point.scenario, point.axes)
         store.write(key, record, certificate)
-    store.extend_manifest(name, tuple(point.axes), [Entry(key, point.axes)])
     return Result.from_folder(store.folder(key), point.axes)
 
 

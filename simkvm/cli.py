@@ -29,6 +29,15 @@ WRONG_INPUT = 2
 INTERRUPTED = 130
 NO_READER = 141
 
+NOT_THERE = (
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
+"""What a path that the user gave can do wrong."""
+
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -42,6 +51,9 @@ class Commands(click.Group):
             sys.stdout.flush()
         except InputError as error:
             click.echo(str(error), err=True)
+            ctx.exit(WRONG_INPUT)
+        except NOT_THERE as error:
+            click.echo(f"{error.filename}: {str(error.strerror).lower()}", err=True)
             ctx.exit(WRONG_INPUT)
         except KeyboardInterrupt as stop:
             click.echo(f"simkvm: {str(stop) or 'interrupted'}", err=True)

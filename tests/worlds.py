@@ -7,7 +7,7 @@ patches classes, so it must be open before the world is built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,7 +17,8 @@ import pytest
 from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.qrwlock import ROW
 from simkvm.kernel.rcu import Rcu
-from simkvm.kernel.stage2 import TableId
+from simkvm.kernel.stage2 import Stage2, TableId
+from simkvm.kernel.unmap import chunks
 from simkvm.kernel.world import World
 from simkvm.observe.lock_stat import LockStat
 from simkvm.observe.oracle import Oracle, Walk
@@ -171,13 +172,17 @@ def _listen_to_oracle(notes: Journal, patch: pytest.MonkeyPatch) -> None:
 
 
 def _listen_to_invalidations(notes: Journal, patch: pytest.MonkeyPatch) -> None:
+    trees: dict[str, Stage2] = {}
+
     def unmap_chunk(kvm: Kvm, cpu: int, t_ns: int, first: int, last: int) -> None:
+        trees[kvm.name] = kvm.stage2
         notes.taken.setdefault(kvm.name, []).append((first, last))
 
     def invalidated(oracle: Oracle, first: int, last: int, *_: Any) -> None:
-        chunks = notes.taken.setdefault(oracle.guest, [])
-        while (cut := next((c for c in chunks if first <= c[0] and c[1] <= last), None)) is not None:
-            chunks.remove(cut)
+        taken = notes.taken.get(oracle.guest, [])
+        for cut in chunks(trees[oracle.guest], first, last) if taken else ():
+            if cut in taken:  # all of them, unless the tree went away half-way
+                taken.remove(cut)
         notes.ends[oracle.guest] = notes.ends.get(oracle.guest, 0) + 1
 
     before(patch, Kvm, "unmap_chunk", unmap_chunk)
@@ -185,7 +190,7 @@ def _listen_to_invalidations(notes: Journal, patch: pytest.MonkeyPatch) -> None:
 
 
 def _listen_to_rcu(notes: Journal, patch: pytest.MonkeyPatch) -> None:
-    queue = Rcu.call_rcu
+    queue, queue_many = Rcu.call_rcu, Rcu.call_rcu_many
 
     def call_rcu(rcu: Rcu, t_ns: int, cpu_id: int, callback: Callable[[int], int]) -> int:
         note = Callback(cpu_id, t_ns)
@@ -197,7 +202,20 @@ def _listen_to_rcu(notes: Journal, patch: pytest.MonkeyPatch) -> None:
 
         return queue(rcu, t_ns, cpu_id, invoked)
 
+    def call_rcu_many(
+        rcu: Rcu, times_ns: Sequence[int], cpu_id: int, callback: Callable[[int, int], int]
+    ) -> int:
+        added = [Callback(cpu_id, t_ns) for t_ns in times_ns]
+        notes.callbacks.extend(added)
+
+        def invoked(at_ns: int, index: int) -> int:
+            added[index].invoked_ns.append(at_ns)
+            return callback(at_ns, index)
+
+        return queue_many(rcu, times_ns, cpu_id, invoked)
+
     patch.setattr(Rcu, "call_rcu", call_rcu)
+    patch.setattr(Rcu, "call_rcu_many", call_rcu_many)
 
 
 def _listen_to_locks(notes: Journal, patch: pytest.MonkeyPatch) -> None:

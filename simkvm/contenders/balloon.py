@@ -1,8 +1,8 @@
 """Balloon inflation: the guest hands single pages back, in requests of up to 256.
 
-Source: drivers/virtio/virtio_balloon.c, v6.12 (``VIRTIO_BALLOON_ARRAY_PFNS_MAX``). The VMM drops the
-pages one by one, or, if it merges neighbours, a request at a time. The guest gives from the end of
-its memory downwards.
+Source: drivers/virtio/virtio_balloon.c, v6.12 (``VIRTIO_BALLOON_ARRAY_PFNS_MAX``). The VMM drops
+the pages one by one, or, if it merges neighbours, a request at a time. The guest gives from the end
+of its memory downwards.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-
+"""Guests: vCPUs, what they touch, and traces of real programs."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm
 
 DONE: Final = -1
+FEW: Final = 48  #: touches up to which a plain loop is faster than arrays
 WINDOW: Final = 256  #: touches looked ahead at once, doubled while none of them faults
 
 
@@ -51,6 +52,7 @@ class Vcpu:
         self._tlb_entries = kvm.costs.tlb_entries
         self._fast_last_touch = kvm.fast_last_touch
         self._flushes = False
+        self._shared = kvm.shared
         # The chunk being worked on: leaves, what each needs, when each is touched.
         self._leaves: NDArray[np.int64] = np.empty(0, np.int64)
         self._list: list[int] = []
@@ -160,6 +162,8 @@ class Vcpu:
         self._exit_ns = exit_ns = start + self._touch_ns
         self.next_ns = next_ns = self.fault.arrival_ns(exit_ns)
         cpu.enter_guest(t_ns, exit_ns)
+        if self._shared:
+            self._expect(self._list[position])
         return next_ns
 
     def enter(self, t_ns: int, busy_ns: int = 0) -> int:
@@ -181,23 +185,25 @@ class Vcpu:
 
     def _plan(self, start: int) -> int:
         """Find the next fault of a guest that touches on from ``start``."""
-        position = self._position
+        position = first = self._position
         stop = len(self._list)
         if position < stop:
             need = self._need_list[position]
-            if self._entries[self._list[position]] & need != need:
-                self._run_to = position
-                self._exit_ns = exit_ns = start + self._touch_ns
-                return self.fault.arrival_ns(exit_ns)
-            position = self._first_fault(position + 1, stop)
+            if self._entries[self._list[position]] & need == need:
+                position = self._first_fault(position + 1, stop)
         self._run_to = position
-        self._exit_ns = exit_ns = (
-            start + self._cost_list[position] - self._cost_list[self._position]
-        )
+        exit_ns = start + self._cost_list[position] - self._cost_list[first]
         if position == stop:
+            self._exit_ns = exit_ns
             return exit_ns
+        if self._shared:
+            self._expect(self._list[position])
         self._exit_ns = exit_ns = exit_ns + self._touch_ns
         return self.fault.arrival_ns(exit_ns)
+
+    def _expect(self, leaf: int) -> None:
+        """Ask to be told if another vCPU maps ``leaf`` before this one touches it."""
+        self.kvm.expected.setdefault(leaf, {})[self.index] = self
 
     def _first_fault(self, position: int, stop: int) -> int:
         """First touch from ``position`` on that stage 2 does not allow; ``stop`` if all are."""
@@ -224,11 +230,23 @@ class Vcpu:
         if last == first:
             return
         leaves = self._leaves[first:last]
-        self._touch(leaves)
+        if last - first <= FEW:
+            self._touch_few(self._list[first:last])
+        else:
+            self._touch(leaves)
         self.kvm.last_touch_ns[leaves] = t_ns
         self.touches += last - first
         self._position = last
         self._run_from_ns += self._cost_list[last] - self._cost_list[first]
+
+    def _touch_few(self, leaves: list[int]) -> None:
+        """As :meth:`_touch`, without arrays."""
+        tags, entries, size = self._fast_tags, self._entries, self._tlb_entries
+        for leaf in leaves:
+            slot = leaf % size
+            if tags[slot] != leaf:
+                tags[slot] = leaf
+                entries[leaf] |= AF
 
     def _touch(self, leaves: NDArray[np.int64]) -> None:
         """Look ``leaves`` up in the TLB, in order; each miss sets the accessed flag."""
@@ -249,11 +267,24 @@ class Vcpu:
         last[:-1] = first[1:]
         tags[slots[last]] = pages[last]
 
+    def given(self, leaf: int, t_ns: int) -> None:
+        """Another vCPU mapped ``leaf`` at ``t_ns``: a fault planned there may not be one."""
+        target = self._run_to
+        if not self._running or target == len(self._list) or self._list[target] != leaf:
+            return
+        ahead_ns = self._cost_list[target] - self._cost_list[self._position]
+        if self._run_from_ns + ahead_ns < t_ns:
+            return  # touched before: the exit has happened
+        self.next_ns = self._plan(self._run_from_ns)
+        self.cpu.enter_guest(t_ns, self._exit_ns)
+
     def flushed(self, t_ns: int) -> None:
         """The VM's translations were invalidated, and mappings may have gone, at ``t_ns``."""
         self._flushes = True
         if not self._running or self.alarm is None:
             return
+        if self._position == self._run_to and t_ns > self._run_from_ns:
+            return  # its faulting touch lies in the past: it is on its way out
         self._run_from_ns = max(self._run_from_ns, t_ns) + self._refill_ns()
         moved = self._plan(self._run_from_ns)
         if moved < self.next_ns:

@@ -1,1 +1,1 @@
-
+"""The simulated kernel: one mechanism a module, named as Linux names it."""

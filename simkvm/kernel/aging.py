@@ -14,8 +14,8 @@ tries both and skips what it cannot have. For every folio it learns whether the 
 ``bitmap``       windows of 64 PTEs with one call that tests and one that clears (2023 proposal)
 =============== =================================================================================
 
-``ageing_lock`` says what a call holds: ``write`` or ``read`` of ``mmu_lock``, or ``none``, only RCU.
-A new way to ask is a class with a ``name``, listed in :data:`CALLS`.
+``ageing_lock`` says what a call holds: ``write`` or ``read`` of ``mmu_lock``, or ``none``: only
+RCU. A new way to ask is a class with a ``name``, listed in :data:`CALLS`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ class AgeingCall:
         self.costs = kvm.costs.ageing
         self.lock = kvm.kernel["ageing_lock"]
 
-    def ask(self, t_ns: int, leaves: Leaves, report: Pass) -> Generator[Event, Any, tuple[int, Leaves]]:
+    def ask(
+        self, t_ns: int, leaves: Leaves, report: Pass
+    ) -> Generator[Event, Any, tuple[int, Leaves]]:
         """Age ``leaves``, all of one host table, from ``t_ns`` on.
 
         Returns when it is done, and the leaves that the *guest* used.
@@ -85,7 +87,9 @@ class Blind(AgeingCall):
 
     name = "blind"
 
-    def ask(self, t_ns: int, leaves: Leaves, report: Pass) -> Generator[Event, Any, tuple[int, Leaves]]:
+    def ask(
+        self, t_ns: int, leaves: Leaves, report: Pass
+    ) -> Generator[Event, Any, tuple[int, Leaves]]:
         """Only the scan itself costs time."""
         end = yield from reach(self.env, t_ns + len(leaves) * self.costs.scan_ns)
         return end, leaves[:0]
@@ -96,18 +100,21 @@ class PerFolio(AgeingCall):
 
     name = "per_folio"
 
-    def ask(self, t_ns: int, leaves: Leaves, report: Pass) -> Generator[Event, Any, tuple[int, Leaves]]:
+    def ask(
+        self, t_ns: int, leaves: Leaves, report: Pass
+    ) -> Generator[Event, Any, tuple[int, Leaves]]:
         """Cut into runs of one folio each and call for every run."""
         size = self.run_leaves()
-        if size == 1 and self.lock != "none":
+        if size == 1:
             report.calls += len(leaves)
+            if self.lock == "none":
+                return (yield from self._lockless(t_ns, leaves, len(leaves), 1))
             return (yield from self._locked_singles(t_ns, leaves))
         starts = np.flatnonzero(np.diff(leaves // size, prepend=-1))
-        runs = np.split(leaves, starts[1:])
-        report.calls += len(runs)
+        report.calls += len(starts)
         if self.lock == "none":
-            return (yield from self._lockless(t_ns, runs))
-        return (yield from self._locked_runs(t_ns, runs))
+            return (yield from self._lockless(t_ns, leaves, len(starts), size))
+        return (yield from self._locked_runs(t_ns, np.split(leaves, starts[1:])))
 
     def run_leaves(self) -> int:
         """Leaves that one call may cover."""
@@ -184,9 +191,7 @@ class PerFolio(AgeingCall):
         t_ns = yield from reach(env, t_ns)
         return t_ns - costs.call_ns, np.array(found, np.int64)
 
-    def _alone(
-        self, t_ns: int, leaves: Leaves, old_ns: int, found: list[int]
-    ) -> tuple[int, int]:
+    def _alone(self, t_ns: int, leaves: Leaves, old_ns: int, found: list[int]) -> tuple[int, int]:
         """Calls that nobody can come between: as many as are over before the next event.
 
         Leaves at least one call to do; returns how many were done and when the next reaches the
@@ -217,33 +222,27 @@ class PerFolio(AgeingCall):
     # -- without lock -------------------------------------------------------------------------
 
     def _lockless(
-        self, t_ns: int, runs: list[Leaves]
+        self, t_ns: int, leaves: Leaves, runs: int, size: int
     ) -> Generator[Event, Any, tuple[int, Leaves]]:
-        """Calls under RCU only; an event for each 64 of them."""
+        """Calls under RCU only, ``runs`` of up to ``size`` leaves; an event for each 64 of them."""
         kvm, costs = self.kvm, self.costs
         found: list[Leaves] = []
-        for first in range(0, len(runs), MIN_LRU_BATCH):
-            batch = runs[first : first + MIN_LRU_BATCH]
-            leaves = np.concatenate(batch)
+        walk_ns = costs.walk_ns + (size - 1) * costs.visit_ns
+        period_ns = costs.call_ns + walk_ns + size * costs.scan_ns
+        folios = leaves // size
+        edges = np.flatnonzero(np.diff(folios, prepend=-1))[::MIN_LRU_BATCH].tolist()
+        for number, low in enumerate(edges):
+            batch = leaves[low : edges[number + 1] if number + 1 < len(edges) else None]
+            calls = min(MIN_LRU_BATCH, runs - number * MIN_LRU_BATCH)
             t_ns = yield from reach(self.env, t_ns)
-            walk_ns = costs.walk_ns + (len(batch[0]) - 1) * costs.visit_ns
-            period_ns = costs.call_ns + walk_ns + len(batch[0]) * costs.scan_ns
+            tables = kvm.path_at(int(batch[0]), t_ns)
             kvm.oracle.walk(
-                Walk(
-                    self.task.name,
-                    kvm.path_at(int(leaves[0]), t_ns),
-                    t_ns + costs.call_ns,
-                    period_ns,
-                    walk_ns,
-                    len(batch),
-                )
+                Walk(self.task.name, tables, t_ns + costs.call_ns, period_ns, walk_ns, calls)
             )
-            young = leaves[
-                (kvm.stage2.leaf.entries[leaves] & (AF | VALID)) == (AF | VALID)
-            ]
+            young = batch[(kvm.stage2.leaf.entries[batch] & (AF | VALID)) == (AF | VALID)]
             kvm.stage2.clear_young(young)
             found.append(young)
-            t_ns += len(batch) * period_ns + len(young) * costs.promote_ns
+            t_ns += calls * period_ns + len(young) * costs.promote_ns
         t_ns = yield from reach(self.env, t_ns)
         return t_ns, np.concatenate(found)
 
@@ -263,18 +262,16 @@ class Bitmap(AgeingCall):
 
     name = "bitmap"
 
-    def ask(self, t_ns: int, leaves: Leaves, report: Pass) -> Generator[Event, Any, tuple[int, Leaves]]:
+    def ask(
+        self, t_ns: int, leaves: Leaves, report: Pass
+    ) -> Generator[Event, Any, tuple[int, Leaves]]:
         """At most two calls a window; the second is trimmed to the bits that are set."""
         kvm, costs = self.kvm, self.costs
         found: list[Leaves] = []
-        windows = np.split(
-            leaves, np.flatnonzero(np.diff(leaves // MIN_LRU_BATCH, prepend=-1))[1:]
-        )
+        windows = np.split(leaves, np.flatnonzero(np.diff(leaves // MIN_LRU_BATCH, prepend=-1))[1:])
         for window in windows:
             t_ns = yield from reach(self.env, t_ns)
-            young = window[
-                (kvm.stage2.leaf.entries[window] & (AF | VALID)) == (AF | VALID)
-            ]
+            young = window[(kvm.stage2.leaf.entries[window] & (AF | VALID)) == (AF | VALID)]
             t_ns = self._call(t_ns, window, report)
             t_ns += len(window) * costs.scan_ns + len(young) * costs.promote_ns
             if len(young):
@@ -296,9 +293,7 @@ class Bitmap(AgeingCall):
         return start + busy_ns
 
 
-CALLS: dict[str, type[AgeingCall]] = {
-    call.name: call for call in (Blind, PerPte, PerFolio, Bitmap)
-}
+CALLS: dict[str, type[AgeingCall]] = {call.name: call for call in (Blind, PerPte, PerFolio, Bitmap)}
 
 
 class AgeingThread:
@@ -386,9 +381,7 @@ class AgeingWalk:
         t_ns = yield from reach(self.env, t_ns + costs.lru_lock_ns + costs.resched_ns)
         return kvm.host.mmap_lock.visit(cpu.id, t_ns, 1)
 
-    def _table(
-        self, t_ns: int, table: int, report: Pass
-    ) -> Generator[Event, Any, tuple[int, int]]:
+    def _table(self, t_ns: int, table: int, report: Pass) -> Generator[Event, Any, tuple[int, int]]:
         """One host page table, under its lock."""
         kvm = self.kvm
         t_ns = yield from reach(self.env, t_ns)

@@ -44,13 +44,27 @@ class LineCosts:
         )
 
 
+MOST_ATOMICS = 4  #: atomics on one line that one CPU issues in a row
+
+
 class CacheLine:
     """One line: who had it last, and until when it is taken."""
 
-    __slots__ = ("_cpus_per_node", "_one_node", "_posted", "_remote_ns", "_same_ns", "_transfer_ns", "free_ns", "owner")
+    __slots__ = (
+        "_cpus_per_node",
+        "_fetch_ns",
+        "_local_ns",
+        "_one_node",
+        "_posted",
+        "_remote_ns",
+        "_transfer_ns",
+        "free_ns",
+        "owner",
+    )
 
     def __init__(self, costs: LineCosts) -> None:
-        self._same_ns = costs.same_ns
+        self._local_ns = [n * costs.same_ns for n in range(MOST_ATOMICS + 1)]
+        self._fetch_ns = [costs.transfer_ns + n * costs.same_ns for n in range(-1, MOST_ATOMICS)]
         self._transfer_ns = costs.transfer_ns
         self._remote_ns = costs.remote_ns
         self._cpus_per_node = costs.cpus_per_node
@@ -64,14 +78,16 @@ class CacheLine:
 
         The first one fetches the line; the others find it there.
         """
-        start = self.free_ns
-        if start < t_ns:
-            start = t_ns
+        done = self.free_ns
+        if done < t_ns:
+            done = t_ns
         if cpu == self.owner:
-            done = start + atomics * self._same_ns
+            done += self._local_ns[atomics]
+        elif self._one_node:
+            done += self._fetch_ns[atomics]
+            self.owner = cpu
         else:
-            fetch_ns = self._transfer_ns if self._one_node else self._transfer(cpu)
-            done = start + fetch_ns + (atomics - 1) * self._same_ns
+            done += self._transfer(cpu) + self._local_ns[atomics - 1]
             self.owner = cpu
         self.free_ns = done
         return done

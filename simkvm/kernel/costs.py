@@ -166,7 +166,7 @@ def _unmap(machine: Machine) -> UnmapStepCosts:
         descend_ns=round(machine["stage2_descend_ns"]),
         table_visit_ns=round(machine["stage2_table_visit_ns"]),
         leaf_ns=round(machine["unmap_s2_4k_noflush_ns"]),
-        host_page_ns=round(machine["unmap_s1_4k_ns"]) ,
+        host_page_ns=round(machine["unmap_s1_4k_ns"]),
         bookkeeping_ns=round(machine["range_bookkeeping_ns"]),
     )
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Final
 from simpy import Event
 
 from simkvm.kernel.host_memory import OWN
-from simkvm.kernel.sites import FAULT
 from simkvm.kernel.stage2 import VALID, WRITE, TableId
 from simkvm.kernel.task import Task, reach
 
@@ -118,6 +117,7 @@ class FaultPath:
             t_ns = yield from reach(self._env, t_ns)
         if self._write and kvm.host.fast[leaf] and not kvm.host.fast[leaf] & OWN:
             t_ns = yield from kvm.notifier.invalidate(self._task, t_ns, leaf, leaf + 1)
+            t_ns = yield from reach(self._env, t_ns)
         kvm.host.install(leaf, self._write)
         return t_ns
 
@@ -146,6 +146,8 @@ class FaultPath:
         made = stage2.map_leaf(leaf, WRITE if state & OWN else 0)
         if made:
             hold += self._linked(made, entry_ns)
+        if kvm.expected:
+            kvm.leaf_mapped(leaf, entry_ns)
         return hold, self._vcpu.mapped(entry_ns + hold + costs.enter_ns)
 
     def _linked(self, made: list[TableId], entry_ns: int) -> int:

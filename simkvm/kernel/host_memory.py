@@ -46,12 +46,10 @@ class HostMemory:
         before = self.fast[leaf]
         if not before:
             self.present[leaf // self.entries] += 1
-        if own:
-            if not before & OWN:
-                self.lru.add(leaf)
-            self.fast[leaf] = PRESENT | YOUNG | OWN
-        else:
-            self.fast[leaf] = PRESENT | YOUNG
+        if own and not before & OWN:
+            self.lru.add(leaf)
+        # A read that meets a page of the leaf's own, made meanwhile, leaves it alone.
+        self.fast[leaf] = before | PRESENT | YOUNG | (OWN if own else 0)
 
     def zap(self, first: int, last: int) -> int:
         """Remove what is mapped in ``first`` up to ``last``; returns how many entries that was."""
@@ -73,7 +71,7 @@ class HostMemory:
 
     def lock_for_ageing(self, table: int, t_ns: int) -> None:
         """Ageing got the lock of ``table`` at ``t_ns``."""
-        self.aged_table, self._aged_from_ns = table, t_ns
+        self.aged_table, self._aged_from_ns, self._aging = table, t_ns, True
         self._released = None
 
     def unlock(self, t_ns: int) -> None:

@@ -23,7 +23,7 @@ from simkvm.observe.oracle import Oracle
 from simkvm.observe.table_memory import TableMemory
 from simkvm.scenario.kernel import KernelVariant
 from simkvm.scenario.machine import Machine
-from simkvm.scenario.schema import Guest
+from simkvm.scenario.schema import Access, Guest, Phases, Populate, Trace
 
 if TYPE_CHECKING:
     from simkvm.guest.vcpu import Vcpu
@@ -67,9 +67,14 @@ class Kvm:
         self.notifier = MmuNotifier(self, Srcu(env, self.costs.wakeup_ns))
         self.oracle = Oracle(name)
         self.table_free = table_free.POLICIES[kernel["table_free"]]()
-        self.deferred_tlbi = kernel["unmap_tlbi"] == "deferred" and machine.tlbirange and machine.fwb
+        self.deferred_tlbi = (
+            kernel["unmap_tlbi"] == "deferred" and machine.tlbirange and machine.fwb
+        )
         self._break_lock = break_lock
         self.vcpus: list[Vcpu] = []
+        self.shared = guest.vcpus > 1 and not _apart(guest.access)
+        #: Leaves that vCPUs plan to fault on, and who: only kept if vCPUs share memory.
+        self.expected: dict[int, dict[int, Vcpu]] = {}
         self.installing: dict[int, int] = {}  # leaf table -> until when a fault installs it
         self.last_touch_ns = np.full(self.leaves, -1, np.int64)
         self.fast_last_touch = memoryview(self.last_touch_ns)  # type: ignore[arg-type]  # a buffer
@@ -113,6 +118,11 @@ class Kvm:
 
     def _rcu_callback(self, table: TableId, t_ns: int) -> int:
         return self.table_free.callback(self, table, t_ns)
+
+    def leaf_mapped(self, leaf: int, t_ns: int) -> None:
+        """A fault mapped ``leaf`` at ``t_ns``: tell the vCPUs that were about to."""
+        for vcpu in self.expected.pop(leaf, {}).values():
+            vcpu.given(leaf, t_ns)
 
     # -- unmapping ----------------------------------------------------------------------------
 
@@ -183,3 +193,10 @@ class Kvm:
         if self._unpinned is None:
             self._unpinned = Event(self.env)
         return self._unpinned
+
+
+def _apart(access: Access) -> bool:
+    """Whether the vCPUs of a guest that does this never touch the same page."""
+    if isinstance(access, Phases):
+        return all(_apart(phase) for phase in access.phases)
+    return isinstance(access, Populate | Trace)

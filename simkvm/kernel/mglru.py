@@ -22,7 +22,7 @@ class LruGen:
     """Generations of ``leaves`` folios; ``two_step``: a first sighting only marks (v7.x)."""
 
     def __init__(self, leaves: int, two_step: bool) -> None:
-        self.max_seq = MIN_NR_GENS - 1
+        self.max_seq = MIN_NR_GENS + 1  # so from the start there are as many as there can be
         self.min_seq = 0
         self.sizes = [0] * MAX_NR_GENS
         self._two_step = two_step
@@ -49,10 +49,11 @@ class LruGen:
             self._referenced[leaves[first]] = True
             leaves = leaves[~first]
         youngest = self.max_seq % MAX_NR_GENS
+        moved = int(np.count_nonzero(self._generation[leaves] != youngest))
         self.remove(leaves)
         self._generation[leaves] = youngest
         self.sizes[youngest] += len(leaves)
-        return len(leaves)
+        return moved
 
     def inc_max_seq(self) -> int:
         """Open a new generation; returns how many folios had to be moved up first."""

@@ -99,9 +99,7 @@ class MmuNotifier:
         self.srcu.leave(token, t_ns)
         return t_ns
 
-    def _start(
-        self, task: Task, t_ns: int, first: int, last: int, blockable: bool
-    ) -> Steps:
+    def _start(self, task: Task, t_ns: int, first: int, last: int, blockable: bool) -> Steps:
         kvm = self._kvm
         parts = chunks(kvm.stage2, first, last)
         t_ns = yield from reach(kvm.env, t_ns)

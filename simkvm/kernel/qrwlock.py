@@ -30,6 +30,7 @@ from heapq import heappush
 from typing import Final
 
 from simpy import Environment, Event
+from simpy.events import NORMAL
 
 from simkvm.kernel.cacheline import CacheLine, LineCosts
 
@@ -62,6 +63,7 @@ class QueuedRwlock:
         "_open",
         "_queue",
         "_readers",
+        "_release",
         "_unlocks",
         "_waiting",
         "_writer",
@@ -83,6 +85,7 @@ class QueuedRwlock:
         self._holder: Event | None = None  # an event already planned for the moment of release
         self._open: tuple[int, int, int, int] | None = None
         self._queue: deque[Waiter] = deque()
+        self._release = self._on_due  # bound once
         self.rows: list[int] = []
 
     # -- asking -------------------------------------------------------------------------------
@@ -94,7 +97,13 @@ class QueuedRwlock:
         line = self._line
         if self._writer or self._waiting:
             line.serve(cpu, t_ns, 3)  # add itself, take itself off again, join the line
-            return self._join(False, t_ns, cpu, site, section)
+            event = Event(self._env)
+            queue = self._queue
+            met = len(queue)
+            queue.append((False, cpu, site, t_ns, met, section, event))
+            if not met:
+                self._watch()
+            return event
         entry = line.serve(cpu, t_ns)
         hold, resume = section(entry)
         unlock = entry + hold
@@ -117,7 +126,13 @@ class QueuedRwlock:
             self._settle(t_ns)
         if self._writer or self._readers or self._waiting:
             self._line.serve(cpu, t_ns, 2)  # a failed cmpxchg, join the line
-            return self._join(True, t_ns, cpu, site, section)
+            event = Event(self._env)
+            queue = self._queue
+            met = len(queue)
+            queue.append((True, cpu, site, t_ns, met, section, event))
+            if not met:
+                self._watch()
+            return event
         entry = self._line.serve(cpu, t_ns)
         self._holder = None
         return self._enter_writer(cpu, site, t_ns, entry, FAST, section)
@@ -152,16 +167,6 @@ class QueuedRwlock:
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _join(self, write: bool, t_ns: int, cpu: int, site: int, section: Section) -> Event:
-        event = Event(self._env)
-        queue = self._queue
-        if queue:
-            queue.append((write, cpu, site, t_ns, len(queue), section, event))
-        else:
-            queue.append((write, cpu, site, t_ns, 0, section, event))
-            self._watch()
-        return event
-
     def _watch(self) -> None:
         """The head of the line looks at the word: plan the moment at which it can get in."""
         if not self._writer:
@@ -170,13 +175,13 @@ class QueuedRwlock:
         elif self._open is None:
             holder = self._holder
             if holder is not None and holder.callbacks is not None:
-                holder.callbacks.insert(0, self._on_due)  # who goes on at the release itself
+                holder.callbacks.insert(0, self._release)  # who goes on at the release itself
             else:
                 self._arm(self._due_ns)
 
     def _arm(self, at_ns: int) -> None:
         event = Event(self._env)
-        event.callbacks.append(self._on_due)
+        event.callbacks.append(self._release)
         self._trigger(event, max(at_ns, int(self._env.now)))
 
     def _trigger(self, event: Event, at_ns: int) -> None:
@@ -184,12 +189,16 @@ class QueuedRwlock:
         event._ok = True
         event._value = at_ns
         env = self._env
-        heappush(env._queue, (at_ns, 1, next(env._eid), event))
+        heappush(env._queue, (at_ns, NORMAL, next(env._eid), event))
 
     def _on_due(self, _: Event) -> None:
-        now = self._env._now
-        if self._due_ns <= now:
-            self._settle(now)  # type: ignore[arg-type]  # all delays are whole nanoseconds
+        if self._writer and self._queue and self._due_ns <= self._env._now:
+            seen = self._line.serve(self._writer_cpu, self._due_ns)
+            self._due_ns = NEVER
+            self._writer = False
+            self._hand_over(seen)
+        else:
+            self._settle(self._env._now)  # type: ignore[arg-type]  # all delays are whole
 
     def _settle(self, t_ns: int) -> None:
         """Serve every release that has reached the line by ``t_ns``, in order, and hand over."""
@@ -200,11 +209,12 @@ class QueuedRwlock:
                 self._due_ns = NEVER
                 self._writer = False
             else:
-                at, cpu = self._unlocks.popleft()
+                unlocks = self._unlocks
+                at, cpu = unlocks.popleft()
                 seen = line.serve(cpu, at)
-                self._due_ns = self._unlocks[0][0] if self._unlocks else NEVER
+                self._due_ns = unlocks[0][0] if unlocks else NEVER
                 self._readers -= 1
-                if self._readers:
+                if unlocks:
                     continue
             if self._queue:
                 self._hand_over(seen)
@@ -214,24 +224,50 @@ class QueuedRwlock:
         queue, line = self._queue, self._line
         self._waiting = False
         write, cpu, site, arrival, met, section, event = queue.popleft()
-        entry = line.occupy(cpu, seen_ns, self._handoff_ns)
+        # line.occupy(), written out: this and the next lines are the model's hottest.
+        free = line.free_ns
+        entry = line.free_ns = (free if free > seen_ns else seen_ns) + self._handoff_ns
+        line.owner = cpu
         if write:
-            resume = self._enter_writer(cpu, site, arrival, entry, met, section)
-            self._holder = event if resume == self._due_ns else None
-            self._trigger(event, resume)
-        else:
+            self._writer = True
+            self._writer_cpu = cpu
+            hold, resume = section(entry)
+            env = self._env
+            event._ok = True
+            event._value = resume
+            heappush(env._queue, (resume, NORMAL, next(env._eid), event))
+            if hold == OPEN:
+                self._open = (site, arrival, entry, met)
+                return
+            due = self._due_ns = entry + hold
+            self.rows += (site, 1, arrival, entry - arrival, hold, met)
+            if resume != due:
+                self._holder = None
+                if queue:
+                    self._arm(due)
+            elif queue:
+                event.callbacks.insert(0, self._release)
+            else:
+                self._holder = event
+            return
+        self._admit_reader(cpu, site, arrival, entry, met, section, event)
+        while queue and not queue[0][0]:
+            _, cpu, site, arrival, met, section, event = queue.popleft()
+            entry = line.serve(cpu, entry + self._next_ns)
             self._admit_reader(cpu, site, arrival, entry, met, section, event)
-            while queue and not queue[0][0]:
-                _, cpu, site, arrival, met, section, event = queue.popleft()
-                entry = line.serve(cpu, entry + self._next_ns)
-                self._admit_reader(cpu, site, arrival, entry, met, section, event)
-            if queue:
-                line.serve(queue[0][1], entry + self._next_ns)  # sets the writer's "waits" bit
         if queue:
+            line.serve(queue[0][1], entry + self._next_ns)  # sets the writer's "waits" bit
             self._watch()
 
     def _admit_reader(
-        self, cpu: int, site: int, arrival: int, entry: int, met: int, section: Section, event: Event
+        self,
+        cpu: int,
+        site: int,
+        arrival: int,
+        entry: int,
+        met: int,
+        section: Section,
+        event: Event,
     ) -> None:
         hold, resume = section(entry)
         unlock = entry + hold

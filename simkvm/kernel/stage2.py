@@ -33,7 +33,7 @@ class TableId(NamedTuple):
     """Identity of a table: where it hangs, and which of the tables that hung there it is."""
 
     level: int
-    index: int
+    index: int  # type: ignore[assignment]  # nobody searches an identity for a value
     incarnation: int
 
 
@@ -143,9 +143,7 @@ class Stage2:
 
     def places(self, leaf: int) -> list[tuple[int, int]]:
         """(level, index) of each table below the root on the way to ``leaf``, linked or not."""
-        return [
-            (lower.number, (leaf + phase) >> down) for _, lower, down, phase in self.steps
-        ]
+        return [(lower.number, (leaf + phase) >> down) for _, lower, down, phase in self.steps]
 
     # -- mapping ------------------------------------------------------------------------------
 
@@ -194,7 +192,8 @@ class Stage2:
 
     def young(self, first: int, last: int) -> NDArray[np.bool_]:
         """Which leaves of ``first`` up to ``last`` are valid and accessed."""
-        return (self.leaf.entries[first:last] & (VALID | AF)) == (VALID | AF)
+        found: NDArray[np.bool_] = (self.leaf.entries[first:last] & (VALID | AF)) == (VALID | AF)
+        return found
 
     def clear_young(self, leaves: NDArray[np.int64]) -> None:
         """Clear AF of ``leaves`` (distinct leaf numbers)."""

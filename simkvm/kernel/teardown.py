@@ -142,5 +142,3 @@ class Teardown:
         self.visits += kvm.entries
         entries_ns = kvm.entries * kvm.costs.unmap.visit_ns + counted * kvm.costs.line.same_ns
         return entries_ns + kvm.costs.unmap.descend_ns + kvm.costs.free.free_ns
-
-

@@ -119,8 +119,11 @@ class UnmapWalk:
     def _remove_leaves(self, first: int, last: int) -> None:
         """Leaves that sit in the root itself: nothing to unlink."""
         level = self.stage2.leaf
-        removed = int(np.count_nonzero(level.entries[first:last] & VALID))
+        gone = np.flatnonzero(level.entries[first:last] & VALID)
         level.entries[first:last] = 0
+        tables = (first + gone + level.phase) >> self.stage2.geometry.index_bits
+        level.counts -= np.bincount(tables, minlength=len(level.counts)).astype(np.int32)
+        removed = len(gone)
         self.visits += last - first
         self.leaves += removed
         self.elapsed_ns += (last - first) * self.costs.visit_ns

@@ -18,13 +18,15 @@ Int64s = NDArray[np.int64]
 def bucket_of(values: Int64s) -> Int64s:
     """Bucket numbers of non-negative ``values``."""
     exponent = np.maximum(np.frexp(values.astype(np.float64))[1] - SUB_BITS - 1, 0).astype(np.int64)
-    return ((exponent + 1) << SUB_BITS) + (values >> exponent) - (1 << SUB_BITS)
+    buckets: Int64s = ((exponent + 1) << SUB_BITS) + (values >> exponent) - (1 << SUB_BITS)
+    return buckets
 
 
 def low_of(buckets: Int64s) -> Int64s:
     """Lowest value of each bucket."""
     octave = np.maximum((buckets >> SUB_BITS) - 1, 0)
-    return (buckets - (octave << SUB_BITS)) << octave
+    lows: Int64s = (buckets - (octave << SUB_BITS)) << octave
+    return lows
 
 
 class Histogram:
@@ -76,6 +78,4 @@ class Histogram:
         """(low, high, count) of every bucket in use; high is not included."""
         used = np.flatnonzero(self.counts)
         lows, highs = low_of(used), low_of(used + 1)
-        return list(
-            zip(lows.tolist(), highs.tolist(), self.counts[used].tolist(), strict=True)
-        )
+        return list(zip(lows.tolist(), highs.tolist(), self.counts[used].tolist(), strict=True))

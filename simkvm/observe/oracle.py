@@ -36,7 +36,7 @@ class Walk(NamedTuple):
     start_ns: int
     period_ns: int
     busy_ns: int
-    count: int
+    count: int  # type: ignore[assignment]  # nobody counts values in a walk
 
     @property
     def end_ns(self) -> int:
@@ -98,7 +98,10 @@ class Oracle:
         self._leaving.append(table)
         if entries_left:
             self._report(
-                "unlink_with_entries", t_ns, f"{name(table)} still has {entries_left} entries", table
+                "unlink_with_entries",
+                t_ns,
+                f"{name(table)} still has {entries_left} entries",
+                table,
             )
 
     def freed(self, table: TableId, t_ns: int, deferred: bool) -> None:
@@ -110,7 +113,10 @@ class Oracle:
         life.freed_ns = t_ns
         if deferred and not self._separated(life.unlinked_ns, t_ns):
             self._report(
-                "free_before_grace_period", t_ns, f"no full grace period protects {name(table)}", table
+                "free_before_grace_period",
+                t_ns,
+                f"no full grace period protects {name(table)}",
+                table,
             )
         for walk in self._walks:
             self._check(walk, table, t_ns)
@@ -185,8 +191,7 @@ class Oracle:
 
     def _separated(self, unlinked_ns: int, freed_ns: int) -> bool:
         return any(
-            unlinked_ns <= start and end <= freed_ns
-            for start, end in reversed(self._grace_periods)
+            unlinked_ns <= start and end <= freed_ns for start, end in reversed(self._grace_periods)
         )
 
     def _check(self, walk: Walk, table: TableId, freed_ns: int) -> None:

@@ -119,7 +119,7 @@ class Recorder:
         return {
             "sim_ns": end_ns,
             "touches": touches,
-            "touches_per_s": touches * NS_PER_S / max(1, end_ns),
+            "touches_per_s": touches * NS_PER_S / max(1, *walls),
             "vcpu_wall_ns": round(float(np.mean(walls))),
             "faults": sum(vcpu.fault.faults for vcpu in vcpus),
             "fault_retries": sum(vcpu.fault.retries for vcpu in vcpus),
@@ -182,6 +182,7 @@ def _passes_summary(passes: list[Pass]) -> dict[str, int | float | str]:
         "ageing_pass_mean_ns": float(lengths.mean()),
         "ageing_pass_p50_ns": int(np.percentile(lengths, 50, method="lower")),
         "ageing_pass_max_ns": int(lengths.max()),
+        "ageing_ns_per_page": int(lengths.sum()) / max(1, sum(p.scanned for p in passes)),
         "ageing_calls": sum(p.calls for p in passes),
         "scanned_pages": sum(p.scanned for p in passes),
         "young_pages": sum(p.young for p in passes),

@@ -56,16 +56,17 @@ class TableMemory:
 
         Columns ``t_ns``, ``deferred_bytes``, ``reported_table_bytes``, ``table_bytes``.
         """
-        series = [np.array(s, np.int64).reshape(-1, 2) for s in (self._waiting, self._reported, self._real)]
+        told = (self._waiting, self._reported, self._real)
+        series = [np.array(changes, np.int64).reshape(-1, 2) for changes in told]
         times = np.unique(np.concatenate([[0], *(s[:, 0] for s in series)]))
         times = times[times <= end_ns]
         columns: dict[str, Int64s] = {"t_ns": times}
         for title, changes in zip(
             ("deferred_bytes", "reported_table_bytes", "table_bytes"), series, strict=True
         ):
-            changes = changes[np.argsort(changes[:, 0], kind="stable")]
-            running = np.concatenate([[0], np.cumsum(changes[:, 1])])
-            columns[title] = running[np.searchsorted(changes[:, 0], times, side="right")]
+            ordered = changes[np.argsort(changes[:, 0], kind="stable")]
+            running = np.concatenate([[0], np.cumsum(ordered[:, 1])])
+            columns[title] = running[np.searchsorted(ordered[:, 0], times, side="right")]
         return columns
 
 

@@ -1,1 +1,1 @@
-
+"""What to simulate: scenario files, machines and kernels as data."""

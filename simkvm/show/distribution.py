@@ -46,18 +46,16 @@ class Distribution:
         return np.maximum(self.high_ns - 1, self.low_ns)
 
     def tail(self) -> tuple[Floats, Floats]:
-        """The complementary distribution as a line: points x in ns, and the share of values above
-        x.
+        """The complementary distribution as a line: points x in ns, the share of values above x.
 
-        Flat where buckets are empty and straight within one. Starts at the first point a
-        logarithmic axis can show: where many did not wait at all, the line starts at the share that
-        did.
+        Flat where buckets are empty and straight within one. Starts where a logarithmic axis can:
+        if some did not wait at all, at 1 ns with the share of those that did.
         """
         above = self.count[::-1].cumsum()[::-1] / self.count.sum()
-        x = np.column_stack([self.low_ns, self.high_ns]).ravel()
+        x = np.column_stack([self.low_ns, self._last_ns]).ravel()
         y = np.column_stack([above, np.append(above[1:], above[-1])]).ravel()
-        shown = x >= 1
-        return x[shown], y[shown]
+        start = max(int((x < 1).sum()) - 1, 0)
+        return np.maximum(x[start:], 1), y[start:]
 
 
 def distribution(

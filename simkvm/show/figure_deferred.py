@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from simkvm.show.points import (
 )
 from simkvm.units import format_duration, format_size
 
-MOST_BANDS = 400
+MOST_BANDS = 120
 MOST_STEPS = 8_000
 PEAK_MARGIN_GRACE_PERIODS = 5
 
@@ -58,23 +59,29 @@ def deferred_memory(
 
     Grace periods are the light bands behind; mean and peak are of the window shown, which is the
     whole run unless `window_ns` = (start, end) in simulated nanoseconds. Of several replications
-    the first is shown. Raises InputError if the window is empty or nothing was simulated in it.
+    the first is shown. Variants in which no table ever waits have no panel but are named in the
+    caption. Raises InputError if the window is empty or nothing was simulated in it.
     """
-    groups = variants(results, where=where)
-    shown = {label: group[0] for label, group in groups.items()}
+    first = {label: group[0] for label, group in variants(results, where=where).items()}
+    window = window_ns or (0, max(int(summary_of(r)["sim_ns"]) for r in first.values()))
+    shown = {label: result for label, result in first.items() if _peak(result) > 0} or first
     figure, panels = style.sheet(
         len(shown), 1, 9.0, 1.0 + 2.0 * len(shown), sharex=True, sharey=len(shown) > 1
     )
-    colours = style.variant_colours(shown)
-    window = window_ns or (0, max(int(summary_of(r)["sim_ns"]) for r in shown.values()))
+    colours = style.variant_colours(first)
     for panel, (label, result) in zip(panels, shown.items(), strict=True):
         deferred_panel(panel, result, window, colours[label])
         panel.set_title(label)
     _share_size_axis(panels)
-    panels[-1].set_xlabel("simulated time (bands: grace periods)")
+    panels[-1].set_xlabel(_time_label(list(shown.values()), window))
     part = "" if window_ns is None else f", {' to '.join(map(format_duration, window_ns))}"
-    title = f"Page-table memory waiting for grace periods{part}"
-    style.entitle(figure, title, caption(results, list(shown.values())))
+    without = [label for label in first if label not in shown]
+    style.entitle(
+        figure,
+        f"Page-table memory waiting for grace periods{part}",
+        caption(results, list(first.values()))
+        + (f" · no table ever waits with {', '.join(without)}" if without else ""),
+    )
     return figure
 
 
@@ -187,7 +194,7 @@ def _grace_periods(ax: Axes, periods: pd.DataFrame, window: Window) -> None:
 
     What stays white had no grace period. A window with too many of them for the eye has no bands.
     """
-    seen = periods[(periods["end_ns"] > window[0]) & (periods["start_ns"] < window[1])]
+    seen = _seen(periods, window)
     if len(seen) > MOST_BANDS:
         return
     top = ax.get_xaxis_transform()
@@ -197,6 +204,17 @@ def _grace_periods(ax: Axes, periods: pd.DataFrame, window: Window) -> None:
         ax.broken_barh(spans, (0, 1), transform=top, color=tint, zorder=0, label="_bands")
     ends = seen["end_ns"]
     ax.vlines(ends, 0.97, 1, transform=top, color=style.GREY, linewidth=0.6, label="_ends")
+
+
+def _seen(periods: pd.DataFrame, window: Window) -> pd.DataFrame:
+    return periods[(periods["end_ns"] > window[0]) & (periods["start_ns"] < window[1])]
+
+
+def _time_label(results: Sequence[ResultLike], window: Window) -> str:
+    most = max(len(_seen(result.grace_periods, window)) for result in results)
+    if most > MOST_BANDS:
+        return f"simulated time ({most} grace periods, too many to show)"
+    return "simulated time (bands: grace periods)"
 
 
 def _mean_and_peak(ax: Axes, steps: Steps, timeline: pd.DataFrame, colour: str) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -26,7 +27,6 @@ TITLES = {
     "hold": "How long mmu_lock is held",
     "wait": "How long mmu_lock is waited for",
 }
-XLABELS = {"hold": "hold time", "wait": "wait time (a line starts at the share that had to wait)"}
 
 
 def sites_of(results: OneOrMany) -> list[str]:
@@ -36,6 +36,12 @@ def sites_of(results: OneOrMany) -> list[str]:
         for result in listed(results)
         for site in result.histograms.loc[result.histograms["lock"] == "mmu_lock", "site"].unique()
     )
+
+
+def takes_lock(results: OneOrMany) -> bool:
+    """Whether anybody takes mmu_lock in the points that `lock_distribution` shows."""
+    shown = (point for group in variants(results).values() for point in group)
+    return any((point.locks["lock"] == "mmu_lock").any() for point in shown)
 
 
 @style.in_style
@@ -127,7 +133,9 @@ def _tail(ax: Axes, values: Distribution, look: Look, label: str, width: float =
     for share, name, marker in MARKED:
         at = values.quantile_ns(share)
         if at >= 1:
-            (mark,) = ax.plot([at], [1 - share], marker, color=colour, zorder=3)
+            # With few acquisitions the curve ends above 1%, at the largest one.
+            height = max(1 - share, float(y[-1]))
+            (mark,) = ax.plot([at], [height], marker, color=colour, zorder=3)
             mark.set(label=f"_{name} {label}", markersize=3.5 + 1.2 * width)
 
 
@@ -140,7 +148,7 @@ def _scales(ax: Axes, quantity: Quantity, bottom: float) -> None:
     ax.yaxis.set_major_locator(LogLocator(base=10, numticks=9))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: share_text(value)))
-    ax.set_xlabel(XLABELS[quantity])
+    ax.set_xlabel(f"{quantity} time{_beginning(ax, quantity)}")
     ax.set_ylabel("share of acquisitions above")
     for share, name, _ in MARKED:
         ax.axhline(1 - share, color=style.GREY, linewidth=0.6, linestyle=(0, (1, 2)), zorder=1)
@@ -154,6 +162,12 @@ def _scales(ax: Axes, quantity: Quantity, bottom: float) -> None:
             fontsize=7.5,
             color=style.GREY,
         )
+
+
+def _beginning(ax: Axes, quantity: Quantity) -> str:
+    curves = (np.asarray(line.get_ydata()) for line in ax.lines)
+    late = any(len(y) > 1 and y[0] < 1 for y in curves)
+    return f" (lines start at the share that had to {quantity})" if late else ""
 
 
 def _statistics(

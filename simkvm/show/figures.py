@@ -22,7 +22,7 @@ from simkvm.show.figure_deferred import (
     deferred_vs_rate,
     defers,
 )
-from simkvm.show.figure_locks import lock_distribution, lock_sites, sites_of
+from simkvm.show.figure_locks import lock_distribution, lock_sites, takes_lock
 from simkvm.show.figure_scaling import ageing_scaling, ages
 from simkvm.show.points import OneOrMany, ordered_axis
 
@@ -56,12 +56,12 @@ class FigureKind(NamedTuple):
 FIGURES: dict[str, FigureKind] = {
     "lock_hold": FigureKind(
         partial(lock_distribution, quantity="hold"),
-        lambda results: bool(sites_of(results)),
+        takes_lock,
         "a run in which somebody takes mmu_lock",
     ),
     "lock_wait": FigureKind(
         partial(lock_distribution, quantity="wait"),
-        lambda results: bool(sites_of(results)),
+        takes_lock,
         "a run in which somebody takes mmu_lock",
     ),
     "deferred_memory": FigureKind(

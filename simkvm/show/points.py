@@ -211,6 +211,8 @@ def variants(
     selects nothing.
     """
     points = listed(results)
+    if not points:
+        raise InputError("these results have no finished point")
     axes = axes_of(points)
     chosen = resolve_where(axes, where or {})
     kept = [point for point in points if _wanted(point, axes, chosen, along)]

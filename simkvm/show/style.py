@@ -162,7 +162,7 @@ def entitle(figure: Figure, title: str, caption: str) -> None:
     """Put what is seen on top, and under it all the caption: machine, seed, what was varied."""
     figure.suptitle(title, x=0.01, ha="left")
     characters = int(figure.get_figwidth() * 15)
-    text = "\n".join(textwrap.wrap(caption, characters))
+    text = "\n".join(textwrap.wrap(caption, characters, break_on_hyphens=False))
     figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color=GREY)
 
 

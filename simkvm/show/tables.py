@@ -156,8 +156,8 @@ def rcu_table(result: ResultLike) -> RenderableType:
     ]
     row = [
         _count(summary.get("grace_periods")),
-        _time(summary.get("grace_period_p50_ns")),
-        _time(summary.get("grace_period_p99_ns")),
+        _grace(summary, "p50"),
+        _grace(summary, "p99"),
         _count(summary.get("callbacks")),
         _count(summary.get("deferred_tables_mean")),
         _count(summary.get("deferred_tables_peak")),
@@ -298,18 +298,23 @@ def _sweep_table(
     points: Sequence[ResultLike],
     axes: Sequence[AxisOfStudy],
 ) -> RenderableType:
-    replicated = len({point.scenario.get("replication", 0) for point in points}) > 1
-    headers = [*(axis.name for axis in axes), *(["rep"] if replicated else [])]
-    headers += [header for header, _ in columns]
-    rows = [
-        [
-            *(plain(value_of(point, axis.key)) for axis in axes),
-            *([str(point.scenario.get("replication", 0))] if replicated else []),
-            *(cell(point) for _, cell in columns),
-        ]
-        for point in points
-    ]
-    return titled_table(title, headers, rows, left=len(axes) + replicated)
+    """Axes, replications and those columns in which any point has something to say."""
+    places = {axis.name: [plain(value_of(point, axis.key)) for point in points] for axis in axes}
+    repeated = [str(point.scenario.get("replication", 0)) for point in points]
+    if len(set(repeated)) > 1:
+        places["rep"] = repeated
+    shown = [(header, [cell(point) for point in points]) for header, cell in columns]
+    shown = [(header, found) for header, found in shown if set(found) != {NOTHING}]
+    headers = [*places, *(header for header, _ in shown)]
+    rows = zip(*places.values(), *(found for _, found in shown), strict=True)
+    return titled_table(title, headers, rows, left=len(places))
+
+
+def _grace(summary: Mapping[str, Any], figure: str) -> str:
+    """A percentile of grace periods; nothing if there was none, whatever the summary says of it."""
+    return (
+        _time(summary.get(f"grace_period_{figure}_ns")) if summary.get("grace_periods") else NOTHING
+    )
 
 
 def _missing(value: object) -> bool:
@@ -353,8 +358,8 @@ SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("max", _at_site("range_start", "hold", "max")),
     ),
     "RCU and stage-2 tables": (
-        ("grace\nperiod\np50", _figure("grace_period_p50_ns", _time)),
-        ("p99", _figure("grace_period_p99_ns", _time)),
+        ("grace\nperiod\np50", lambda result: _grace(summary_of(result), "p50")),
+        ("p99", lambda result: _grace(summary_of(result), "p99")),
         ("call-\nbacks", _figure("callbacks", _count)),
         ("deferred\nmean", _figure("deferred_bytes_mean", _size)),
         ("peak", _figure("deferred_bytes_peak", _size)),

@@ -1,1 +1,1 @@
-
+"""Many runs: sweeps, workers, the store of results, statistics."""

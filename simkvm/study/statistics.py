@@ -61,11 +61,9 @@ def confidence_interval(values: Sequence[float], confidence: float = 0.95) -> In
     Raises ValueError for no values, or for one that is not finite: leaving it out would turn a
     failed replication into a narrower interval.
     """
-    if not values:
-        raise ValueError("no values to average")
-    if not all(math.isfinite(value) for value in values):
-        raise ValueError("a value is not a finite number")
     count = len(values)
+    if count == 0 or not all(math.isfinite(value) for value in values):
+        raise ValueError("no values, or one that is not a finite number")
     mean = math.fsum(values) / count
     if count == 1:
         return Interval(mean, math.inf, confidence, count)
@@ -104,7 +102,7 @@ def mser5(series: Sequence[float]) -> int:
     left = np.arange(len(batches), 0, -1)
     mean = np.cumsum(batches[::-1])[::-1] / left
     square = np.cumsum(batches[::-1] ** 2)[::-1] / left
-    error = (square - mean**2) / left
+    error = np.maximum(square - mean**2, 0) / left
     return 5 * int(np.argmin(error[: len(batches) // 2]))
 
 
@@ -117,6 +115,6 @@ def batch_means(values: Sequence[float], batches: int = 20, confidence: float = 
     if not 2 <= batches <= len(values):
         raise ValueError(f"{len(values)} values do not make {batches} batches")
     size = len(values) // batches
-    start = len(values) - size * batches
-    means = [math.fsum(values[i : i + size]) / size for i in range(start, len(values), size)]
+    starts = range(len(values) % batches, len(values), size)
+    means = [math.fsum(values[start : start + size]) / size for start in starts]
     return confidence_interval(means, confidence)

@@ -90,7 +90,8 @@ class Lab:
         """Have pages mapped, as write faults leave them, without a fault: for what comes after."""
         kvm = self.kvm
         for leaf in range(kvm.leaves) if leaves is None else leaves:
-            kvm.tables_linked(kvm.stage2.map_leaf(leaf, WRITE), self.t_ns)
+            if made := kvm.stage2.map_leaf(leaf, WRITE):
+                kvm.tables_linked(made, self.t_ns)
             if not kvm.host.state[leaf]:
                 kvm.host.install(leaf, True)
 

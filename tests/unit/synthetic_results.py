@@ -109,11 +109,13 @@ def deferral(
         np.sort(rng.integers(0, sim_ns, int(rate * sim_ns / 1e9))) if lockless else np.array([])
     )
     steps: dict[int, int] = {0: 0}
+    starts_ns, ends_ns = grace["start_ns"].to_numpy(), grace["end_ns"].to_numpy()
     for t in unlinks:
-        later = grace[grace["start_ns"] >= t]["end_ns"]
+        following = int(np.searchsorted(starts_ns, t))
         steps[int(t)] = steps.get(int(t), 0) + 1
-        if len(later):
-            steps[int(later.iloc[0])] = steps.get(int(later.iloc[0]), 0) - 1
+        if following < len(ends_ns):
+            freed = int(ends_ns[following])
+            steps[freed] = steps.get(freed, 0) - 1
     times = sorted(t for t in steps if t < sim_ns)
     tables = np.cumsum([steps[t] for t in times])
     timeline = pd.DataFrame(

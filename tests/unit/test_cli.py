@@ -17,6 +17,7 @@ import synthetic_results as synthetic
 from click.testing import CliRunner, Result
 
 import simkvm
+from simkvm.api import default_folder
 from simkvm.cli import main
 
 TABLES = ("locks", "histograms", "timeline", "grace_periods", "passes", "series")
@@ -441,6 +442,15 @@ def test_verify_says_what_came_out_otherwise(store, world):
     assert "touches" not in result.stdout
 
 
+def test_verify_looks_for_traces_where_told(store, monkeypatch):
+    asked = []
+    monkeypatch.setattr("simkvm.api.verify", lambda *given: asked.append(given) or ())
+    simkvm_command("verify", "store")
+    simkvm_command("verify", "store", "--traces", "a", "--traces", "b")
+
+    assert asked == [("store", (".",)), ("store", ("a", "b"))]
+
+
 def test_results_are_reported_again(store):
     swept = simkvm_command("sweep", "many.yaml", "--jobs", "1", "--out", "store")
 
@@ -455,6 +465,26 @@ def test_results_as_csv(store, here):
     assert [row["status"] for row in rows] == ["done", "done"]
     assert rows[0]["sim_ns"] == "200000000"
     assert simkvm_command("results", "store", "--csv", "-").stdout == (here / "out.csv").read_text()
+
+
+def test_a_path_that_cannot_be_written_is_one_line(store):
+    assert_refused(
+        simkvm_command("results", "store", "--csv", "no/such/out.csv"),
+        "no/such/out.csv: no such file or directory",
+    )
+
+
+def test_a_store_without_finished_points_has_no_figures(here, world):
+    world.break_at = "linux-7.1"
+    simkvm_command("sweep", "one.yaml", "--jobs", "1", "--out", "store")
+
+    assert_refused(simkvm_command("plot", "store"), "no finished point")
+    assert simkvm_command("results", "store").stdout.startswith("failed: ")
+
+
+@pytest.mark.parametrize(("name", "folder"), [("a/b", "a-b"), ("..", "study"), ("x", "x")])
+def test_a_study_stays_below_results_whatever_its_name(name, folder):
+    assert default_folder(SimpleNamespace(name=name)) == Path("results") / folder
 
 
 def test_results_of_a_point_name_the_way_in(store):

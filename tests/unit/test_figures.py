@@ -116,8 +116,9 @@ def test_tail_is_the_share_of_values_at_or_above_each_bucket():
     values, found = hand_made([3, 3, 40, 41, 700, 9_000, 9_000, 9_000])
     x, y = found.tail()
 
-    for low in found.low_ns:
-        assert y[np.flatnonzero(x == low)[-1]] == (values >= low).mean()
+    for low, last in zip(found.low_ns, found.high_ns - 1, strict=True):
+        assert y[np.flatnonzero(x == low)[0]] == (values >= low).mean()
+        assert y[np.flatnonzero(x == last)[-1]] == max((values > last).mean(), 3 / 8)
     assert (np.diff(x) >= 0).all()
     assert (np.diff(y) <= 0).all()
     assert y[-1] > 0, "a logarithmic axis has no zero"
@@ -127,8 +128,9 @@ def test_tail_of_waits_starts_at_the_share_that_waited():
     _, found = hand_made([0] * 75 + [100] * 25)
     x, y = found.tail()
 
-    assert x[0] == 1
-    assert y[0] == 0.25
+    assert (x[0], y[0]) == (1, 0.25)
+    assert (np.diff(x) >= 0).all()
+    assert (y[:2] == 0.25).all()
 
 
 def test_distributions_of_guests_and_runs_are_pooled():
@@ -269,6 +271,14 @@ def test_percentiles_are_marked_on_the_curve(lock_figure):
         assert np.interp(x, *curve.get_data()) == pytest.approx(share, rel=0.05)
 
 
+def test_marks_stay_on_a_curve_of_few_acquisitions():
+    result = synthetic.result(scale=1e-9)  # 50 acquisitions a site: the curve ends at 2%
+    ax = panel(figures.lock_distribution(result), "fault")
+    (mark,) = [line for line in ax.lines if line.get_label() == "_p99 linux-7.1"]
+
+    assert mark.get_ydata()[0] == labelled(ax)["linux-7.1"].get_ydata()[-1] == 0.02
+
+
 def test_lock_axes_are_logarithmic_with_units_and_hold_all_data(lock_figure):
     for ax in lock_figure.axes:
         assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
@@ -291,6 +301,8 @@ def test_waits_say_where_the_line_starts(sweep):
     figure = figures.lock_distribution(sweep, "wait", where={"vcpus": 1})
 
     assert all("share that had to wait" in ax.get_xlabel() for ax in figure.axes)
+    holds = figures.lock_distribution(sweep, "hold")
+    assert {ax.get_xlabel() for ax in holds.axes} == {"hold time"}
     line = labelled(panel(figure, "fault"))["linux-7.1"]
     (result,) = [r for r in sweep if r.axes == {"kernel": "linux-7.1", "guests.vm0.vcpus": 1}]
     fault = result.locks.set_index("site").loc["fault"]
@@ -423,6 +435,8 @@ def test_too_many_grace_periods_are_left_out():
     (zoomed,) = figures.deferred_memory(result, (0, 10_000_000)).axes
 
     assert not [c for c in whole.collections if c.get_label() == "_bands"]
+    assert whole.get_xlabel() == "simulated time (2000 grace periods, too many to show)"
+    assert zoomed.get_xlabel() == "simulated time (bands: grace periods)"
     assert [c for c in zoomed.collections if c.get_label() == "_bands"]
 
 
@@ -436,12 +450,28 @@ def test_a_window_zooms_and_changes_mean_and_peak(rates):
     assert labelled(ax)["peak"].get_ydata()[0] == before["deferred_bytes"].max()
 
 
-def test_variants_share_time_and_scale(rates):
+def test_variants_share_time_and_scale():
+    results = [synthetic.result(LOCKLESS, rate=rate) for rate in (500, 5_000)]
+    for result, name in zip(results, ("none", "vcpus"), strict=True):
+        result.axes = {"host.nohz_full": name}
+    figure = figures.deferred_memory(results)
+
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["nohz_full=none", "nohz_full=vcpus"]
+    assert len({(ax.get_xlim(), ax.get_ylim()) for ax in figure.axes}) == 1
+
+
+def test_who_never_defers_is_named_and_takes_no_room(rates):
     figure = figures.deferred_memory(rates)
 
-    assert [ax.get_title(loc="left") for ax in figure.axes] == ["linux-7.1", LOCKLESS]
-    assert len({(ax.get_xlim(), ax.get_ylim()) for ax in figure.axes}) == 1
-    assert "no table waits for a grace period" in texts(figure.axes[0])
+    assert [ax.get_title(loc="left") for ax in figure.axes] == [LOCKLESS]
+    said = " ".join(figure.get_supxlabel().split())
+    assert said.endswith("no table ever waits with linux-7.1")
+
+
+def test_if_nobody_defers_the_figure_says_so():
+    (ax,) = figures.deferred_memory(synthetic.result("linux-7.1")).axes
+
+    assert "no table waits for a grace period" in texts(ax)
 
 
 def test_a_shorter_run_is_averaged_over_its_own_time():
@@ -455,7 +485,7 @@ def test_a_shorter_run_is_averaged_over_its_own_time():
 
 
 def test_the_peak_is_in_the_middle_of_its_figure(rates):
-    ax = figures.deferred_peak(rates).axes[1]
+    ax = figures.deferred_peak(rates).axes[0]
     result = rates.points[-1]
     at = result.timeline.loc[result.timeline["deferred_bytes"].idxmax(), "t_ns"]
     low, high = ax.get_xlim()

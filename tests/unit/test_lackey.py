@@ -137,6 +137,14 @@ def test_equals_the_plain_rule_whatever_the_blocks(
     assert trace.header.instructions == sum(kind == "I" for kind, _, _ in accesses)
 
 
+@pytest.mark.parametrize("hits", [*range(60, 70), *range(190, 200), 5000])
+def test_nothing_is_skipped_after_a_long_run_of_hits(hits: int) -> None:
+    accesses = [("L", (0x400 + at % 2) << 12, 8) for at in range(hits)]
+    accesses += [("S", at << 12, 8) for at in (0x400, 0x401, 0x402)]
+    trace = import_lackey(io.BytesIO(text_of(accesses)))
+    assert records(trace) == plainly_reduced(accesses, 4096, 16)
+
+
 @given(accesses(), st.integers(1, 5))
 def test_order_and_firsts_survive(accesses: list[Access], window: int) -> None:
     """Against a window that drops nothing but immediate repeats of one page."""

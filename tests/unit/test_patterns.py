@@ -257,6 +257,12 @@ def test_hot_cold_follows_its_law(
     assert_distributed(counts, law)
 
 
+def test_hot_set_is_rounded_to_the_nearest_page() -> None:
+    """0.29 * 100 is 28.999999999999996 in floating point."""
+    model = access("hot_cold", hot_ratio=0.29, hot_access_ratio=1.0)
+    assert np.unique(joined(chunks(model, pages=100))[0]).size == 29
+
+
 # Popularity
 
 

@@ -63,7 +63,7 @@ def test_one_value_has_no_finite_interval() -> None:
 
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [1.0, math.inf]])
 def test_interval_refuses_gaps(values: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"no values|not a finite"):
+    with pytest.raises(ValueError, match="no values, or one that"):
         confidence_interval(values)
 
 

@@ -162,6 +162,16 @@ def test_a_value_that_does_not_exist_is_a_dash():
     assert cells(last)[3] == "-"
 
 
+def test_without_grace_periods_there_is_no_percentile():
+    result = synthetic.result()
+    for name in ("grace_periods", "grace_period_p50_ns", "grace_period_p99_ns"):
+        result.summary[name] = 0
+
+    assert cells(render(tables.rcu_table(result)).splitlines()[5])[:3] == ["0", "-", "-"]
+    assert "grace" not in render(tables.sweep_report([result]))
+    assert "grace" in render(tables.sweep_report([result, synthetic.result()]))
+
+
 def test_violations_come_with_the_events_that_led_there():
     found = [synthetic.violation(time_ns=1_000 * i) for i in range(1, 8)]
     lines = render(*tables.violations(synthetic.result(violations=found))).splitlines()

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -214,11 +213,18 @@ def test_no_flipped_bit_passes(file: Path) -> None:
         assert trace.header.pages == expected.header.pages
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    broken = Trace(small_trace().header, np.arange(2, dtype=np.int32), *[np.ones(3, np.bool_)] * 2)
-    with pytest.raises(pa.ArrowInvalid):
-        write_trace(tmp_path / "broken.parquet", broken)
-    assert list(tmp_path.iterdir()) == []
+def test_a_failed_write_leaves_the_old_trace_alone(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(_table: pa.Table, where: Path, **_options: object) -> None:
+        where.write_bytes(b"PAR1")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_trace(file, assemble([1], [True], [1]))
+    assert columns(read_trace(file)) == columns(small_trace())
+    assert list(file.parent.iterdir()) == [file]
 
 
 NOTE_ROW = re.compile(

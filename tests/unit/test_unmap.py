@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from test_stage2 import recount, stage2
 
-from simkvm.kernel.geometry import LAST_LEVEL
 from simkvm.kernel.stage2 import AF, VALID, Stage2
 from simkvm.kernel.unmap import UnmapCosts, UnmapWalk, chunks
 
@@ -272,4 +271,3 @@ def test_same_as_a_plain_walk(page: int, bits: int, mapping: int, base: int, lea
         assert unlinked == plain.unlinked
         assert not (tree.leaf.entries[low:high] & (VALID | AF)).any()
         recount(tree)
-    assert LAST_LEVEL >= tree.leaf_level

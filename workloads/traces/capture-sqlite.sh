@@ -39,4 +39,4 @@ cd "$work"
 env -i LC_ALL=C PATH=/usr/bin:/bin \
   valgrind --tool=lackey --trace-mem=yes --log-fd=9 \
   sqlite3 -batch -init /dev/null :memory: 9>&1 >/dev/null <session.sql |
-  "${SIMKVM:-simkvm}" import lackey - --out "$out"
+  "${SIMKVM:-simkvm}" import lackey - --window 128 --out "$out"

@@ -1,0 +1,1091 @@
+"""The same system once more, as plainly as can be: what the fast model has to equal exactly.
+
+Every actor is a SimPy process that takes one step an event and does its work when the step's time
+has come. A page is an object, a table is an object, the lock word is three variables with a queue
+beside it, the cache line is a process that serves one request after the other. Nothing is planned,
+saved, bundled or computed ahead, with one exception: a fault that is let in asks the line when it
+will have the lock, because the model's rule for tables under construction compares times of entry.
+
+Rules of the model that are not Linux's but its own; both models state and keep them:
+
+* what a section does under ``mmu_lock`` is done when the lock is *granted* (at the request if the
+  word is free, else at the release that lets it in), which is some transfers of the line before
+  the entry; a release comes before anything else of its nanosecond, a guest's touch after it;
+* an unmap takes a whole chunk away, and empties TLBs, at the start of that chunk's walk; the host's
+  own mappings go at the start of theirs;
+* the host learns of touches (accessed flags) when ageing begins a host page table, when an unmap
+  begins, when the vCPU comes to ``mmap_lock`` or ends a chunk of its pattern, and at samples;
+* lock-free calls read and clear the flags of 64 calls, or of a window of 64, at its start;
+* ``mmap_lock`` and a host table's lock are only lines and times: faults do not exclude one another;
+* steps of one nanosecond are taken in the order in which their times became known.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, field
+from heapq import heappush
+from itertools import groupby
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from simpy import Environment, Event
+
+from simkvm.guest import patterns
+from simkvm.kernel.costs import Costs
+from simkvm.kernel.cpu import Cpu
+from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
+from simkvm.kernel.sites import AGE, FAULT, RANGE_END, RANGE_START
+from simkvm.kernel.world import World
+from simkvm.scenario.kernel import KernelVariant
+from simkvm.scenario.machine import Machine
+from simkvm.scenario.schema import Ageing, Guest, MadviseDontneed, Scenario
+
+Steps = Generator[Event, Any, Any]
+
+NEVER = 1 << 62
+#: Order of what happens in one nanosecond; SimPy's own events have 0 and 1.
+SERVED, RELEASE, GRANT, TAKE_TABLE, STEP, TOUCH = -9, -7, -5, -3, 1, 2
+CACHE = 40  #: pages in a full memory cache of a vCPU
+WINDOW = 64  #: PTEs, or calls, whose accessed flags are read at once
+BATCH = 4096  #: promotions after which a walk gives ``mmap_lock`` back
+
+
+class Clock(Environment):
+    """Events at absolute integer times, ordered within a nanosecond by rank, then number."""
+
+    def number(self) -> int:
+        """The next place in the order of those that know their time."""
+        return next(self._eid)
+
+    def at(self, t: int, rank: int = STEP, number: Any = None) -> Event:
+        """An event that happens at ``t``."""
+        assert t >= self.now
+        return self.fire(Event(self), t, rank, number, at=t)
+
+    def let_go(self, t: int, cpu: int) -> Event:
+        """The moment at which ``cpu`` lets go of something; one nanosecond's go by CPU."""
+        return self.at(t, RELEASE, (cpu, self.number()))
+
+    def fire(
+        self, event: Event, value: Any, rank: int = GRANT, number: Any = None, at: int | None = None
+    ) -> Event:
+        """Have ``event`` happen, now unless ``at`` says otherwise."""
+        event._ok, event._value = True, value
+        number = self.number() if number is None else number
+        heappush(self._queue, (int(self.now) if at is None else at, rank, number, event))
+        return event
+
+
+# -- the lock -------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Request:
+    """Atomics that one CPU wants to do on a line, after a pause in which nobody else gets it."""
+
+    cpu: int
+    done: Event
+    atomics: int
+    pause: int
+    service: int | None  #: given for a hand-over, which is not a count of atomics
+    scattered: bool  #: each atomic has to fetch the line
+
+
+class Line:
+    """A cache line: serves requests first come, first served."""
+
+    def __init__(self, clock: Clock, costs: Any) -> None:
+        self.clock = clock
+        self.costs = costs
+        self.owner = -1
+        self.requests: deque[Request] = deque()
+        self.serving = False
+        self.free_at = 0
+        self.wanted = clock.event()
+        clock.process(self.serve())
+
+    def ask(
+        self,
+        cpu: int,
+        atomics: int = 1,
+        pause: int = 0,
+        service: int | None = None,
+        scattered: bool = False,
+    ) -> Request:
+        """Stand in line; the request's ``done`` tells when it was served."""
+        request = Request(cpu, self.clock.event(), atomics, pause, service, scattered)
+        self.requests.append(request)
+        if not self.wanted.triggered:
+            self.clock.fire(self.wanted, None, SERVED)
+        return request
+
+    def visit(self, cpu: int, atomics: int) -> Request:
+        """Several atomics some nanoseconds apart: whoever waits for the line gets it in between."""
+        last = self.requests[-1].cpu if self.requests else self.owner
+        return self.ask(cpu, atomics, scattered=bool(self.requests) and last != cpu)
+
+    def forecast(self) -> int:
+        """When the request that stands last will be done."""
+        t, owner = int(self.clock.now), self.owner
+        for place, request in enumerate(self.requests):
+            t = self.free_at if place == 0 and self.serving else t + self.time_of(request, owner)
+            owner = request.cpu
+        return t
+
+    def time_of(self, request: Request, owner: int) -> int:
+        """How long ``request`` takes if ``owner`` had the line before."""
+        if request.service is not None:
+            return request.pause + request.service
+        costs, cpu = self.costs, request.cpu
+        near = owner < 0 or owner // costs.cpus_per_node == cpu // costs.cpus_per_node
+        fetch = costs.transfer_ns if near else costs.remote_ns
+        if request.scattered:
+            return request.atomics * fetch
+        first = costs.same_ns if owner == cpu else fetch
+        return request.pause + first + (request.atomics - 1) * costs.same_ns
+
+    def serve(self) -> Steps:
+        """The server."""
+        clock = self.clock
+        while True:
+            if not self.requests:
+                self.wanted = clock.event()
+                yield self.wanted
+            request = self.requests[0]
+            self.free_at = int(clock.now) + self.time_of(request, self.owner)
+            self.serving = True
+            yield clock.at(self.free_at, SERVED)
+            self.serving = False
+            self.owner = request.cpu
+            self.requests.popleft()
+            clock.fire(request.done, int(clock.now))
+
+
+@dataclass(eq=False)
+class Ask:
+    """One that wants the lock, from its request on."""
+
+    cpu: int
+    site: int
+    write: bool
+    arrival: int
+    met: int = -1
+    granted: Event | None = None  #: None if it had not to wait
+    entered: Event | None = None
+    forecast: int = 0
+    entry: int = 0
+    number: int = 0
+
+
+class Lock:
+    """The queued rwlock: a word, a queue, and the line that the word lies on."""
+
+    def __init__(self, clock: Clock, costs: Costs) -> None:
+        self.clock = clock
+        self.handoff, self.next = costs.handoff_ns, costs.next_ns
+        self.line = Line(clock, costs.line)
+        self.readers = 0
+        self.writer = False
+        self.waiting = False
+        self.queue: deque[Ask] = deque()
+        self.rows: list[tuple[int, ...]] = []
+
+    def ask(self, cpu: int, site: int, write: bool) -> Ask:
+        """Ask to get in: ``granted`` happens when that is settled, ``entered`` when it is in."""
+        ask = Ask(cpu, site, write, int(self.clock.now))
+        closed = self.writer or self.waiting or (write and self.readers > 0)
+        if not closed:
+            self.admit(ask, self.line.ask(cpu))
+            return ask
+        ask.met, ask.granted = len(self.queue), self.clock.event()
+        self.line.ask(cpu, 2 if write else 3)
+        self.queue.append(ask)
+        if len(self.queue) == 1 and not self.writer:
+            self.waiting = True
+        return ask
+
+    def admit(self, ask: Ask, request: Request) -> None:
+        """``ask`` is let in, and is in when ``request`` is served."""
+        if ask.write:
+            self.writer = True
+        else:
+            self.readers += 1
+        ask.entered, ask.forecast = request.done, self.line.forecast()
+        ask.number = self.clock.number()
+        if ask.granted is not None:
+            self.clock.fire(ask.granted, None)
+
+    def enter(self, ask: Ask) -> Steps:
+        """Wait until ``ask``, which was granted, is in."""
+        assert ask.entered is not None
+        ask.entry = yield ask.entered
+        assert ask.entry == ask.forecast
+
+    def hold(self, ask: Ask, hold: int) -> Steps:
+        """Be in for ``hold``, then let go."""
+        yield from self.enter(ask)
+        yield self.clock.let_go(ask.entry + hold, ask.cpu)
+        self.release(ask)
+
+    def release(self, ask: Ask) -> None:
+        """Let go now; the last one out lets the head of the queue in, and all readers next to it."""
+        now = int(self.clock.now)
+        wait, hold = ask.entry - ask.arrival, now - ask.entry
+        self.rows.append((ask.site, int(ask.write), ask.arrival, wait, hold, ask.met))
+        self.line.ask(ask.cpu)
+        if ask.write:
+            self.writer = False
+        else:
+            self.readers -= 1
+        if self.readers or not self.queue:
+            return
+        self.waiting = False
+        head = self.queue.popleft()
+        self.admit(head, self.line.ask(head.cpu, service=self.handoff))
+        if head.write:
+            return
+        while self.queue and not self.queue[0].write:
+            follower = self.queue.popleft()
+            self.admit(follower, self.line.ask(follower.cpu, pause=self.next))
+        if self.queue:
+            self.line.ask(self.queue[0].cpu, pause=self.next)
+            self.waiting = True
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Page:
+    """What one stage-2 leaf maps: its entry there, the host's, and the folio's generation."""
+
+    leaf: int
+    valid: bool = False
+    accessed: bool = False
+    writable: bool = False
+    present: bool = False
+    own: bool = False
+    young: bool = False
+    generation: int | None = None
+    referenced: bool = False
+
+
+@dataclass(eq=False)
+class Table:
+    """A stage-2 table: only entries that are not zero are there, so their number is its count."""
+
+    level: int
+    entries: dict[int, Any] = field(default_factory=dict)
+    installing_until: int = 0
+
+
+@dataclass(eq=False)
+class HostTable:
+    """A table of the host: its entries and its lock."""
+
+    pages: dict[int, Page] = field(default_factory=dict)
+    faults_inside: int = 0
+    aged: Event | None = None  #: happens when ageing, which has the lock, lets go
+
+
+class Generations:
+    """The multi-gen LRU of one guest."""
+
+    def __init__(self, two_step: bool) -> None:
+        self.two_step = two_step
+        self.oldest, self.youngest = 0, 1
+        self.pages: set[Page] = set()
+
+    def add(self, page: Page) -> None:
+        page.generation, page.referenced = self.youngest, False
+        self.pages.add(page)
+
+    def remove(self, page: Page) -> None:
+        self.pages.remove(page)
+
+    def promote(self, page: Page) -> bool:
+        """``page`` was seen young; whether it moved."""
+        if self.two_step and not page.referenced:
+            page.referenced = True
+            return False
+        self.add(page)
+        return True
+
+    def open_one(self) -> int:
+        """A new generation; returns how many pages of the oldest had to move up for it."""
+        moved = [p for p in self.pages if p.generation == self.oldest]
+        if self.youngest - self.oldest < 3:
+            moved = []
+        else:
+            self.oldest += 1
+            for page in moved:
+                page.generation = self.oldest
+        self.youngest += 1
+        return len(moved)
+
+    def sizes(self) -> list[int]:
+        """Pages in each generation, by sequence number modulo four."""
+        counted = Counter((page.generation or 0) % 4 for page in self.pages)
+        return [counted[n] for n in range(4)]
+
+
+class Flushes:
+    """The invalidation path of the machine: walks that flush again and again share it."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.alone = round(machine["tlbi_s2_page_ns"])
+        self.service = round(machine["tlbi_global_service_ns"])
+        self.ends: list[int] = []
+        self.broadcasts = 0
+
+    def each(self, now: int) -> int:
+        """What one flush costs a walk that starts now."""
+        return max(self.alone, (1 + sum(end > now for end in self.ends)) * self.service)
+
+    def walk(self, end: int, flushes: int) -> None:
+        self.broadcasts += flushes
+        if flushes > 1:
+            self.ends.append(end)
+
+
+class Vm:
+    """One guest: its tables, its lock, its memory on the host, its invalidations."""
+
+    def __init__(self, host: Host, name: str, spec: Guest) -> None:
+        self.host, self.name, self.clock = host, name, host.clock
+        kernel, machine = host.kernel, host.machine
+        self.kernel = kernel
+        self.costs = Costs.of(machine, spec.mapping, spec.page_size)
+        self.base = spec.ipa_base
+        self.page_bytes, self.leaf_bytes = spec.page_size, spec.mapping
+        self.memory = spec.memory_bytes
+        self.folio = max(1, spec.folio // spec.mapping)
+        # Shape of the stage-2 table: a level resolves so many bits, up to 16 roots lie together.
+        self.page_shift = spec.page_size.bit_length() - 1
+        self.bits = self.page_shift - 3
+        self.start = 2
+        while spec.ipa_bits > self.shift(self.start) + self.bits + 4:
+            self.start -= 1
+        self.leaf_level = next(n for n in (1, 2, 3) if 1 << self.shift(n) == spec.mapping)
+        self.chunk = 1 << self.shift(1 if spec.page_size == 4096 else 2)
+        self.entries = 1 << self.bits
+        self.root = Table(self.start)
+        self.tables: dict[int, HostTable] = {}
+        self.pages: dict[int, Page] = {}
+        self.generations = Generations(kernel["promotion"] == "two_step")
+        self.lock = Lock(self.clock, self.costs)
+        self.mmap = Line(self.clock, self.costs.line)
+        self.deferred_flush = (
+            kernel["unmap_tlbi"] == "deferred" and machine.tlbirange and machine.fwb
+        )
+        self.in_progress = 0
+        self.moved = -1
+        self.allocated = self.freed = self.unmapped = 0
+        self.vcpus: list[Vcpu] = []
+
+    def shift(self, level: int) -> int:
+        """Address bits below those that ``level`` resolves."""
+        return self.page_shift + self.bits * (3 - level)
+
+    def page(self, leaf: int) -> Page:
+        return self.pages.setdefault(leaf, Page(leaf))
+
+    def host_table(self, leaf: int) -> HostTable:
+        return self.tables.setdefault(leaf // self.entries, HostTable())
+
+    # -- stage 2 --
+
+    def entry_of(self, table: Table, leaf: int) -> int:
+        """Which entry of ``table`` leads to ``leaf``; roots that lie together count on."""
+        index = (self.base + leaf * self.leaf_bytes) >> self.shift(table.level)
+        return index if table is self.root else index % self.entries
+
+    def leaf_table(self, leaf: int) -> Table | None:
+        """The table that has, or would have, the entry of ``leaf``."""
+        table = self.root
+        while table.level < self.leaf_level:
+            below = table.entries.get(self.entry_of(table, leaf))
+            if below is None:
+                return None
+            table = below
+        return table
+
+    def map(self, page: Page) -> tuple[Table, int]:
+        """Map ``page``; returns its table and how many tables had to be made for it."""
+        table, made = self.root, 0
+        while table.level < self.leaf_level:
+            entry = self.entry_of(table, page.leaf)
+            if entry not in table.entries:
+                table.entries[entry] = Table(table.level + 1)
+                made += 1
+            table = table.entries[entry]
+        table.entries[self.entry_of(table, page.leaf)] = page
+        page.valid, page.accessed, page.writable = True, True, page.own
+        self.allocated += made
+        return table, made
+
+    # -- taking memory back --
+
+    def invalidate(self, cpu: Cpu, first: int, last: int) -> Steps:
+        """Range start, the host's own page table, range end, for leaves ``first`` up to ``last``."""
+        clock, costs = self.clock, self.costs
+        yield clock.at(clock.now + costs.ageing.call_ns)
+        ask = yield from self.lock_for_walk(cpu)
+        self.in_progress += 1
+        yield clock.at(ask.entry + costs.unmap.bookkeeping_ns)
+        low = first
+        while low < last:
+            high = min(last, self.end_of_chunk(low))
+            end = yield from self.walk(cpu, low, high, ask.entry)
+            yield clock.at(end)
+            low = high
+            if low < last and self.host.break_lock and self.lock.queue:
+                self.lock.release(ask)
+                cpu.context_switch(clock.now)
+                yield clock.at(clock.now + costs.ageing.resched_ns)
+                ask = yield from self.lock_for_walk(cpu)
+        self.lock.release(ask)
+        cpu.enter_kernel(clock.now)
+        yield clock.at(clock.now + self.zap(first, last) * costs.unmap.host_page_ns)
+        yield clock.at(clock.now + costs.ageing.call_ns)
+        cpu.spin(clock.now)
+        ask = self.lock.ask(cpu.id, RANGE_END, True)
+        if ask.granted is not None:
+            yield ask.granted
+        yield from self.lock.enter(ask)
+        self.moved = ask.entry
+        self.in_progress -= 1
+        yield clock.let_go(ask.entry + costs.unmap.bookkeeping_ns, cpu.id)
+        self.lock.release(ask)
+        yield clock.at(clock.now, STEP, ask.number)
+        cpu.enter_kernel(clock.now)
+
+    def lock_for_walk(self, cpu: Cpu) -> Steps:
+        """Range start takes the lock."""
+        cpu.spin(self.clock.now)
+        ask = self.lock.ask(cpu.id, RANGE_START, True)
+        if ask.granted is not None:
+            yield ask.granted
+        yield from self.lock.enter(ask)
+        return ask
+
+    def end_of_chunk(self, leaf: int) -> int:
+        """First leaf behind the largest block that holds ``leaf``."""
+        address = self.base + leaf * self.leaf_bytes
+        return ((address // self.chunk + 1) * self.chunk - self.base) // self.leaf_bytes
+
+    def walk(self, cpu: Cpu, first: int, last: int, begin: int) -> Steps:
+        """Unmap one chunk; returns when its walk and flush are over."""
+        clock, now = self.clock, int(self.clock.now)
+        self.tell_touches()
+        work = Walk(self, self.host.flushes.each(now))
+        work.table(self.root, first, last)
+        flushes = len(work.freed_after) + (1 if self.deferred_flush else work.leaves)
+        self.host.flushes.walk(now + work.spent, flushes)
+        end = now + work.spent + (self.costs.tlbi_all_ns if self.deferred_flush else 0)
+        self.unmapped += work.leaves
+        cpu.atomic(begin, end)
+        for vcpu in self.vcpus:
+            vcpu.flush()
+        if self.kernel["table_free"] == "inline":
+            self.freed += len(work.freed_after)
+        else:
+            for after in work.freed_after:
+                yield clock.at(now + after)
+                self.host.rcu.call_rcu(now + after, cpu.id, self.callback)
+        return end
+
+    def callback(self, _: int) -> int:
+        """An RCU callback frees a table."""
+        self.freed += 1
+        return self.costs.free.callback_ns
+
+    def zap(self, first: int, last: int) -> int:
+        """The host forgets these leaves; returns how many it had."""
+        gone = 0
+        for leaf in range(first, last):
+            page = self.pages.get(leaf)
+            if page is None or not page.present:
+                continue
+            if page.own:
+                self.generations.remove(page)
+            page.present = page.own = page.young = False
+            del self.host_table(leaf).pages[leaf]
+            gone += 1
+        return gone
+
+    def install(self, page: Page, own: bool) -> None:
+        """The host maps ``page``: a page of its own or, for a reader of nothing, the zero page."""
+        self.host_table(page.leaf).pages[page.leaf] = page
+        page.present = page.young = True
+        if own and not page.own:
+            page.own = True
+            self.generations.add(page)
+
+    def tell_touches(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.tell()
+
+
+class Walk:
+    """An unmap walk: visits entry after entry and adds up what that costs."""
+
+    def __init__(self, vm: Vm, flush: int) -> None:
+        self.vm, self.flush = vm, flush
+        self.spent = self.leaves = 0
+        self.freed_after: list[int] = []
+
+    def table(self, table: Table, first: int, last: int) -> None:
+        """Walk ``table``'s entries that lead to leaves ``first`` up to ``last``."""
+        vm, steps = self.vm, self.vm.costs.unmap
+        per_entry = (1 << vm.shift(table.level)) // vm.leaf_bytes
+        offset = vm.base // vm.leaf_bytes
+        while first < last:
+            behind = min(last, (first + offset) // per_entry * per_entry + per_entry - offset)
+            entry = vm.entry_of(table, first)
+            below = table.entries.get(entry)
+            if isinstance(below, Table):
+                self.spent += steps.descend_ns
+                self.table(below, first, behind)
+                self.spent += steps.table_visit_ns
+                if not below.entries:
+                    self.free(table, entry)
+            else:
+                self.spent += steps.visit_ns
+                if below is not None:
+                    self.leaf(table, entry)
+            first = behind
+
+    def leaf(self, table: Table, entry: int) -> None:
+        page = table.entries.pop(entry)
+        page.valid = page.accessed = page.writable = False
+        self.leaves += 1
+        self.spent += self.vm.costs.unmap.leaf_ns + (0 if self.vm.deferred_flush else self.flush)
+
+    def free(self, table: Table, entry: int) -> None:
+        """The table below ``entry`` is empty: unlink it."""
+        del table.entries[entry]
+        free, inline = self.vm.costs.free, self.vm.kernel["table_free"] == "inline"
+        self.spent += self.flush + (free.free_ns if inline else free.call_rcu_ns)
+        self.freed_after.append(self.spent)
+
+
+# -- vCPUs ----------------------------------------------------------------------------------------
+
+
+class Vcpu:
+    """Touches one page after the other; faults where stage 2 says no."""
+
+    def __init__(self, vm: Vm, cpu: Cpu, chunks: Iterable[patterns.Chunk]) -> None:
+        self.vm, self.clock, self.cpu, self.chunks = vm, vm.clock, cpu, chunks
+        self.costs = vm.costs.fault
+        self.tlb: dict[int, int] = {}
+        self.untold: list[Page] = []  #: accessed, but nobody looked yet
+        self.inside = False
+        self.flushed_outside = False
+        self.owed = 0  #: time that flushes cost since the last touch
+        self.number = 0
+        self.cached = 0
+        self.touches = self.faults = self.retries = 0
+        self.finished = -1
+
+    def run(self) -> Steps:
+        """Chunk after chunk."""
+        t, touch = 0, self.vm.costs.touch_ns
+        for chunk in self.chunks:
+            t += self.enter(self.clock.number())
+            self.cpu.enter_guest(t, NEVER)
+            gaps = np.broadcast_to(chunk.gaps_ns, len(chunk.pages)).tolist()
+            for number, write, gap in zip(
+                chunk.pages.tolist(), chunk.writes.tolist(), gaps, strict=True
+            ):
+                address = self.vm.base + number * self.vm.page_bytes
+                leaf = address // self.vm.leaf_bytes - self.vm.base // self.vm.leaf_bytes
+                t = yield from self.touch(t, self.vm.page(leaf), write, touch + gap)
+            t = yield from self.wait(t, STEP)
+            self.tell()
+        self.finished = t
+        self.cpu.sleep(t)
+
+    def wait(self, t: int, rank: int) -> Steps:
+        """Run in the guest until ``t``, and as much longer as flushes cost; returns the end."""
+        while True:
+            yield self.clock.at(t, rank, self.number if rank == STEP else None)
+            if not self.owed:
+                return t
+            t, self.owed = t + self.owed, 0
+
+    def touch(self, t: int, page: Page, write: bool, busy: int) -> Steps:
+        """One touch that begins at ``t``; returns when the next may."""
+        while True:
+            t = yield from self.wait(t, TOUCH)
+            if page.valid and (page.writable or not write):
+                self.touches += 1
+                slot = page.leaf % self.vm.costs.tlb_entries
+                if self.tlb.get(slot) != page.leaf:
+                    self.tlb[slot] = page.leaf
+                    self.untold.append(page)
+                return t + busy
+            self.inside = False
+            mapped, t = yield from self.fault(page, write, busy)
+            if mapped:
+                return t
+
+    def tell(self) -> None:
+        """The accessed flags of what was touched since the last time."""
+        for page in self.untold:
+            page.accessed = page.accessed or page.valid
+        self.untold.clear()
+
+    def flush(self) -> None:
+        """This VM's translations are invalidated now."""
+        if self.inside:
+            self.owed += self.refill()
+        else:
+            self.flushed_outside = True
+
+    def refill(self) -> int:
+        lost = len(self.tlb)
+        self.tlb.clear()
+        return lost * self.vm.costs.tlb_refill_ns
+
+    def enter(self, number: int) -> int:
+        """Back to the guest; returns what is owed for softirqs and flushes met outside."""
+        self.inside, self.number = True, number
+        extra = self.cpu.take_stolen()
+        if self.flushed_outside:
+            self.flushed_outside = False
+            extra += self.refill()
+        return extra
+
+    # -- the fault --
+
+    def fault(self, page: Page, write: bool, busy: int) -> Steps:
+        """Handle the abort of a touch that begins now.
+
+        Returns whether the page was mapped, and when the guest may touch next (again, if not).
+        """
+        clock, costs, vm = self.clock, self.costs, self.vm
+        left = int(clock.now) + vm.costs.touch_ns
+        self.cpu.enter_kernel(left)
+        topup = 0
+        if self.cached < 3 - vm.start:
+            topup = (CACHE - self.cached) * costs.object_ns
+        yield clock.at(left + costs.exit_ns + topup, STEP, self.number)
+        if topup:
+            self.cached = CACHE
+        self.tell()
+        self.faults += 1
+        there = page.own or (page.present and not write)
+        request, number = vm.mmap.visit(self.cpu.id, 2 if there else 3), clock.number()
+        present = page.present
+        noted = yield request.done
+        if there:
+            yield clock.at(noted + costs.vma_ns + costs.gup_hit_ns, STEP, number)
+        else:
+            gup = costs.gup_zero_ns
+            if write:
+                gup = costs.gup_copy_ns if present else costs.gup_alloc_ns
+            yield from self.get_page(page, write, noted + costs.vma_ns + gup, number)
+        ask = vm.lock.ask(self.cpu.id, FAULT, vm.kernel["fault_lock"] == "write")
+        if ask.granted is not None:
+            self.cpu.spin(clock.now)
+            yield ask.granted
+        mapped, hold = self.map(page, write, noted, ask.forecast)
+        extra = self.enter(ask.number) + (busy if mapped else 0)
+        yield from vm.lock.hold(ask, hold)
+        self.cpu.enter_guest(int(clock.now) + costs.enter_ns, NEVER)
+        return mapped, int(clock.now) + costs.enter_ns + extra
+
+    def get_page(self, page: Page, write: bool, t: int, number: int) -> Steps:
+        """GUP's slow path, which would be over at ``t`` if nobody had the host table's lock."""
+        clock, vm = self.clock, self.vm
+        table, lock_ns = vm.host_table(page.leaf), self.costs.ptl_ns
+        clock.process(self.leave_mmap(t))
+        yield clock.at(t - lock_ns, TAKE_TABLE)
+        if table.aged is None:
+            table.faults_inside += 1
+            yield clock.let_go(t, self.cpu.id)
+            table.faults_inside -= 1
+        else:
+            self.cpu.spin(t)
+            freed = yield table.aged
+            number = clock.number()
+            t = max(t, freed + vm.costs.line.transfer_ns + lock_ns)
+        yield clock.at(t, STEP, number)
+        if write and page.present and not page.own:
+            yield from vm.invalidate(self.cpu, page.leaf, page.leaf + 1)
+        vm.install(page, write)
+
+    def leave_mmap(self, t: int) -> Steps:
+        yield self.clock.let_go(t, self.cpu.id)
+        self.vm.mmap.ask(self.cpu.id)
+
+    def map(self, page: Page, write: bool, noted: int, entry: int) -> tuple[bool, int]:
+        """What the fault does under ``mmu_lock``: whether it mapped, and how long it takes."""
+        vm, costs = self.vm, self.costs
+        if vm.in_progress or vm.moved > noted or not page.present:
+            self.retries += 1
+            return False, costs.retry_ns
+        table = vm.leaf_table(page.leaf)
+        if table is not None and table.installing_until > entry:
+            return False, costs.hold_ns
+        if page.valid and (page.writable or not write):
+            return False, costs.hold_ns
+        table, made = vm.map(page)
+        hold = costs.hold_ns + made * costs.table_ns
+        if made:
+            self.cached -= made
+            table.installing_until = entry + hold
+        self.touches += 1
+        self.tlb[page.leaf % vm.costs.tlb_entries] = page.leaf
+        return True, hold
+
+
+# -- ageing ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pass:
+    """One ageing pass over one guest."""
+
+    guest: str
+    start: int
+    end: int = 0
+    scanned: int = 0
+    young: int = 0
+    calls: int = 0
+    skipped: int = 0
+
+
+class Ager:
+    """The thread that ages all guests, one after the other, again and again."""
+
+    def __init__(self, host: Host, cpu: Cpu, spec: Ageing) -> None:
+        self.host, self.clock, self.cpu, self.spec = host, host.clock, cpu, spec
+        self.passes: list[Pass] = []
+
+    def run(self) -> Steps:
+        clock, cpu, spec = self.clock, self.cpu, self.spec
+        costs = self.host.vms[0].costs
+        yield clock.at(spec.start)
+        rounds = 0
+        while any(vcpu.finished < 0 for vm in self.host.vms for vcpu in vm.vcpus):
+            cpu.enter_kernel(clock.now)
+            for vm in self.host.vms:
+                yield from self.age(vm)
+            t = int(clock.now) + cpu.take_stolen()
+            if spec.interval:
+                cpu.sleep(t)
+                t += spec.interval + costs.wakeup_ns
+            else:
+                cpu.enter_user(t, t + costs.switch_ns)
+                t += costs.switch_ns
+            rounds += 1
+            if rounds == spec.passes:
+                break
+            yield clock.at(t)
+        cpu.sleep(clock.now)
+
+    def age(self, vm: Vm) -> Steps:
+        """One pass over ``vm``."""
+        clock, costs, cpu = self.clock, vm.costs.ageing, self.cpu.id
+        report = Pass(vm.name, int(clock.now))
+        yield vm.mmap.visit(cpu, 1).done
+        promoted = 0
+        for number in range(-(-vm.memory // vm.leaf_bytes // vm.entries)):
+            if number and number % vm.entries == 0:
+                if promoted >= BATCH:
+                    vm.mmap.ask(cpu)
+                    self.cpu.enter_kernel(clock.now)
+                    yield clock.at(clock.now + costs.lru_lock_ns + costs.resched_ns)
+                    yield vm.mmap.visit(cpu, 1).done
+                promoted = 0
+            table = vm.tables.get(number)
+            if table is not None and table.pages:
+                promoted += yield from self.age_table(vm, table, report)
+        yield clock.let_go(clock.now, cpu)
+        vm.mmap.ask(cpu)
+        yield clock.at(clock.now + costs.lru_lock_ns + costs.resched_ns)
+        yield clock.at(clock.now + vm.generations.open_one() * costs.folio_move_ns)
+        report.end = int(clock.now)
+        self.passes.append(report)
+
+    def age_table(self, vm: Vm, table: HostTable, report: Pass) -> Steps:
+        """Age what one host table maps, under its lock; returns how many pages moved."""
+        clock, costs = self.clock, vm.costs.ageing
+        yield clock.at(clock.now)
+        if table.faults_inside:
+            report.skipped += 1
+            return 0
+        table.aged = clock.event()
+        self.cpu.spin(clock.now)
+        vm.tell_touches()
+        pages = [page for _, page in sorted(table.pages.items()) if page.own]
+        young = {page for page in pages if page.young}
+        for page in pages:
+            page.young = False
+        report.scanned += len(pages)
+        used, t = yield from self.ask(vm, pages, report)
+        t += len(young - used) * costs.promote_ns
+        number = clock.number()
+        yield clock.let_go(t, self.cpu.id)
+        clock.fire(table.aged, t, STEP)
+        table.aged = None
+        yield clock.at(t, STEP, number)
+        self.cpu.enter_kernel(t)
+        young = {page for page in young | used if page.own}
+        report.young += len(young)
+        return sum([vm.generations.promote(page) for page in young])
+
+    def ask(self, vm: Vm, pages: list[Page], report: Pass) -> Steps:
+        """Find out which of ``pages`` the guest used; returns them and when that is over."""
+        kind, lock = vm.kernel["ageing_call"], vm.kernel["ageing_lock"]
+        if not pages or kind == "blind":
+            return set(), int(self.clock.now) + len(pages) * vm.costs.ageing.scan_ns
+        if kind == "bitmap":
+            return (yield from self.ask_windows(vm, pages, report))
+        size = vm.folio if kind == "per_folio" else 1
+        runs = [list(run) for _, run in groupby(pages, lambda page: page.leaf // size)]
+        report.calls += len(runs)
+        if lock == "none":
+            return (yield from self.ask_without_lock(vm, runs))
+        return (yield from self.ask_with_lock(vm, runs, lock == "write"))
+
+    def ask_with_lock(self, vm: Vm, runs: list[list[Page]], write: bool) -> Steps:
+        """One call for each run, under ``mmu_lock``."""
+        clock, costs = self.clock, vm.costs.ageing
+        used: set[Page] = set()
+        t, number = int(clock.now), clock.number()
+        for run in runs:
+            yield clock.at(t + costs.call_ns, STEP, number)
+            ask = vm.lock.ask(self.cpu.id, AGE, write)
+            if ask.granted is not None:
+                yield ask.granted
+            young = self.test_and_clear(run)
+            yield from vm.lock.hold(ask, costs.walk_ns + (len(run) - 1) * costs.visit_ns)
+            number = ask.number
+            t = int(clock.now) + len(run) * costs.scan_ns + (costs.promote_ns if young else 0)
+            used |= young
+        return used, t
+
+    def ask_without_lock(self, vm: Vm, runs: list[list[Page]]) -> Steps:
+        """One call for each run, under RCU only."""
+        clock, costs = self.clock, vm.costs.ageing
+        used: set[Page] = set()
+        for first in range(0, len(runs), WINDOW):
+            batch = runs[first : first + WINDOW]
+            young = {page for run in batch for page in self.test_and_clear(run)}
+            for run in batch:
+                walk = costs.walk_ns + (len(run) - 1) * costs.visit_ns
+                yield clock.at(clock.now + costs.call_ns + walk + len(run) * costs.scan_ns)
+            yield clock.at(clock.now + len(young) * costs.promote_ns)
+            used |= young
+        return used, int(clock.now)
+
+    def ask_windows(self, vm: Vm, pages: list[Page], report: Pass) -> Steps:
+        """A call that tests each window, and one that clears from its first to its last bit."""
+        clock, costs = self.clock, vm.costs.ageing
+        used: set[Page] = set()
+        for _, group in groupby(pages, lambda page: page.leaf // WINDOW):
+            window = list(group)
+            young = self.test_and_clear(window)
+            yield clock.at(clock.now + self.span(vm, window))
+            report.calls += 1
+            scan = len(window) * costs.scan_ns + len(young) * costs.promote_ns
+            yield clock.at(clock.now + scan)
+            if young:
+                yield clock.at(clock.now + self.span(vm, young))
+                report.calls += 1
+            used |= young
+        return used, int(clock.now)
+
+    def span(self, vm: Vm, pages: Iterable[Page]) -> int:
+        """Time of one lock-free call from the first to the last of ``pages``."""
+        leaves = [page.leaf for page in pages]
+        costs = vm.costs.ageing
+        return costs.call_ns + costs.walk_ns + (max(leaves) - min(leaves)) * costs.visit_ns
+
+    def test_and_clear(self, pages: Iterable[Page]) -> set[Page]:
+        """The accessed flags in stage 2."""
+        young = {page for page in pages if page.valid and page.accessed}
+        for page in young:
+            page.accessed = False
+        return young
+
+
+# -- the rest of the host -------------------------------------------------------------------------
+
+
+class Madvise:
+    """The thread that gives ranges of a guest's memory back."""
+
+    def __init__(self, vm: Vm, cpu: Cpu, rng: np.random.Generator, spec: MadviseDontneed) -> None:
+        self.vm, self.cpu, self.rng, self.spec = vm, cpu, rng, spec
+
+    def run(self) -> Steps:
+        vm, spec, clock = self.vm, self.spec, self.vm.clock
+        number, due, following = 0, float(spec.start), 0
+        step = spec.align or spec.range
+        places = (vm.memory - spec.range) // step + 1
+        while True:
+            if spec.arrivals == "poisson":
+                due += float(self.rng.exponential(1e9 / spec.rate))
+            else:
+                due = spec.start + int(number * 1_000_000_000 / spec.rate)
+            place = following % places
+            if spec.order == "random":
+                place = int(self.rng.integers(places))
+            number, following = number + 1, following + 1
+            if spec.stop is not None and int(due) >= spec.stop:
+                return
+            if int(due) > clock.now:
+                self.cpu.sleep(clock.now)
+                yield clock.at(int(due))
+                self.cpu.enter_kernel(clock.now)
+            first, last = place * step, place * step + spec.range
+            yield vm.mmap.visit(self.cpu.id, 1).done
+            leaf = vm.leaf_bytes
+            yield from vm.invalidate(self.cpu, first // leaf, -(-last // leaf))
+            vm.mmap.ask(self.cpu.id)
+            yield clock.at(clock.now + self.cpu.take_stolen())
+
+
+@dataclass
+class Outcome:
+    """What a run gives, for comparison."""
+
+    end: int
+    rows: dict[str, list[tuple[int, ...]]]
+    vcpus: list[tuple[str, int, int, int, int]]  #: guest, finish, touches, faults, retries
+    passes: list[tuple[Any, ...]]
+    tables: dict[str, tuple[int, int, int]]  #: allocated, freed, leaves unmapped
+    generations: dict[str, list[int]]
+    broadcasts: int
+    grace_periods: list[tuple[int, ...]]
+
+
+class Host:
+    """Builds everything and runs it."""
+
+    def __init__(self, scenario: Scenario, machine: Machine, kernel: KernelVariant) -> None:
+        self.scenario, self.machine, self.kernel = scenario, machine, kernel
+        self.clock = Clock()
+        self.flushes = Flushes(machine)
+        preemptible = scenario.host.preemption in ("full", "lazy")
+        self.break_lock = preemptible or kernel["lock_break"] == "build"
+        self.cpus = [Cpu(n) for n in range(scenario.host.cpus or machine.cores)]
+        self.grace_periods: list[tuple[int, ...]] = []
+        self.rcu = self.build_rcu(preemptible)
+        free = iter(self.cpus)
+        self.vms = [self.build_vm(name, spec, free) for name, spec in scenario.guests.items()]
+        self.ager = None
+        if scenario.ageing is not None:
+            self.ager = Ager(self, next(free), scenario.ageing)
+        by_name = {vm.name: vm for vm in self.vms}
+        self.others = [
+            Madvise(by_name[spec.guest], next(free), self.stream(name), spec)
+            for name, spec in scenario.contenders.items()
+        ]
+        self.running = 0
+        self.over = self.clock.event()
+
+    def stream(self, component: str) -> np.random.Generator:
+        """The same random numbers as the fast model's component of that name."""
+        return World.stream(SimpleNamespace(scenario=self.scenario), component)  # type: ignore[arg-type]
+
+    def build_rcu(self, preemptible: bool) -> Rcu:
+        host, machine = self.scenario.host, self.machine
+        limits = host.rcu
+        config = RcuConfig(
+            host.hz,
+            preemptible,
+            machine.cores,
+            limits.blimit,
+            qhimark=limits.qhimark,
+            qlowmark=limits.qlowmark,
+        )
+        names = ("call_rcu_ns", "callback_invoke_ns", "wakeup_ns", "context_switch_ns")
+        costs = RcuCosts(*(round(machine[name]) for name in names))
+        return Rcu(
+            self.clock,
+            self.cpus,
+            config,
+            costs,
+            on_grace_period=lambda *row: self.grace_periods.append(row),
+        )
+
+    def build_vm(self, name: str, spec: Guest, cpus: Iterable[Cpu]) -> Vm:
+        vm = Vm(self, name, spec)
+        for index in range(spec.vcpus):
+            chunks = patterns.build(
+                spec.access,
+                vcpu=index,
+                vcpus=spec.vcpus,
+                pages=vm.memory // vm.page_bytes,
+                page_bytes=vm.page_bytes,
+                rng=self.stream(f"{name}/vcpu{index}"),
+                layout_rng=self.stream(f"{name}/layout"),
+            )
+            vm.vcpus.append(Vcpu(vm, next(iter(cpus)), chunks))
+        return vm
+
+    def run(self) -> Outcome:
+        clock, duration = self.clock, self.scenario.duration
+        actors: list[Any] = [vcpu for vm in self.vms for vcpu in vm.vcpus]
+        if self.ager is not None:
+            actors.append(self.ager)
+        self.running = len(actors)
+        for actor in actors:
+            clock.process(self.watched(actor.run()))
+        for other in self.others:
+            clock.process(other.run())
+        clock.process(self.samples())
+        clock.run(self.over if duration is None else duration)
+        return self.outcome()
+
+    def watched(self, steps: Steps) -> Steps:
+        yield from steps
+        self.running -= 1
+        if not self.running:
+            self.over.succeed()
+
+    def samples(self) -> Steps:
+        """The recorder's looks at the vCPUs."""
+        duration = self.scenario.duration
+        step = 1_000_000 if duration is None else max(1, duration // 64)
+        taken = 0
+        while True:
+            yield self.clock.at(self.clock.now + step)
+            for vm in self.vms:
+                vm.tell_touches()
+            taken += 1
+            if taken == 64 and duration is None:
+                taken, step = 32, 2 * step
+
+    def outcome(self) -> Outcome:
+        passes = self.ager.passes if self.ager is not None else []
+        return Outcome(
+            end=int(self.clock.now),
+            rows={vm.name: vm.lock.rows for vm in self.vms},
+            vcpus=[
+                (vm.name, v.finished, v.touches, v.faults, v.retries)
+                for vm in self.vms
+                for v in vm.vcpus
+            ],
+            passes=[
+                (p.guest, p.start, p.end, p.scanned, p.young, p.calls, p.skipped) for p in passes
+            ],
+            tables={vm.name: (vm.allocated, vm.freed, vm.unmapped) for vm in self.vms},
+            generations={vm.name: vm.generations.sizes() for vm in self.vms},
+            broadcasts=self.flushes.broadcasts,
+            grace_periods=self.grace_periods,
+        )
+
+
+def run(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Outcome:
+    """Run ``scenario`` to its end."""
+    return Host(scenario, machine, kernel).run()
