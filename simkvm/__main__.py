@@ -2,4 +2,5 @@
 
 from simkvm.cli import main
 
-main(prog_name="simkvm")
+if __name__ == "__main__":
+    main(prog_name="simkvm")

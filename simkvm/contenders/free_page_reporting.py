@@ -2,8 +2,8 @@
 
 Source: mm/page_reporting.c and drivers/virtio/virtio_balloon.c, v6.12. A worker runs ``delay``
 after there is something to report (2 s in Linux), takes at most a sixteenth of the free blocks in a
-pass, and hands them over in requests of 32; the VMM drops each with ``MADV_DONTNEED``. The model has no
-guest allocator: a block counts as free when the guest has touched none of it for ``idle``.
+pass, and hands them over in requests of 32; the VMM drops each with ``MADV_DONTNEED``. The
+model has no guest allocator: a block counts as free when the guest has left it alone for ``idle``.
 """
 
 from __future__ import annotations

@@ -13,11 +13,13 @@ that). The TLB is direct-mapped with as many entries as the machine's second lev
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from heapq import heappush
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from simpy import Event
+from simpy.events import NORMAL
 
 from simkvm.guest.patterns import Chunk
 from simkvm.kernel.cpu import Cpu
@@ -76,12 +78,15 @@ class Vcpu:
     def run(self) -> Generator[Event, Any, None]:
         """The vCPU thread: fault after fault until the pattern ends or the VM dies."""
         env, fault = self._env, self.fault
-        queue, timeout = env._queue, env.timeout
+        queue, numbers = env._queue, env._eid
         take, locked, cpu_id = fault.take_lock, fault.locked, self.cpu.id
         next_ns = self.enter(0) if self._load() else 0
         while self._list:
             while next_ns > env._now and queue and next_ns >= queue[0][0]:
-                self.alarm = alarm = timeout(next_ns - env._now)
+                self.alarm = alarm = Event(env)  # a timeout, in absolute time and fewer calls
+                alarm._ok = True
+                alarm._value = None
+                heappush(queue, (next_ns, NORMAL, next(numbers), alarm))
                 yield alarm
                 next_ns = self.next_ns  # it may have been moved meanwhile
             self.alarm = None
@@ -97,7 +102,11 @@ class Vcpu:
             leaf = self._list[position]
             t_ns = fault.look_up(next_ns, leaf, self._need_list[position] != VALID)
             if queue and t_ns >= queue[0][0]:
-                yield timeout(t_ns - env._now)
+                arrival = Event(env)
+                arrival._ok = True
+                arrival._value = None
+                heappush(queue, (t_ns, NORMAL, next(numbers), arrival))
+                yield arrival
             if fault.lacking:
                 rest = fault.install(t_ns)
                 if rest is not None:
@@ -160,7 +169,11 @@ class Vcpu:
         self._run_to = position
         self._run_from_ns = start = t_ns + busy_ns
         self._exit_ns = exit_ns = start + self._touch_ns
-        self.next_ns = next_ns = self.fault.arrival_ns(exit_ns)
+        fault = self.fault
+        if fault.cached < fault.cache_minimum:
+            self.next_ns = next_ns = fault.arrival_ns(exit_ns)
+        else:
+            self.next_ns = next_ns = exit_ns + fault.exit_ns
         cpu.enter_guest(t_ns, exit_ns)
         if self._shared:
             self._expect(self._list[position])

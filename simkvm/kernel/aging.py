@@ -126,13 +126,12 @@ class PerFolio(AgeingCall):
         self, t_ns: int, runs: list[Leaves]
     ) -> Generator[Event, Any, tuple[int, Leaves]]:
         found: list[Leaves] = []
-        t_ns = yield from reach(self.env, t_ns + self.costs.call_ns)
         for run in runs:
             t_ns = yield from self._locked_call(t_ns, run, found)
-        return t_ns - self.costs.call_ns, np.concatenate(found)
+        return t_ns, np.concatenate(found)
 
     def _locked_call(self, t_ns: int, run: Leaves, found: list[Leaves]) -> Steps:
-        """One call that reaches the lock at ``t_ns``; returns when the next one does."""
+        """One call that begins at ``t_ns``; returns when it is over and the run scanned."""
         kvm, costs = self.kvm, self.costs
         hold_ns = costs.walk_ns + (len(run) - 1) * costs.visit_ns
 
@@ -142,13 +141,11 @@ class PerFolio(AgeingCall):
                 kvm.stage2.clear_young(young)
                 found.append(young)
             promoted = costs.promote_ns if found and len(found[-1]) else 0
-            return hold_ns, (
-                entry_ns + hold_ns + promoted + len(run) * costs.scan_ns + costs.call_ns
-            )
+            return hold_ns, entry_ns + hold_ns + promoted + len(run) * costs.scan_ns
 
+        t_ns = yield from reach(self.env, t_ns + costs.call_ns)
         lock = kvm.mmu_lock.write if self.lock == "write" else kvm.mmu_lock.read
-        t_ns = yield from acquired(lock(t_ns, self.task.cpu.id, AGE, section))
-        return (yield from reach(self.env, t_ns))
+        return (yield from acquired(lock(t_ns, self.task.cpu.id, AGE, section)))
 
     def _locked_singles(
         self, t_ns: int, leaves: Leaves
@@ -158,18 +155,20 @@ class PerFolio(AgeingCall):
         stage2, lock = kvm.stage2, kvm.mmu_lock
         ask = lock.write if self.lock == "write" else lock.read
         entries, hold_ns = stage2.leaf.fast, costs.walk_ns
-        old_ns = hold_ns + costs.scan_ns + costs.call_ns
+        old_ns = hold_ns + costs.scan_ns
         young_ns = old_ns + costs.promote_ns
+        period_ns = old_ns + costs.call_ns
         found: list[int] = []
         leaf = -1
+        more_ns = 0  # up to where the next call, if there is one, reaches the lock
 
         def section(entry_ns: int) -> tuple[int, int]:
             entry = entries[leaf]
             if entry & AF and entry & VALID and stage2.attached:
                 entries[leaf] = entry & ~AF
                 found.append(leaf)
-                return hold_ns, entry_ns + young_ns
-            return hold_ns, entry_ns + old_ns
+                return hold_ns, entry_ns + young_ns + more_ns
+            return hold_ns, entry_ns + old_ns + more_ns
 
         t_ns += costs.call_ns
         todo = leaves.tolist()
@@ -179,19 +178,21 @@ class PerFolio(AgeingCall):
                 yield env.timeout(t_ns - env._now)
             if (
                 self.lock == "write"
-                and env.peek() - t_ns > WORTH * old_ns
+                and env.peek() - t_ns > WORTH * period_ns
                 and lock.idle_for(cpu, t_ns)
             ):
-                done, t_ns = self._alone(t_ns, leaves[position:], old_ns, found)
+                done, t_ns = self._alone(t_ns, leaves[position:], period_ns, found)
                 position += done
             leaf = todo[position]
             position += 1
+            more_ns = costs.call_ns if position < len(todo) else 0
             grant = ask(t_ns, cpu, AGE, section)
             t_ns = grant if isinstance(grant, int) else (yield grant)
-        t_ns = yield from reach(env, t_ns)
-        return t_ns - costs.call_ns, np.array(found, np.int64)
+        return t_ns, np.array(found, np.int64)
 
-    def _alone(self, t_ns: int, leaves: Leaves, old_ns: int, found: list[int]) -> tuple[int, int]:
+    def _alone(
+        self, t_ns: int, leaves: Leaves, period_ns: int, found: list[int]
+    ) -> tuple[int, int]:
         """Calls that nobody can come between: as many as are over before the next event.
 
         Leaves at least one call to do; returns how many were done and when the next reaches the
@@ -202,7 +203,7 @@ class PerFolio(AgeingCall):
         young = (kvm.stage2.leaf.entries[leaves] & (AF | VALID)) == (AF | VALID)
         if not kvm.stage2.attached:
             young[:] = False
-        periods = atomic_ns + old_ns + young * costs.promote_ns
+        periods = atomic_ns + period_ns + young * costs.promote_ns
         ends = t_ns + np.cumsum(periods)
         horizon = self.env.peek()
         count = min(int(np.searchsorted(ends, horizon, side="left")), len(leaves) - 1)
@@ -235,6 +236,9 @@ class PerFolio(AgeingCall):
             batch = leaves[low : edges[number + 1] if number + 1 < len(edges) else None]
             calls = min(MIN_LRU_BATCH, runs - number * MIN_LRU_BATCH)
             t_ns = yield from reach(self.env, t_ns)
+            further = len(batch) - calls  # leaves of a run behind its first
+            busy_ns = calls * (costs.call_ns + costs.walk_ns) + further * costs.visit_ns
+            busy_ns += len(batch) * costs.scan_ns
             tables = kvm.path_at(int(batch[0]), t_ns)
             kvm.oracle.walk(
                 Walk(self.task.name, tables, t_ns + costs.call_ns, period_ns, walk_ns, calls)
@@ -242,7 +246,7 @@ class PerFolio(AgeingCall):
             young = batch[(kvm.stage2.leaf.entries[batch] & (AF | VALID)) == (AF | VALID)]
             kvm.stage2.clear_young(young)
             found.append(young)
-            t_ns += calls * period_ns + len(young) * costs.promote_ns
+            t_ns += busy_ns + len(young) * costs.promote_ns
         t_ns = yield from reach(self.env, t_ns)
         return t_ns, np.concatenate(found)
 
@@ -356,6 +360,7 @@ class AgeingWalk:
         kvm.pin()
         t_ns = yield from reach(self.env, t_ns)
         t_ns = kvm.host.mmap_lock.visit(self.task.cpu.id, t_ns, 1)
+        t_ns = yield from reach(self.env, t_ns)
         for table, present in enumerate(kvm.host.present):
             if table and table % self._tables_a_pud == 0:
                 t_ns = yield from self._resched(t_ns, promoted >= MAX_LRU_BATCH)
@@ -364,7 +369,7 @@ class AgeingWalk:
                 t_ns, moved = yield from self._table(t_ns, table, report)
                 promoted += moved
         kvm.host.mmap_lock.post(self.task.cpu.id, t_ns)
-        t_ns += costs.lru_lock_ns + costs.resched_ns
+        t_ns = yield from reach(self.env, t_ns + costs.lru_lock_ns + costs.resched_ns)
         t_ns += kvm.host.lru.inc_max_seq() * costs.folio_move_ns
         report.end_ns = t_ns = yield from reach(self.env, t_ns)
         kvm.unpin(t_ns)
@@ -379,7 +384,7 @@ class AgeingWalk:
         kvm.host.mmap_lock.post(cpu.id, t_ns)
         cpu.enter_kernel(t_ns)
         t_ns = yield from reach(self.env, t_ns + costs.lru_lock_ns + costs.resched_ns)
-        return kvm.host.mmap_lock.visit(cpu.id, t_ns, 1)
+        return (yield from reach(self.env, kvm.host.mmap_lock.visit(cpu.id, t_ns, 1)))
 
     def _table(self, t_ns: int, table: int, report: Pass) -> Generator[Event, Any, tuple[int, int]]:
         """One host page table, under its lock."""
@@ -407,6 +412,7 @@ class AgeingWalk:
             kvm.notifier.srcu.leave(token, t_ns)
         young = np.union1d(by_host, by_guest)
         t_ns += (len(young) - len(by_guest)) * self._costs.promote_ns
+        t_ns = yield from reach(self.env, t_ns)
         young = young[(kvm.host.state[young] & OWN) != 0]  # an unmap may have come meanwhile
         report.young += len(young)
         moved = kvm.host.lru.promote(young)

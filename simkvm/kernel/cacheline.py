@@ -104,7 +104,7 @@ class CacheLine:
             self.serve(by, at_ns)
         if self.free_ns <= t_ns or cpu == self.owner:
             return self.serve(cpu, t_ns, atomics)
-        fetch_ns = self._transfer(cpu)
+        fetch_ns = self._fetch_ns[1] if self._one_node else self._transfer(cpu)
         self.owner = cpu
         self.free_ns += atomics * fetch_ns
         return self.free_ns

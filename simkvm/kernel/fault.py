@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from simpy import Event
 
-from simkvm.kernel.host_memory import OWN
+from simkvm.kernel.host_memory import OWN, PRESENT, YOUNG
 from simkvm.kernel.stage2 import VALID, WRITE, TableId
 from simkvm.kernel.task import Task, reach
 
@@ -42,8 +42,8 @@ class FaultPath:
         lock = kvm.mmu_lock
         #: How this kernel's fault takes ``mmu_lock``; its section is :meth:`locked`.
         self.take_lock = lock.write if kvm.kernel["fault_lock"] == "write" else lock.read
-        self._cache_minimum = kvm.stage2.geometry.cache_minimum
-        self._exit_ns = kvm.costs.fault.exit_ns
+        self.cache_minimum = kvm.stage2.geometry.cache_minimum
+        self.exit_ns = kvm.costs.fault.exit_ns
         self._mmap_lock = kvm.host.mmap_lock
         self._host_state = kvm.host.fast
         self._leaf_state = kvm.stage2.leaf.fast
@@ -59,9 +59,9 @@ class FaultPath:
 
     def arrival_ns(self, exit_ns: int) -> int:
         """When a guest that exits at ``exit_ns`` comes to ``mmap_lock``, its cache topped up."""
-        if self.cached < self._cache_minimum:
-            return exit_ns + self._exit_ns + (CACHE_CAPACITY - self.cached) * self._costs.object_ns
-        return exit_ns + self._exit_ns
+        if self.cached < self.cache_minimum:
+            return exit_ns + self.exit_ns + (CACHE_CAPACITY - self.cached) * self._costs.object_ns
+        return exit_ns + self.exit_ns
 
     def look_up(self, t_ns: int, leaf: int, write: bool) -> int:
         """From ``mmap_lock``, reached at ``t_ns``, to a host page; returns when ``mmu_lock`` is.
@@ -71,7 +71,7 @@ class FaultPath:
         """
         kvm, costs = self._kvm, self._costs
         self.faults += 1
-        if self.cached < self._cache_minimum:
+        if self.cached < self.cache_minimum:
             self.cached = CACHE_CAPACITY
         self._leaf = leaf
         self._write = write
@@ -104,7 +104,13 @@ class FaultPath:
         if host.aged_table == self.ptl_table:
             held = host.blocked(leaf, t_ns - self._costs.ptl_ns)
         if held is None and not self._host_state[leaf]:
-            host.install(leaf, self._write)
+            # host.install(), written out for the page that most faults are about.
+            host.present[self.ptl_table] += 1
+            if self._write:
+                self._host_state[leaf] = PRESENT | YOUNG | OWN
+                host.lru.add(leaf)
+            else:
+                self._host_state[leaf] = PRESENT | YOUNG
             return None
         return self._install_later(t_ns, held)
 

@@ -53,6 +53,10 @@ class HostMemory:
 
     def zap(self, first: int, last: int) -> int:
         """Remove what is mapped in ``first`` up to ``last``; returns how many entries that was."""
+        if last - first == 1 and self.fast[first] == PRESENT | (self.fast[first] & YOUNG):
+            self.fast[first] = 0  # a zero page about to be copied, the commonest of all
+            self.present[first // self.entries] -= 1
+            return 1
         state = self.state[first:last]
         there = np.flatnonzero(state)
         self.lru.remove(first + np.flatnonzero(state & OWN))

@@ -72,7 +72,8 @@ class Kvm:
         )
         self._break_lock = break_lock
         self.vcpus: list[Vcpu] = []
-        self.shared = guest.vcpus > 1 and not _apart(guest.access)
+        # Shares of the memory may meet inside a block.
+        self.shared = guest.vcpus > 1 and (self.leaf_pages > 1 or not _apart(guest.access))
         #: Leaves that vCPUs plan to fault on, and who: only kept if vCPUs share memory.
         self.expected: dict[int, dict[int, Vcpu]] = {}
         self.installing: dict[int, int] = {}  # leaf table -> until when a fault installs it

@@ -102,10 +102,9 @@ class MmuNotifier:
     def _start(self, task: Task, t_ns: int, first: int, last: int, blockable: bool) -> Steps:
         kvm = self._kvm
         parts = chunks(kvm.stage2, first, last)
-        t_ns = yield from reach(kvm.env, t_ns)
         entry = yield from self._lock(task, t_ns)
         self.in_progress += 1
-        end = entry + kvm.costs.unmap.bookkeeping_ns
+        end = yield from reach(kvm.env, entry + kvm.costs.unmap.bookkeeping_ns)
         for number, (low, high) in enumerate(parts):
             if not kvm.stage2.attached:
                 break
@@ -124,10 +123,12 @@ class MmuNotifier:
         return end
 
     def _lock(self, task: Task, t_ns: int) -> Steps:
-        """Take the lock for as long as it takes; returns the time of entry."""
+        """Take the lock for as long as it takes; returns at the time of entry."""
+        env = self._kvm.env
+        t_ns = yield from reach(env, t_ns)
         task.cpu.spin(t_ns)
         grant = self._kvm.mmu_lock.write(t_ns, task.cpu.id, RANGE_START, lambda at: (OPEN, at))
-        return (yield from acquired(grant))
+        return (yield from reach(env, (yield from acquired(grant))))
 
     def _end(self, task: Task, t_ns: int, first: int, last: int) -> Steps:
         kvm = self._kvm

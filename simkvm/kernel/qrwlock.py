@@ -150,7 +150,7 @@ class QueuedRwlock:
 
     @property
     def contended(self) -> bool:
-        """Whether somebody stands in the line (``rwlock_is_contended``: it says nothing of kind)."""
+        """Whether somebody stands in the line; of what kind it does not say."""
         return bool(self._queue)
 
     def idle_for(self, cpu: int, t_ns: int) -> bool:
@@ -250,39 +250,27 @@ class QueuedRwlock:
             else:
                 self._holder = event
             return
-        self._admit_reader(cpu, site, arrival, entry, met, section, event)
-        while queue and not queue[0][0]:
+        env, unlocks, rows = self._env, self._unlocks, self.rows
+        while True:
+            hold, resume = section(entry)
+            unlock = entry + hold
+            self._readers += 1
+            if not unlocks or (unlock, cpu) >= unlocks[-1]:
+                unlocks.append((unlock, cpu))
+            else:
+                insort(unlocks, (unlock, cpu))
+            rows += (site, 0, arrival, entry - arrival, hold, met)
+            event._ok = True
+            event._value = resume
+            heappush(env._queue, (resume, NORMAL, next(env._eid), event))
+            if not queue or queue[0][0]:
+                break
             _, cpu, site, arrival, met, section, event = queue.popleft()
             entry = line.serve(cpu, entry + self._next_ns)
-            self._admit_reader(cpu, site, arrival, entry, met, section, event)
+        self._due_ns = unlocks[0][0]
         if queue:
             line.serve(queue[0][1], entry + self._next_ns)  # sets the writer's "waits" bit
             self._watch()
-
-    def _admit_reader(
-        self,
-        cpu: int,
-        site: int,
-        arrival: int,
-        entry: int,
-        met: int,
-        section: Section,
-        event: Event,
-    ) -> None:
-        hold, resume = section(entry)
-        unlock = entry + hold
-        self._readers += 1
-        unlocks = self._unlocks
-        if not unlocks:
-            self._due_ns = unlock
-            unlocks.append((unlock, cpu))
-        elif (unlock, cpu) >= unlocks[-1]:
-            unlocks.append((unlock, cpu))
-        else:
-            insort(unlocks, (unlock, cpu))
-            self._due_ns = unlocks[0][0]
-        self.rows += (site, 0, arrival, entry - arrival, hold, met)
-        self._trigger(event, resume)
 
     def _enter_writer(
         self, cpu: int, site: int, arrival: int, entry: int, met: int, section: Section

@@ -211,7 +211,7 @@ class Stage2:
 
     def end_of(self, table: TableId) -> int:
         """The leaf behind the last one that ``table`` covers, as a guest-physical leaf number."""
-        for upper, lower, down, _ in self.steps:
+        for _, lower, down, _ in self.steps:
             if lower.number == table.level:
                 first = (self.first_leaf >> down) + table.index
                 return (first + 1) << down

@@ -28,10 +28,17 @@ class Frees(Protocol):
     entries: int
 
     @property
-    def free_costs(self) -> FreeCosts: ...
-    def table_reported_free(self, t_ns: int) -> None: ...
-    def table_freed(self, table: TableId, t_ns: int, deferred: bool) -> None: ...
-    def call_rcu(self, t_ns: int, cpu: int, table: TableId) -> None: ...
+    def free_costs(self) -> FreeCosts:
+        """Costs of freeing a table page."""
+
+    def table_reported_free(self, t_ns: int) -> None:
+        """The statistics drop a table."""
+
+    def table_freed(self, table: TableId, t_ns: int, deferred: bool) -> None:
+        """The page is free."""
+
+    def call_rcu(self, t_ns: int, cpu: int, table: TableId) -> None:
+        """Have :meth:`callback` called after a grace period."""
 
 
 class Inline:

@@ -5,8 +5,8 @@ arch/arm64/kvm/mmu.c (``kvm_free_stage2_pgd``), v6.12. Two ways in:
 
 * ``close_vm``: the VM's file is closed last; unregistering calls ``->release`` inside the
   notifier's SRCU, unlinks the subscription, waits for SRCU, and only then destroys the VM;
-* ``process_exit``: the process is killed; ``exit_mmap`` calls ``->release`` before any mapping goes.
-  A walker that holds the address space puts that off, as the last reference does the exit.
+* ``process_exit``: the process is killed; ``exit_mmap`` calls ``->release`` before any mapping
+  goes. A walker that holds the address space puts that off, as the last reference does the exit.
 
 ``root_free`` says where the tree goes: ``in_release`` takes the root away from the VM under
 ``mmu_lock``, then walks and frees without lock, invalidation or grace period, while other notifier

@@ -10,6 +10,7 @@ nothing is left it is unlinked there, which may in turn empty the table above.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -59,7 +60,10 @@ class UnmapWalk:
         upper, lower, down, phase = self.stage2.steps[depth]
         low, high = (first + phase) >> down, ((last - 1 + phase) >> down) + 1
         if depth == len(self.stage2.steps) - 1:
-            self._leaf_tables(upper, lower, low, high, first, last)
+            if high - low == 1:
+                self._leaf_table(upper, lower, low, first, last)
+            else:
+                self._leaf_tables(upper, lower, low, high, first, last)
             return
         for entry in range(low, high):
             self._visit()
@@ -87,6 +91,25 @@ class UnmapWalk:
         upper.counts[self.stage2.holder(upper, entry)] -= 1
         self.tables.append(self.stage2.identity(lower.number, entry))
         self.unlinked_ns.append(at_ns)
+
+    def _leaf_table(self, upper: Level, lower: Level, table: int, first: int, last: int) -> None:
+        """One leaf-level table: most invalidations are of a page."""
+        costs = self.costs
+        if not upper.fast[table] & TABLE:
+            self._visit()
+            return
+        if last - first == 1:
+            removed = lower.fast[first] & VALID
+            lower.fast[first] = 0
+        else:
+            removed = int(np.count_nonzero(lower.entries[first:last] & VALID))
+            lower.entries[first:last] = 0
+        lower.fast_counts[table] -= removed
+        self.visits += last - first
+        self.leaves += removed
+        self.elapsed_ns += costs.descend_ns + (last - first) * costs.visit_ns
+        self.elapsed_ns += removed * (costs.leaf_ns + costs.leaf_flush_ns)
+        self._leave(upper, lower, table)
 
     def _leaf_tables(
         self, upper: Level, lower: Level, low: int, high: int, first: int, last: int
@@ -140,4 +163,4 @@ def chunks(stage2: Stage2, first: int, last: int) -> list[tuple[int, int]]:
     cuts = [first]
     while cuts[-1] < last:
         cuts.append(min(last, ((cuts[-1] + offset) // size + 1) * size - offset))
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(pairwise(cuts))

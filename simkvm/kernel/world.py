@@ -43,7 +43,7 @@ class World:
     def __init__(self, scenario: Scenario, machine: Machine, kernel: KernelVariant) -> None:
         if machine.arch != kernel.arch:
             raise InputError(
-                f"kernel {kernel.name} is for {kernel.arch}, machine {machine.name} is {machine.arch}"
+                f"{kernel.name} is for {kernel.arch}, but {machine.name} is {machine.arch}"
             )
         self.scenario = scenario
         self.machine = machine

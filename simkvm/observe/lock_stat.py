@@ -38,7 +38,7 @@ class LockStat:
         self._digest = hashlib.blake2b(digest_size=16)
 
     def absorb(self, rows: list[int], everything: bool = True) -> None:
-        """Fold flat ``rows`` of a lock's account in and empty it; unless ``everything``, only if long."""
+        """Fold a lock's flat ``rows`` in and empty them; if not ``everything``, only many rows."""
         if not everything and len(rows) < KEEP_ROWS * ROW:
             return
         table = np.array(rows, np.int64).reshape(-1, ROW)

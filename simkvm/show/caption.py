@@ -52,7 +52,8 @@ def _values(axis: AxisOfStudy, shown: Sequence[ResultLike]) -> list[object]:
 
 
 def _span(axis: AxisOfStudy, shown: Sequence[ResultLike]) -> str:
-    values = [str(value) for value in _values(axis, shown)]
+    # Blanks within a value do not break, so that "200 / s" stays on one line.
+    values = [str(value).replace(" ", "\u00a0") for value in _values(axis, shown)]
     if axis.numbers is not None and len(values) > 3:
         return f"{axis.name} {values[0]} … {values[-1]}"
     separator = " = " if len(values) == 1 else " "

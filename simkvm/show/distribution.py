@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from simkvm.show.points import ResultLike
+
+PERCENTILES = {"p50": 0.50, "p99": 0.99}
 
 Floats = npt.NDArray[np.float64]
 
@@ -27,11 +29,6 @@ class Distribution:
     def total(self) -> int:
         """How many values were recorded."""
         return int(self.count.sum())
-
-    @property
-    def max_ns(self) -> float:
-        """The largest value that the last bucket can hold."""
-        return float(self._last_ns[-1])
 
     def quantile_ns(self, share: float) -> float:
         """What `share` of all values do not exceed, values taken as even within a bucket."""
@@ -73,6 +70,24 @@ def distribution(
         count=merged["count"].to_numpy(dtype=np.float64),
         modes=tuple(sorted(set(table["mode"]))),
     )
+
+
+def site_figure(
+    results: Sequence[ResultLike], site: str, quantity: str, figure: str, *, lock: str = "mmu_lock"
+) -> float | None:
+    """p50, p99 or max in ns of one site's waits or holds over all guests, modes and points.
+
+    None if it never took the lock. A maximum is exact; so are the recorder's own percentiles, and
+    those of several rows together come from their histograms.
+    """
+    found = [result.locks for result in results]
+    rows = pd.concat([t[(t["site"] == site) & (t["lock"] == lock)] for t in found])
+    if rows.empty:
+        return None
+    if figure == "max" or len(rows) == 1:
+        return float(rows[f"{quantity}_{figure}_ns"].max())
+    merged = distribution(results, site, quantity, lock=lock)
+    return None if merged is None else merged.quantile_ns(PERCENTILES[figure])
 
 
 def _rows(histograms: pd.DataFrame, site: str, quantity: str, lock: str) -> pd.DataFrame:

@@ -128,7 +128,8 @@ def deferred_vs_rate(results: OneOrMany, *, where: Where | None = None) -> Figur
         raise InputError("this study sweeps no rate", key="deferred_vs_rate")
     table = along_axis(results, axis, where=where)
     colours = style.variant_colours(dict.fromkeys(table["variant"]))
-    figure, panels = style.sheet(1, 2, 9.6, 4.0 + 0.16 * len(colours), sharey=True)
+    width = 2 * style.width_under(max(map(len, colours)) + 14)
+    figure, panels = style.sheet(1, 2, width, 4.0 + 0.16 * len(colours), sharey=True)
     for panel, column in zip(panels, ("mean", "peak"), strict=True):
         name = f"deferred_bytes_{column}"
         panel.set_xscale("log")

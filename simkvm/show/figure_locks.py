@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from simkvm.scenario.errors import InputError
 from simkvm.show import style
 from simkvm.show.caption import caption
-from simkvm.show.distribution import Distribution, distribution
+from simkvm.show.distribution import Distribution, distribution, site_figure
 from simkvm.show.points import OneOrMany, ResultLike, Where, in_site_order, listed, variants
 from simkvm.units import format_count, format_duration
 
@@ -22,11 +22,19 @@ Quantity = Literal["hold", "wait"]
 Look = tuple[str, style.LineStyle]
 
 LOWEST_SHARE = 1e-6
+STATISTICS = "  mode     count      p50      p99      max"
 MARKED = ((0.50, "p50", "o"), (0.99, "p99", "D"))
 TITLES = {
     "hold": "How long mmu_lock is held",
     "wait": "How long mmu_lock is waited for",
 }
+
+
+class Curve(NamedTuple):
+    """One line of a panel, and what the table under the panel says of it."""
+
+    values: Distribution
+    figures: str
 
 
 def sites_of(results: OneOrMany) -> list[str]:
@@ -48,8 +56,7 @@ def takes_lock(results: OneOrMany) -> bool:
 def lock_distribution(
     results: OneOrMany, quantity: Quantity = "hold", *, where: Where | None = None
 ) -> Figure:
-    """Share of acquisitions that held (or waited) longer than x: a panel a site, a line a kernel
-    variant.
+    """Share of acquisitions that held (or waited) longer: a panel a site, a line a variant.
 
     Both axes are logarithmic, so that a tail of one in a million is as easy to read as the median;
     p50 and p99 are marked. Under each panel stands who is who, with mode, number of acquisitions,
@@ -64,13 +71,14 @@ def lock_distribution(
     columns = min(2, len(sites))
     rows = math.ceil(len(sites) / columns)
     height = rows * (2.9 + 0.16 * len(groups)) + 0.9
-    figure, panels = style.sheet(rows, columns, 5.2 * columns, height, sharex=True, sharey=True)
+    width = style.width_under(max(map(len, groups)) + len(STATISTICS)) * columns
+    figure, panels = style.sheet(rows, columns, width, height, sharex=True, sharey=True)
     colours = style.variant_colours(groups)
     found = {
-        site: {label: distribution(group, site, quantity) for label, group in groups.items()}
+        site: {label: _curve(group, site, quantity) for label, group in groups.items()}
         for site in sites
     }
-    bottom = _bottom(values for of_site in found.values() for values in of_site.values())
+    bottom = _bottom(curve for of_site in found.values() for curve in of_site.values())
     for panel, (site, of_site) in zip(panels, found.items(), strict=False):
         _site_panel(panel, site, quantity, of_site, colours=colours, bottom=bottom)
     for panel in panels[1::columns] if columns > 1 else []:
@@ -91,38 +99,48 @@ def lock_sites(result: ResultLike, quantity: Quantity = "hold", *, ax: Axes | No
         figure, (ax,) = style.sheet(1, 1, 6.4, 3.4 + 0.16 * len(sites))
         style.entitle(figure, f"{TITLES[quantity]}, by call site", caption(result, [result]))
     colour = next(iter(style.variant_colours(variants(result)).values()))
-    found = {site: distribution([result], site, quantity) for site in sites}
+    found = {site: _curve([result], site, quantity) for site in sites}
     looks: dict[str, Look] = {site: (colour, style.SITE_LINES.get(site, "-")) for site in sites}
-    for site, values in found.items():
-        if values is not None:
-            _tail(ax, values, looks[site], site)
+    for site, curve in found.items():
+        if curve is not None:
+            _tail(ax, curve.values, looks[site], site)
     _scales(ax, quantity, _bottom(found.values()))
     _statistics(ax, found, looks, "site")
     return ax
+
+
+def _curve(results: Sequence[ResultLike], site: str, quantity: Quantity) -> Curve | None:
+    values = distribution(results, site, quantity)
+    if values is None:
+        return None
+    exact = [site_figure(results, site, quantity, figure) or 0 for figure in ("p50", "p99", "max")]
+    times = " ".join(f"{format_duration(round(value)):>8}" for value in exact)
+    modes = "+".join(values.modes)
+    return Curve(values, f"{modes:<5} {format_count(values.total):>8} {times}")
 
 
 def _site_panel(
     panel: Axes,
     site: str,
     quantity: Quantity,
-    found: Mapping[str, Distribution | None],
+    found: Mapping[str, Curve | None],
     *,
     colours: Mapping[str, str],
     bottom: float,
 ) -> None:
     looks: dict[str, Look] = {label: (colours[label], "-") for label in found}
-    for i, (label, values) in enumerate(found.items()):
-        if values is not None:
-            _tail(panel, values, looks[label], label, style.line_width(i))
+    for i, (label, curve) in enumerate(found.items()):
+        if curve is not None:
+            _tail(panel, curve.values, looks[label], label, style.line_width(i))
     panel.set_title(site)
     _scales(panel, quantity, bottom)
     panel.xaxis.set_tick_params(labelbottom=True)
     _statistics(panel, found, looks, "variant")
 
 
-def _bottom(found: Iterable[Distribution | None]) -> float:
+def _bottom(found: Iterable[Curve | None]) -> float:
     """The decade in which the rarest value lies."""
-    most = max((values.total for values in found if values is not None), default=10)
+    most = max((curve.values.total for curve in found if curve is not None), default=10)
     return max(10.0 ** math.floor(math.log10(1 / most)), LOWEST_SHARE)
 
 
@@ -171,27 +189,15 @@ def _beginning(ax: Axes, quantity: Quantity) -> str:
 
 
 def _statistics(
-    ax: Axes,
-    found: Mapping[str, Distribution | None],
-    looks: Mapping[str, Look],
-    what: str,
+    ax: Axes, found: Mapping[str, Curve | None], looks: Mapping[str, Look], what: str
 ) -> None:
     """A small table under the panel; it is the legend too, and covers no data."""
     width = max(len(what), *(len(label) for label in found))
-    head = f"{what:<{width}}  mode     count      p50      p99      max"
-    style.line_under(ax, 0, head, style.GREY)
-    for i, (label, values) in enumerate(found.items(), start=1):
+    style.line_under(ax, 0, f"{what:<{width}}{STATISTICS}", style.GREY)
+    for i, (label, curve) in enumerate(found.items(), start=1):
         colour, look = looks[label]
-        text = f"{label:<{width}}  {_figures(values)}"
-        style.line_under(ax, i, text, colour, sample=look if values is not None else None)
-
-
-def _figures(values: Distribution | None) -> str:
-    if values is None:
-        return "does not take the lock here"
-    numbers = (values.quantile_ns(0.5), values.quantile_ns(0.99), values.max_ns)
-    times = " ".join(f"{format_duration(round(value)):>8}" for value in numbers)
-    return f"{'+'.join(values.modes):<5} {format_count(values.total):>8} {times}"
+        text = f"{label:<{width}}  {curve.figures if curve else 'does not take the lock here'}"
+        style.line_under(ax, i, text, colour, sample=look if curve else None)
 
 
 def share_text(share: float) -> str:

@@ -55,7 +55,8 @@ def ageing_scaling(results: OneOrMany, *, where: Where | None = None) -> Figure:
         raise InputError("this study does not sweep the number of vCPUs", key="ageing_scaling")
     table = along_axis(results, axis, where=where)
     colours = style.variant_colours(dict.fromkeys(table["variant"]))
-    figure, panels = style.sheet(1, 2, 9.6, 4.0 + 0.16 * len(colours))
+    width = 2 * style.width_under(max(map(len, colours)) + 14)
+    figure, panels = style.sheet(1, 2, width, 4.0 + 0.16 * len(colours))
     for panel, measure in zip(panels, (PASS_TIME, guest_measure(table)), strict=True):
         _panel(panel, table, measure, axis, colours)
     style.entitle(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
@@ -161,7 +162,7 @@ def sheet(
 def entitle(figure: Figure, title: str, caption: str) -> None:
     """Put what is seen on top, and under it all the caption: machine, seed, what was varied."""
     figure.suptitle(title, x=0.01, ha="left")
-    characters = int(figure.get_figwidth() * 15)
+    characters = int(figure.get_figwidth() * 16.5)
     text = "\n".join(textwrap.wrap(caption, characters, break_on_hyphens=False))
     figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color=GREY)
 
@@ -169,10 +170,10 @@ def entitle(figure: Figure, title: str, caption: str) -> None:
 def variant_colours(labels: Iterable[str]) -> dict[str, str]:
     """A colour for each label; shipped kernels keep theirs, others take spare ones in order."""
     names = list(labels)
-    chosen = {name: KERNEL_COLOURS[name] for name in names if name in KERNEL_COLOURS}
-    free = [colour for colour in SPARE_COLOURS if colour not in chosen.values()] or [INK]
-    others = [name for name in names if name not in chosen]
-    return chosen | {name: free[i % len(free)] for i, name in enumerate(others)}
+    shipped = {name: KERNEL_COLOURS[name] for name in names if name in KERNEL_COLOURS}
+    free = [colour for colour in SPARE_COLOURS if colour not in shipped.values()] or [INK]
+    spare = itertools.cycle(free)
+    return {name: shipped.get(name) or next(spare) for name in names}
 
 
 def duration_axis(axis: Axis, *, log: bool) -> None:
@@ -187,11 +188,11 @@ def duration_axis(axis: Axis, *, log: bool) -> None:
 def size_axis(axis: Axis, *, log: bool) -> None:
     """Label an axis of bytes in KiB, MiB, GiB, at powers of two."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: format_size(round(value))))
+    low, high = sorted(axis.get_view_interval())
     if log:
-        axis.set_major_locator(LogLocator(base=4, numticks=10))
+        axis.set_major_locator(LogLocator(base=2 if high < 64 * low else 4, numticks=12))
         axis.set_minor_locator(NullLocator())
         return
-    low, high = sorted(axis.get_view_interval())
     axis.set_major_locator(FixedLocator(binary_ticks(low, high)))
 
 
@@ -252,6 +253,11 @@ def lines_by_variant(
             ax.fill_between(
                 spread.index, spread["min"], spread["max"], color=colour, alpha=0.2, linewidth=0
             )
+
+
+def width_under(characters: int) -> float:
+    """Inches that a panel with its axis labels needs for a table of such lines under it."""
+    return max(5.0, 1.2 + characters * 4.3 / 72)
 
 
 def values_under(

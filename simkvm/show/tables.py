@@ -16,7 +16,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from simkvm.show.distribution import distribution
+from simkvm.show.distribution import site_figure
 from simkvm.show.points import (
     AxisOfStudy,
     OneOrMany,
@@ -28,11 +28,12 @@ from simkvm.show.points import (
     summary_of,
     value_of,
 )
-from simkvm.show.text import NOTHING, Row, plain, titled_table
+from simkvm.show.text import NOTHING, Row, titled_table, wrapped
 from simkvm.units import format_count, format_duration, format_size
 
 WIDTH = 100
 MOST_VIOLATIONS = 5
+PLACE_WIDTH = 30
 QUANTITIES = ("wait", "hold")
 FIGURES = ("p50", "p99", "max")
 
@@ -274,22 +275,7 @@ def _figure(column: str, text: Callable[[Any], str]) -> Cell:
 
 
 def _at_site(site: str, quantity: str, figure: str) -> Cell:
-    return lambda result: _time(site_figure(result, site, quantity, figure))
-
-
-def site_figure(result: ResultLike, site: str, quantity: str, figure: str) -> float | None:
-    """p50, p99 or max in ns of one site's waits or holds over all guests and modes of a point.
-
-    None if it never took mmu_lock. Percentiles of several rows come from their histograms.
-    """
-    locks = result.locks
-    rows = locks[(locks["site"] == site) & (locks["lock"] == "mmu_lock")]
-    if rows.empty:
-        return None
-    if figure == "max" or len(rows) == 1:
-        return float(rows[f"{quantity}_{figure}_ns"].max())
-    merged = distribution([result], site, quantity)
-    return None if merged is None else merged.quantile_ns({"p50": 0.5, "p99": 0.99}[figure])
+    return lambda result: _time(site_figure([result], site, quantity, figure))
 
 
 def _sweep_table(
@@ -299,7 +285,10 @@ def _sweep_table(
     axes: Sequence[AxisOfStudy],
 ) -> RenderableType:
     """Axes, replications and those columns in which any point has something to say."""
-    places = {axis.name: [plain(value_of(point, axis.key)) for point in points] for axis in axes}
+    places = {
+        axis.name: [wrapped(value_of(point, axis.key), PLACE_WIDTH) for point in points]
+        for axis in axes
+    }
     repeated = [str(point.scenario.get("replication", 0)) for point in points]
     if len(set(repeated)) > 1:
         places["rep"] = repeated

@@ -58,16 +58,17 @@ def named_table(
     for name in columns:
         table.add_column(name, no_wrap=True, header_style="")
     for row in rows:
-        table.add_row(*(_wrapped(row.get(name, ""), width) for name, width in columns.items()))
+        table.add_row(*(Text(wrapped(row.get(name, ""), width)) for name, width in columns.items()))
     return table
 
 
-def _wrapped(value: object, width: int | None) -> Text:
+def wrapped(value: object, width: int | None) -> str:
+    """A value in lines of at most `width`, unless a word is longer; blanks are where it breaks."""
     text = plain(value)
-    if width is not None:
-        lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
-        text = "\n".join(lines)
-    return Text(text)
+    if width is None:
+        return text
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def plain(value: object) -> str:

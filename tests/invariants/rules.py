@@ -134,9 +134,7 @@ def children_go_first(notes: Journal, entries: int) -> None:
         linked.discard(place)
 
 
-def frees_wait_for_a_grace_period(
-    notes: Journal, periods: list[tuple[int, int, int, int]]
-) -> None:
+def frees_wait_for_a_grace_period(notes: Journal, periods: list[tuple[int, int, int, int]]) -> None:
     """Every callback runs once, in order on its CPU, after a grace period that began after it."""
     starts = [start for _, start, _, _ in periods]
     last: dict[int, int] = {}

@@ -1,4 +1,5 @@
 """Do the rules hold in whole worlds, after every event, whatever is combined with whatever?"""
+
 from __future__ import annotations
 
 from hypothesis import Phase, given, settings

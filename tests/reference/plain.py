@@ -10,7 +10,8 @@ Rules of the model that are not Linux's but its own; both models state and keep 
 
 * what a section does under ``mmu_lock`` is done when the lock is *granted* (at the request if the
   word is free, else at the release that lets it in), which is some transfers of the line before
-  the entry; a release comes before anything else of its nanosecond, a guest's touch after it;
+  the entry; only guests see a mapping no earlier than the entry;
+* a release comes before anything else of its nanosecond, a guest's touch after everything else;
 * an unmap takes a whole chunk away, and empties TLBs, at the start of that chunk's walk; the host's
   own mappings go at the start of theirs;
 * the host learns of touches (accessed flags) when ageing begins a host page table, when an unmap
@@ -54,7 +55,14 @@ BATCH = 4096  #: promotions after which a walk gives ``mmap_lock`` back
 
 
 class Clock(Environment):
-    """Events at absolute integer times, ordered within a nanosecond by rank, then number."""
+    """Events at absolute integer times, ordered within a nanosecond by rank, then number.
+
+    ``doubtful``: whether an order was given to what has none. A vCPU that an unmap or another
+    vCPU's mapping made come at another time than it expected has no place among those that come
+    in the same nanosecond.
+    """
+
+    doubtful = False
 
     def number(self) -> int:
         """The next place in the order of those that know their time."""
@@ -104,6 +112,7 @@ class Line:
         self.requests: deque[Request] = deque()
         self.serving = False
         self.free_at = 0
+        self.last_visit = (-1, False)  #: when, and whether its place in that moment was in doubt
         self.wanted = clock.event()
         clock.process(self.serve())
 
@@ -122,8 +131,14 @@ class Line:
             self.clock.fire(self.wanted, None, SERVED)
         return request
 
-    def visit(self, cpu: int, atomics: int) -> Request:
-        """Several atomics some nanoseconds apart: whoever waits for the line gets it in between."""
+    def visit(self, cpu: int, atomics: int, moved: bool = False) -> Request:
+        """Several atomics some nanoseconds apart: whoever waits for the line gets it in between.
+
+        ``moved``: the visitor once expected to come at another time.
+        """
+        now, doubt = int(self.clock.now), self.last_visit[1] or moved
+        self.clock.doubtful |= self.last_visit[0] == now and doubt
+        self.last_visit = (now, moved)
         last = self.requests[-1].cpu if self.requests else self.owner
         return self.ask(cpu, atomics, scattered=bool(self.requests) and last != cpu)
 
@@ -264,6 +279,8 @@ class Page:
 
     leaf: int
     valid: bool = False
+    granted_at: int = 0
+    valid_from: int = 0  #: entry of the fault that mapped it: the guest can use it from then on
     accessed: bool = False
     writable: bool = False
     present: bool = False
@@ -271,6 +288,10 @@ class Page:
     young: bool = False
     generation: int | None = None
     referenced: bool = False
+
+    def usable(self, write: bool, t: int) -> bool:
+        """Whether a touch at ``t`` is possible without a fault."""
+        return self.valid and self.valid_from <= t and (self.writable or not write)
 
 
 @dataclass(eq=False)
@@ -296,7 +317,7 @@ class Generations:
 
     def __init__(self, two_step: bool) -> None:
         self.two_step = two_step
-        self.oldest, self.youngest = 0, 1
+        self.oldest, self.youngest = 0, 3
         self.pages: set[Page] = set()
 
     def add(self, page: Page) -> None:
@@ -311,8 +332,9 @@ class Generations:
         if self.two_step and not page.referenced:
             page.referenced = True
             return False
+        moved = page.generation != self.youngest
         self.add(page)
-        return True
+        return moved
 
     def open_one(self) -> int:
         """A new generation; returns how many pages of the oldest had to move up for it."""
@@ -429,8 +451,11 @@ class Vm:
 
     # -- taking memory back --
 
-    def invalidate(self, cpu: Cpu, first: int, last: int) -> Steps:
-        """Range start, the host's own page table, range end, for leaves ``first`` up to ``last``."""
+    def invalidate(self, cpu: Cpu, first: int, last: int, unlock_mmap: bool = False) -> Steps:
+        """Range start, the host's own page table, range end, for leaves ``first`` up to ``last``.
+
+        ``unlock_mmap``: whether the caller lets go of ``mmap_lock`` when this is over.
+        """
         clock, costs = self.clock, self.costs
         yield clock.at(clock.now + costs.ageing.call_ns)
         ask = yield from self.lock_for_walk(cpu)
@@ -460,6 +485,8 @@ class Vm:
         self.in_progress -= 1
         yield clock.let_go(ask.entry + costs.unmap.bookkeeping_ns, cpu.id)
         self.lock.release(ask)
+        if unlock_mmap:
+            self.mmap.ask(cpu.id)
         yield clock.at(clock.now, STEP, ask.number)
         cpu.enter_kernel(clock.now)
 
@@ -588,6 +615,8 @@ class Vcpu:
         self.flushed_outside = False
         self.owed = 0  #: time that flushes cost since the last touch
         self.number = 0
+        self.entered_at = 0
+        self.moved = False  #: whether the next exit is not the one that was due on entry
         self.cached = 0
         self.touches = self.faults = self.retries = 0
         self.finished = -1
@@ -622,7 +651,8 @@ class Vcpu:
         """One touch that begins at ``t``; returns when the next may."""
         while True:
             t = yield from self.wait(t, TOUCH)
-            if page.valid and (page.writable or not write):
+            if page.usable(write, t):
+                self.moved |= page.granted_at > self.entered_at
                 self.touches += 1
                 slot = page.leaf % self.vm.costs.tlb_entries
                 if self.tlb.get(slot) != page.leaf:
@@ -643,6 +673,7 @@ class Vcpu:
     def flush(self) -> None:
         """This VM's translations are invalidated now."""
         if self.inside:
+            self.moved = True
             self.owed += self.refill()
         else:
             self.flushed_outside = True
@@ -654,7 +685,8 @@ class Vcpu:
 
     def enter(self, number: int) -> int:
         """Back to the guest; returns what is owed for softirqs and flushes met outside."""
-        self.inside, self.number = True, number
+        self.inside, self.number, self.moved = True, number, False
+        self.entered_at = int(self.clock.now)
         extra = self.cpu.take_stolen()
         if self.flushed_outside:
             self.flushed_outside = False
@@ -680,7 +712,8 @@ class Vcpu:
         self.tell()
         self.faults += 1
         there = page.own or (page.present and not write)
-        request, number = vm.mmap.visit(self.cpu.id, 2 if there else 3), clock.number()
+        request = vm.mmap.visit(self.cpu.id, 2 if there else 3, self.moved)
+        number = clock.number()
         present = page.present
         noted = yield request.done
         if there:
@@ -740,6 +773,7 @@ class Vcpu:
         if made:
             self.cached -= made
             table.installing_until = entry + hold
+        page.valid_from, page.granted_at = entry, int(self.clock.now)
         self.touches += 1
         self.tlb[page.leaf % vm.costs.tlb_entries] = page.leaf
         return True, hold
@@ -794,6 +828,7 @@ class Ager:
         """One pass over ``vm``."""
         clock, costs, cpu = self.clock, vm.costs.ageing, self.cpu.id
         report = Pass(vm.name, int(clock.now))
+        yield clock.at(clock.now)
         yield vm.mmap.visit(cpu, 1).done
         promoted = 0
         for number in range(-(-vm.memory // vm.leaf_bytes // vm.entries)):
@@ -949,8 +984,7 @@ class Madvise:
             first, last = place * step, place * step + spec.range
             yield vm.mmap.visit(self.cpu.id, 1).done
             leaf = vm.leaf_bytes
-            yield from vm.invalidate(self.cpu, first // leaf, -(-last // leaf))
-            vm.mmap.ask(self.cpu.id)
+            yield from vm.invalidate(self.cpu, first // leaf, -(-last // leaf), unlock_mmap=True)
             yield clock.at(clock.now + self.cpu.take_stolen())
 
 
@@ -966,6 +1000,7 @@ class Outcome:
     generations: dict[str, list[int]]
     broadcasts: int
     grace_periods: list[tuple[int, ...]]
+    doubtful: bool = False  #: see :class:`Clock`
 
 
 class Host:
@@ -1083,6 +1118,7 @@ class Host:
             generations={vm.name: vm.generations.sizes() for vm in self.vms},
             broadcasts=self.flushes.broadcasts,
             grace_periods=self.grace_periods,
+            doubtful=self.clock.doubtful,
         )
 
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +100,35 @@ def wait_for(path: Path) -> None:
     """Until somebody makes the file; the test's own time limit is the only one."""
     while not path.exists():
         time.sleep(0.01)
+
+
+def deaf(task: object) -> tuple[bool, bool]:
+    """Whether this worker ignores Ctrl-C, and whether it has held it back from its first moment."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    return ignored, signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+@contextmanager
+def session(script: Path, program: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A program in a session of its own, so that it can be sent a terminal's Ctrl-C.
+
+    Nobody of the session outlives the test, whatever the test finds.
+    """
+    script.write_text(program)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen(
+        [sys.executable, str(script), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": path},
+    ) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def simulate(scenario: Any, machine: Any, kernel: Any) -> Record:

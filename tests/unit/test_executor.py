@@ -183,51 +183,43 @@ if __name__ == "__main__":
 """
 
 
-def start(tmp_path: Path, folder: Path, names: list[str]) -> subprocess.Popen[str]:
-    """A driver in a session of its own, so that it can be sent a terminal's Ctrl-C."""
-    script = tmp_path / "program.py"
-    script.write_text(PROGRAM)
-    path = os.pathsep.join(
-        [str(Path(fake_world.__file__).parent), os.environ.get("PYTHONPATH", "")]
-    )
-    return subprocess.Popen(
-        [sys.executable, str(script), str(folder), *names],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-
-
 @pytest.mark.parametrize("everybody", [True, False])
 def test_ctrl_c_stops_at_once_and_leaves_nobody(tmp_path: Path, everybody: bool) -> None:
     """Both as a terminal sends it, to every process, and to the driver alone."""
     folder = tmp_path / "marks"
     folder.mkdir()
-    with start(tmp_path, folder, ["good-1", "patient-2", "patient-3", "good-4"]) as program:
+    names = ["good-1", "patient-2", "patient-3", "good-4"]
+    with fake_world.session(tmp_path / "program.py", PROGRAM, folder, *names) as program:
         fake_world.wait_for(folder / "patient-2.1")
         fake_world.wait_for(folder / "patient-3.1")
         workers = workers_of(program.pid)
         assert workers
         (os.killpg if everybody else os.kill)(program.pid, signal.SIGINT)
         out, err = program.communicate()
+        assert not [worker for worker in workers if worker.is_running()]
     assert program.returncode == 130
     assert out == "good-1\n"
     assert err == ""
-    assert not [worker for worker in workers if worker.is_running()]
 
 
 def test_workers_go_when_the_driver_is_killed(tmp_path: Path) -> None:
     folder = tmp_path / "marks"
     folder.mkdir()
-    with start(tmp_path, folder, ["patient-1", "patient-2"]) as program:
+    names = ["patient-1", "patient-2"]
+    with fake_world.session(tmp_path / "program.py", PROGRAM, folder, *names) as program:
         fake_world.wait_for(folder / "patient-1.1")
         workers = workers_of(program.pid)
         assert workers
         program.kill()
-        program.communicate()
-    assert psutil.wait_procs(workers, timeout=60)[1] == []
+        assert psutil.wait_procs(workers, timeout=60)[1] == []
+
+
+def test_workers_are_deaf_to_ctrl_c() -> None:
+    """From their first moment, by what they inherit; and for good, by what they set."""
+    outcomes: list[Any] = []
+    Drive(fake_world.deaf, lambda _, outcome: outcomes.append(outcome), workers=2).run(range(4))
+    assert outcomes == [(True, True)] * 4
+    assert fake_world.deaf(None) == (False, False)
 
 
 def test_interrupted_passes_an_except_exception() -> None:

@@ -109,7 +109,6 @@ def test_small_values_are_exact():
     assert found.quantile_ns(0.5) == 0
     assert found.quantile_ns(0.9) == 5
     assert found.quantile_ns(1.0) == 9
-    assert found.max_ns == 9
 
 
 def test_tail_is_the_share_of_values_at_or_above_each_bucket():
@@ -249,15 +248,18 @@ def test_who_takes_no_lock_has_no_line_and_is_named(lock_figure):
     assert said.endswith("does not take the lock here")
 
 
-def test_the_table_under_a_panel_has_mode_count_and_percentiles(lock_figure, sweep):
+def test_the_table_under_a_panel_says_what_the_lock_table_says(lock_figure, sweep):
     (result,) = [r for r in sweep if r.axes == {"kernel": "linux-7.1", "guests.vm0.vcpus": 8}]
-    found = distribution([result], "age", "hold")
+    stored = result.locks.set_index("site").loc["age"]
     (said,) = [t for t in texts(panel(lock_figure, "age")) if t.startswith("linux-7.1 ")]
 
-    assert said.split(maxsplit=2)[:2] == ["linux-7.1", "write"]
-    assert style.format_count(found.total) in said
-    for value in (found.quantile_ns(0.5), found.quantile_ns(0.99), found.max_ns):
-        assert style.format_duration(round(value)) in said
+    assert said == f"{'linux-7.1':<21}  " + " ".join(
+        [
+            "write",
+            f"{style.format_count(stored['acquisitions']):>8}",
+            *(f"{style.format_duration(stored[f'hold_{f}_ns']):>8}" for f in ("p50", "p99", "max")),
+        ]
+    )
 
 
 def test_percentiles_are_marked_on_the_curve(lock_figure):
@@ -572,6 +574,27 @@ def test_no_text_covers_another(name, sweep, rates):
     assert overlaps(kind.function(results)) == []
 
 
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_long_names_and_many_sites_cover_nothing_either(name):
+    results = [
+        synthetic.result(
+            LOCKLESS,
+            vcpus=vcpus,
+            axes={"kernel": "", "guests.vm0.vcpus": vcpus, "contenders.vmm.rate": f"{vcpus} / ms"},
+        )
+        for _ in range(2)
+        for vcpus in (1, 8)
+    ]
+    for result, free in zip(results, ["free_removed_table_count_test", "inline"] * 2, strict=True):
+        changes = {"table_free": free, "teardown_walk": "chunked"}
+        result.scenario["kernel"] = {"base": LOCKLESS, "set": changes}
+        result.histograms = pd.concat(
+            [result.histograms, result.histograms.replace({"site": {"age": "x", "fault": "y"}})]
+        )
+
+    assert overlaps(figures.draw(name, results)) == []
+
+
 def test_overlaps_would_be_found():
     figure = Figure()
     figure.text(0.5, 0.5, "one")
@@ -595,22 +618,29 @@ def test_colours_differ_and_do_not_depend_on_company():
     names = ["mine", "linux-7.1", "linux-7.1 table_free=inline", LOCKLESS]
     colours = style.variant_colours(names)
 
+    assert list(colours) == names
     assert len(set(colours.values())) == len(names)
     assert colours[LOCKLESS] == style.variant_colours([LOCKLESS])[LOCKLESS]
     assert len(set(style.KERNEL_COLOURS.values())) == len(style.KERNEL_COLOURS)
 
 
 def test_caption_says_what_was_varied_and_what_was_held(sweep, rates):
-    assert caption(sweep, sweep.points) == (
+    def words(results, shown):
+        return caption(results, shown).replace("\u00a0", " ")
+
+    assert words(sweep, sweep.points) == (
         "synthetic · machine ampere-altra · seed 1 · varied: kernel linux-7.1, "
         "linux-7.1-read-locked, linux-7.1-lockless, vcpus 1, 2, 8"
     )
-    assert caption(rates, rates.points[:4]).endswith(
+    assert words(rates, rates.points[:4]).endswith(
         "varied: rate 200 / s … 20 / ms · at kernel = linux-7.1"
     )
-    assert caption(synthetic.result(), [synthetic.result()]) == (
-        "synthetic · machine ampere-altra · kernel linux-7.1 · seed 1"
-    )
+    one = synthetic.result()
+    assert words(one, [one]) == "synthetic · machine ampere-altra · kernel linux-7.1 · seed 1"
+
+
+def test_a_value_is_not_torn_apart_by_a_line_break(rates):
+    assert "20\u00a0/\u00a0ms" in caption(rates, rates.points)
 
 
 @pytest.mark.parametrize(

@@ -236,26 +236,17 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_ctrl_c_keeps_what_was_finished(tmp_path: Path, marks: Path, jobs: int) -> None:
     path = write(tmp_path, ["good", "patient"], seed=[1, 2, 3, 4])
-    script = tmp_path / "program.py"
-    script.write_text(PROGRAM)
-    here = str(Path(fake_world.__file__).parent)
-    with subprocess.Popen(
-        [sys.executable, str(script), str(path), str(tmp_path / "out"), str(jobs)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])},
-    ) as program:
+    arguments = (path, tmp_path / "out", jobs)
+    with fake_world.session(tmp_path / "program.py", PROGRAM, *arguments) as program:
         for job in range(1, jobs + 1):
             fake_world.wait_for(marks / f"patient-{job}-0.1")
         started = psutil.Process(program.pid).children(recursive=True)
         os.killpg(program.pid, signal.SIGINT)
         out, err = program.communicate()
+        assert psutil.wait_procs(started, timeout=60)[1] == []
     assert program.returncode == 130
     assert out == "4 8\n"
     assert "Traceback" not in err
-    assert psutil.wait_procs(started, timeout=60)[1] == []
     stopped = Results(tmp_path / "out")
     assert list(stopped.summary["status"]) == ["done"] * 4 + ["missing"] * 4
     before = {key: result.certificate for key, result in enumerate(stopped)}
