@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from simkvm.kernel.host_memory import HostMemory
 from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.qrwlock import ROW
 from simkvm.kernel.rcu import Rcu
 from simkvm.kernel.stage2 import Stage2, TableId
-from simkvm.kernel.unmap import chunks
+from simkvm.kernel.unmap import UnmapWalk, chunks
 from simkvm.kernel.world import World
 from simkvm.observe.lock_stat import LockStat
 from simkvm.observe.oracle import Oracle, Walk
@@ -121,6 +122,7 @@ class Journal:
     locks: dict[str, list[int]] = field(default_factory=dict)
     taken: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)
+    changes: int = 0  #: of tables or host mappings so far
 
     def open_ranges(self, guest: str) -> list[tuple[int, int]]:
         """Leaves between the start and the end of an invalidation, as far as unmapped."""
@@ -136,6 +138,7 @@ def journal() -> Iterator[Journal]:
     """Listen to every world that is built and run meanwhile."""
     notes = Journal()
     with pytest.MonkeyPatch.context() as patch:
+        _listen_to_changes(notes, patch)
         _listen_to_oracle(notes, patch)
         _listen_to_invalidations(notes, patch)
         _listen_to_rcu(notes, patch)
@@ -152,6 +155,17 @@ def before(patch: pytest.MonkeyPatch, owner: type, method: str, note: Callable[.
         return done(*args, **kwargs)
 
     patch.setattr(owner, method, noted)
+
+
+def _listen_to_changes(notes: Journal, patch: pytest.MonkeyPatch) -> None:
+    def changed(*_: Any, **__: Any) -> None:
+        notes.changes += 1
+
+    before(patch, Stage2, "map_leaf", changed)
+    before(patch, Stage2, "clear", changed)
+    before(patch, UnmapWalk, "__post_init__", changed)
+    before(patch, HostMemory, "install", changed)
+    before(patch, HostMemory, "zap", changed)
 
 
 def _listen_to_oracle(notes: Journal, patch: pytest.MonkeyPatch) -> None:

@@ -48,8 +48,7 @@ class Contender:
         self.calls += 1
         leaf = kvm.stage2.leaf_bytes
         first, last = first_byte // leaf, -(-(first_byte + size) // leaf)
-        if t_ns > kvm.env.now:  # it is late and did not sleep
-            t_ns = yield from reach(kvm.env, t_ns)
+        t_ns = yield from reach(kvm.env, t_ns)  # one that is late did not sleep
         t_ns = kvm.host.mmap_lock.visit(self.task.cpu.id, t_ns, 1)
         t_ns = yield from kvm.notifier.invalidate(self.task, t_ns, first, last)
         kvm.host.mmap_lock.post(self.task.cpu.id, t_ns)

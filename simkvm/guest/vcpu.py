@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from simpy import Event
+from simpy import Event, Process
 from simpy.events import NORMAL
 
 from simkvm.guest.patterns import Chunk
@@ -70,6 +70,7 @@ class Vcpu:
         self._exit_ns = 0
         self.next_ns = 0  #: when the host is needed next, as planned
         self.alarm: Event | None = None  #: the event that wakes the thread then
+        self.process: Process | None = None
         self.touches = 0
         self.finished_ns = DONE
 
@@ -81,7 +82,7 @@ class Vcpu:
         queue, numbers = env._queue, env._eid
         take, locked, cpu_id = fault.take_lock, fault.locked, self.cpu.id
         next_ns = self.enter(0) if self._load() else 0
-        while self._list:
+        while self._list and self.kvm.alive:
             while next_ns > env._now and queue and next_ns >= queue[0][0]:
                 self.alarm = alarm = Event(env)  # a timeout, in absolute time and fewer calls
                 alarm._ok = True
@@ -91,7 +92,7 @@ class Vcpu:
                 next_ns = self.next_ns  # it may have been moved meanwhile
             self.alarm = None
             if not self.kvm.alive:
-                break
+                break  # type: ignore[unreachable]  # a teardown may have come meanwhile
             if self._position != self._run_to:
                 self.catch_up(next_ns)
             self._running = False
@@ -151,6 +152,8 @@ class Vcpu:
         Returns when it needs the host next. As :meth:`enter`, in one go for a guest whose next
         touch faults too: filling memory is what faults are mostly about.
         """
+        if not self.kvm.alive:
+            return t_ns
         position = self._position
         leaf = self._list[position]
         self.touches += 1
@@ -184,6 +187,8 @@ class Vcpu:
 
         Returns when it needs the host: at its next fault, or at the end of the chunk.
         """
+        if not self.kvm.alive:
+            return t_ns
         cpu = self.cpu
         start = t_ns + busy_ns
         if cpu.stolen_ns:
@@ -290,6 +295,15 @@ class Vcpu:
             return  # touched before: the exit has happened
         self.next_ns = self._plan(self._run_from_ns)
         self.cpu.enter_guest(t_ns, self._exit_ns)
+
+    def stop(self, t_ns: int) -> None:
+        """The VM dies at ``t_ns``: leave the guest; a fault in flight is handled to its end."""
+        self.catch_up(t_ns)
+        if self._running and self.alarm is not None:
+            self._running = False
+            if t_ns < self.next_ns:
+                self.next_ns = t_ns
+                self._wake_at(t_ns)
 
     def flushed(self, t_ns: int) -> None:
         """The VM's translations were invalidated, and mappings may have gone, at ``t_ns``."""

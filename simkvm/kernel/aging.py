@@ -110,7 +110,7 @@ class PerFolio(AgeingCall):
             if self.lock == "none":
                 return (yield from self._lockless(t_ns, leaves, len(leaves), 1))
             return (yield from self._locked_singles(t_ns, leaves))
-        starts = np.flatnonzero(np.diff(leaves // size, prepend=-1))
+        starts = _run_starts(leaves, size)
         report.calls += len(starts)
         if self.lock == "none":
             return (yield from self._lockless(t_ns, leaves, len(starts), size))
@@ -136,11 +136,12 @@ class PerFolio(AgeingCall):
         hold_ns = costs.walk_ns + (len(run) - 1) * costs.visit_ns
 
         def section(entry_ns: int) -> tuple[int, int]:
+            young = run[:0]
             if kvm.stage2.attached:
-                young = run[kvm.stage2.young(int(run[0]), int(run[-1]) + 1)[run - run[0]]]
+                young = run[kvm.stage2.young(int(run[0]), int(run[-1]) + 1)]
                 kvm.stage2.clear_young(young)
-                found.append(young)
-            promoted = costs.promote_ns if found and len(found[-1]) else 0
+            found.append(young)
+            promoted = costs.promote_ns if len(young) else 0
             return hold_ns, entry_ns + hold_ns + promoted + len(run) * costs.scan_ns
 
         t_ns = yield from reach(self.env, t_ns + costs.call_ns)
@@ -230,8 +231,7 @@ class PerFolio(AgeingCall):
         found: list[Leaves] = []
         walk_ns = costs.walk_ns + (size - 1) * costs.visit_ns
         period_ns = costs.call_ns + walk_ns + size * costs.scan_ns
-        folios = leaves // size
-        edges = np.flatnonzero(np.diff(folios, prepend=-1))[::MIN_LRU_BATCH].tolist()
+        edges = _run_starts(leaves, size)[::MIN_LRU_BATCH].tolist()
         for number, low in enumerate(edges):
             batch = leaves[low : edges[number + 1] if number + 1 < len(edges) else None]
             calls = min(MIN_LRU_BATCH, runs - number * MIN_LRU_BATCH)
@@ -249,6 +249,13 @@ class PerFolio(AgeingCall):
             t_ns += busy_ns + len(young) * costs.promote_ns
         t_ns = yield from reach(self.env, t_ns)
         return t_ns, np.concatenate(found)
+
+
+def _run_starts(leaves: Leaves, size: int) -> Leaves:
+    """Where runs of consecutive entries of one folio of ``size`` leaves begin."""
+    gap = np.diff(leaves, prepend=-2) != 1
+    other = np.diff(leaves // size, prepend=-1) != 0
+    return np.flatnonzero(gap | other)
 
 
 class PerPte(PerFolio):
@@ -350,7 +357,7 @@ class AgeingWalk:
         self._costs = kvm.costs.ageing
         self._call = CALLS[kvm.kernel["ageing_call"]](kvm, task)
         #: Tables in one upper entry: the walk may stop and be resumed only after each.
-        self._tables_a_pud = kvm.stage2.geometry.entries
+        self._tables_a_pud = kvm.stage2.geometry.entries if kvm.leaf_pages == 1 else 1
 
     def run(self, t_ns: int) -> Generator[Event, Any, Pass]:
         """One pass from ``t_ns`` on (``lru_gen`` command ``+``, which scans everything)."""

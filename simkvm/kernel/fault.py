@@ -78,16 +78,18 @@ class FaultPath:
         state = self._host_state[leaf]
         if state & OWN or (state and not write):
             self.lacking = False
-            self._noted_ns = noted = self._mmap_lock.visit(self._cpu, t_ns, 2)
-            return noted + costs.vma_ns + costs.gup_hit_ns
+            noted = self._mmap_lock.visit(self._cpu, t_ns, 2) + costs.vma_ns
+            self._noted_ns = noted
+            return noted + costs.gup_hit_ns
         self.lacking = True
-        self._noted_ns = noted = self._mmap_lock.visit(self._cpu, t_ns, 3)
+        noted = self._mmap_lock.visit(self._cpu, t_ns, 3) + costs.vma_ns
+        self._noted_ns = noted
         gup_ns = costs.gup_alloc_ns
         if not write:
             gup_ns = costs.gup_zero_ns
         elif state:
             gup_ns = costs.gup_copy_ns
-        t_ns = noted + costs.vma_ns + gup_ns
+        t_ns = noted + gup_ns
         self.ptl_until_ns = t_ns
         self.ptl_table = leaf // kvm.host.entries
         self._mmap_lock.post(self._cpu, t_ns)
@@ -162,8 +164,8 @@ class FaultPath:
         self.cached -= len(made)
         kvm.tables_linked(made, entry_ns)
         kvm.installing = {table: end for table, end in kvm.installing.items() if end > entry_ns}
-        done = entry_ns + self._costs.hold_ns + extra_ns
-        kvm.installing[kvm.stage2.leaf_table(self._leaf)] = done
+        # An entry is locked only between breaking the old one and making the new.
+        kvm.installing[kvm.stage2.leaf_table(self._leaf)] = entry_ns + extra_ns
         return extra_ns
 
     def _again(self, entry_ns: int, hold_ns: int) -> tuple[int, int]:

@@ -19,6 +19,9 @@ PRESENT: Final = 1
 OWN: Final = 2  #: a page of its own; without it a present entry is the shared zero page
 YOUNG: Final = 4  #: the host's own accessed flag
 
+LOOK_BACK_NS: Final = 100_000  #: no fault asks later who had a table's lock when it came for it
+REMEMBERED: Final = 64  #: tables that ageing let go of, beyond which old ones are forgotten
+
 
 class HostMemory:
     """Host mappings of one guest's ``leaves``; ``entries``: PTEs in one host table."""
@@ -34,8 +37,8 @@ class HostMemory:
         self.mmap_lock = CacheLine(line)
         self.lru = LruGen(leaves, two_step)
         self.aged_table = -1  #: the host table that ageing locked last
+        self.left: dict[int, int] = {}  #: tables that it let go of lately -> when
         self._aged_from_ns = 0
-        self._aged_until_ns = 0
         self._aging = False
         self._released: Event | None = None
 
@@ -84,17 +87,20 @@ class HostMemory:
             self._released._ok = True
             self._released._value = t_ns
             self._env.schedule(self._released, delay=max(0, t_ns - int(self._env.now)))
-        self._aged_until_ns, self._aging = t_ns, False
+        self._aging = False
+        if len(self.left) >= REMEMBERED:
+            self.left = {table: at for table, at in self.left.items() if at > t_ns - LOOK_BACK_NS}
+        self.left[self.aged_table] = t_ns
 
     def blocked(self, leaf: int, t_ns: int) -> int | Event | None:
         """Who took the lock of ``leaf``'s table before ``t_ns`` and holds it then.
 
         Returns None if nobody, the time of release if it is past, else the event of it.
         """
-        if leaf // self.entries != self.aged_table or self._aged_from_ns > t_ns:
-            return None
-        if not self._aging:
-            return self._aged_until_ns if self._aged_until_ns > t_ns else None
+        table = leaf // self.entries
+        if not self._aging or table != self.aged_table or self._aged_from_ns > t_ns:
+            until = self.left.get(table, -1)
+            return until if until > t_ns else None
         if self._released is None:
             self._released = Event(self._env)
         return self._released

@@ -153,8 +153,9 @@ class Kvm:
             self.oracle.unlinked(table, t_ns + at_ns)
             self.table_free.unlinked(self, table, t_ns + at_ns, cpu)
         self.unmapped_leaves += walk.leaves
-        for vcpu in self.vcpus:
-            vcpu.flushed(t_ns)
+        if self.deferred_tlbi or walk.leaves or walk.tables:
+            for vcpu in self.vcpus:
+                vcpu.flushed(t_ns)
         return end
 
     def lock_break(self, cpu: Cpu, t_ns: int) -> bool:

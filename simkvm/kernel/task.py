@@ -24,9 +24,12 @@ class Task:
 
 
 def reach(env: Environment, t_ns: int) -> Generator[Event, Any, int]:
-    """Let everything happen that comes before ``t_ns``; returns ``t_ns``."""
-    if t_ns >= env.peek():
-        yield env.timeout(max(0, t_ns - int(env.now)))
+    """Let everything happen that comes before ``t_ns``; returns ``t_ns``.
+
+    A time that has come is not waited for again: others due in the same nanosecond come later.
+    """
+    if t_ns > env.now and t_ns >= env.peek():
+        yield env.timeout(t_ns - int(env.now))
     return t_ns
 
 

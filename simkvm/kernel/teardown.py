@@ -50,7 +50,7 @@ class Teardown:
         kvm = self._kvm
         t_ns = yield from reach(kvm.env, self._at_ns)
         self._task.cpu.enter_kernel(t_ns)
-        kvm.alive = False
+        t_ns = yield from self._stop_vcpus(t_ns)
         if self._order == "process_exit":
             t_ns = yield from self._wait_for_walkers(t_ns)
         t_ns = yield from self._unregister(t_ns)
@@ -60,6 +60,20 @@ class Teardown:
             t_ns = yield from self._free_stage2(t_ns)
         self._task.cpu.sleep(t_ns)
         self.done = True
+
+    def _stop_vcpus(self, t_ns: int) -> Steps:
+        """No vCPU runs any more when either way in begins; each ends the fault that it is in."""
+        kvm = self._kvm
+        kvm.alive = False
+        for vcpu in kvm.vcpus:
+            vcpu.stop(t_ns)
+        for vcpu in kvm.vcpus:
+            assert vcpu.process is not None
+            if vcpu.process.is_alive:
+                yield vcpu.process
+        t_ns = max(t_ns, int(kvm.env.now), *(vcpu.finished_ns for vcpu in kvm.vcpus))
+        self._task.cpu.enter_kernel(t_ns)
+        return (yield from reach(kvm.env, t_ns))
 
     def _wait_for_walkers(self, t_ns: int) -> Steps:
         while (held := self._kvm.unpinned()) is not None:

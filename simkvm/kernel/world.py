@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from simpy import Environment, Event
+from simpy import Environment, Event, Process
 
 from simkvm import contenders
 from simkvm.guest import patterns
@@ -173,7 +173,7 @@ class World:
         env, duration = self.env, self.scenario.duration
         for kvm in self.kvms:
             for vcpu in kvm.vcpus:
-                self._until_done(vcpu.run())
+                vcpu.process = self._until_done(vcpu.run())
         for teardown in self.teardowns:
             self._until_done(teardown.run())
         if self.ageing is not None:
@@ -194,11 +194,12 @@ class World:
         """Whether some vCPU still has something to do: if not, ageing ends with its pass."""
         return any(vcpu.finished_ns < 0 for kvm in self.kvms for vcpu in kvm.vcpus)
 
-    def _until_done(self, steps: Generator[Event, Any, None]) -> None:
+    def _until_done(self, steps: Generator[Event, Any, None]) -> Process:
         """Start a process that the run has to wait for."""
         process = self.env.process(steps)
         assert process.callbacks is not None
         process.callbacks.append(self._one_done)
+        return process
 
     def _one_done(self, _: Event) -> None:
         self._running -= 1

@@ -52,6 +52,10 @@ def _host(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Iterat
     if kernel.arch != machine.arch:
         message = f"{kernel.name} is a kernel for {kernel.arch}, {machine.name} is {machine.arch}"
         yield Problem(("kernel",), message)
+    if kernel["ageing_call"] == "bitmap" and kernel["ageing_lock"] != "none":
+        lock = kernel["ageing_lock"]
+        message = f"ageing_call bitmap is lock-free, it does not go with ageing_lock {lock}"
+        yield Problem(("kernel",), message)
     rcu = scenario.host.rcu
     if rcu.qlowmark > rcu.qhimark:
         message = f"{rcu.qlowmark} is above qhimark, {rcu.qhimark}"

@@ -17,7 +17,7 @@ from simkvm.scenario.schema import Scenario
 
 KERNELS = [name for name in kernel_names() if load_kernel(name).arch == "arm64"]
 DEFERRED = [value for value in POLICIES["table_free"] if value != "inline"]
-DURATION = 12 * MS
+DURATION = 8 * MS
 
 #: Page size, leaf size and memory that give a few tables and at most some thousand leaves.
 SHAPES = [
@@ -43,18 +43,20 @@ def drawn(dice: Random, safe: bool, teardown: bool | None) -> Scenario:
         teardown = dice.random() < 0.4
     end = {"order": dice.choice(["process_exit", "close_vm"]), "at": dice.randrange(DURATION)}
     pace = {"interval": dice.choice([0, 0, 300 * US]), "start": dice.randrange(MS)}
+    vcpus, takers = dice.randint(1, 4), dice.choice([0, 1, 1, 2])
     return scenario(
         seed=dice.randrange(100),
         machine=dice.choice(["ampere-altra-80c", "graviton3-64c"]),
         kernel=kernel(dice, safe),
         host={
+            "cpus": vcpus + 1 + takers + dice.choice([0, 3]),
             "hz": dice.choice([250, 1000, 1000]),
             "preemption": dice.choice(["none", "full"]),
             "nohz_full": dice.choice(["none", "none", "vcpus"]),
         },
         duration=DURATION,
         guest={
-            "vcpus": dice.randint(1, 4),
+            "vcpus": vcpus,
             "memory": memory,
             "page_size": page,
             "mapping": leaf,
@@ -65,7 +67,7 @@ def drawn(dice: Random, safe: bool, teardown: bool | None) -> Scenario:
         ageing=pace if dice.random() < 0.8 else None,
         contenders={
             f"c{number}": contender(dice, memory, page, leaf)
-            for number in range(dice.choice([0, 1, 1, 2]))
+            for number in range(takers)
         },
         ties=dice.choice(["fifo", "fifo", "shuffle"]),
     )

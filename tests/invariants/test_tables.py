@@ -145,14 +145,16 @@ class Tree(RuleBasedStateMachine):
         rules.counts_are_entries(self.stage2)
         rules.tree_hangs_together(self.stage2)
         assert set(np.flatnonzero(self.stage2.leaf.entries & VALID).tolist()) == self.mapped
-        assert set(self.stage2.all_tables()) == self.alive
+        listed = self.stage2.all_tables()
+        assert set(listed) == self.alive
+        assert len(listed) == len(self.alive) == self.stage2.linked_tables
         assert self.linked() == self.wanted()
         order = [table.level for table in self.stage2.all_tables()]
         assert order == sorted(order, reverse=True), "children before parents"
 
 
 TestTree = Tree.TestCase
-TestTree.settings = settings(max_examples=60, stateful_step_count=12)
+TestTree.settings = settings(max_examples=40, stateful_step_count=12)
 
 
 @pytest.mark.parametrize("policy", list(POLICIES["table_free"]))
@@ -165,13 +167,13 @@ def test_tables_are_linked_waiting_or_free_after_every_event(policy: str) -> Non
             host={"hz": 1000},
             guest={
                 "vcpus": 2,
-                "memory": 5 * MIB + 4 * KIB,
-                "access": {"pattern": "populate", "repeat": 1000, "think": 4 * US},
+                "memory": 3 * MIB + 4 * KIB,
+                "access": {"pattern": "populate", "repeat": 1000, "think": 6 * US},
             },
             contenders={
-                "vmm": {"kind": "madvise_dontneed", "guest": "vm0", "range": 2 * MIB, "rate": 700.0}
+                "vmm": {"kind": "madvise_dontneed", "guest": "vm0", "range": 2 * MIB, "rate": 500.0}
             },
-            duration=30 * MS,
+            duration=20 * MS,
         )
         (kvm,) = made.kvms
         held = []
@@ -189,7 +191,7 @@ def test_tables_are_linked_waiting_or_free_after_every_event(policy: str) -> Non
     rules.every_table_lives_once(notes)
     rules.children_go_first(notes, kvm.entries)
     rules.frees_wait_for_a_grace_period(notes, made.recorder.grace_periods)
-    assert record.summary["tables_freed"] >= 10
+    assert record.summary["tables_freed"] >= 4
     assert len(notes.callbacks) == (0 if policy == "inline" else len(notes.unlinked))
     assert bool(max(held)) == (policy != "inline")
     _timeline_agrees(record.timeline, kvm.table_bytes, made)

@@ -73,6 +73,11 @@ class Clock(Environment):
         assert t >= self.now
         return self.fire(Event(self), t, rank, number, at=t)
 
+    def pause(self, ns: int, number: Any = None) -> Generator[Event, Any, None]:
+        """``ns`` of work, if any."""
+        if ns:
+            yield self.at(int(self.now) + ns, STEP, number)
+
     def let_go(self, t: int, cpu: int) -> Event:
         """The moment at which ``cpu`` lets go of something; one nanosecond's go by CPU."""
         return self.at(t, RELEASE, (cpu, self.number()))
@@ -474,8 +479,8 @@ class Vm:
                 ask = yield from self.lock_for_walk(cpu)
         self.lock.release(ask)
         cpu.enter_kernel(clock.now)
-        yield clock.at(clock.now + self.zap(first, last) * costs.unmap.host_page_ns)
-        yield clock.at(clock.now + costs.ageing.call_ns)
+        yield from clock.pause(self.zap(first, last) * costs.unmap.host_page_ns)
+        yield from clock.pause(costs.ageing.call_ns)
         cpu.spin(clock.now)
         ask = self.lock.ask(cpu.id, RANGE_END, True)
         if ask.granted is not None:
@@ -739,13 +744,15 @@ class Vcpu:
         table, lock_ns = vm.host_table(page.leaf), self.costs.ptl_ns
         clock.process(self.leave_mmap(t))
         yield clock.at(t - lock_ns, TAKE_TABLE)
-        if table.aged is None:
+        freed = -1
+        if table.aged is not None:
+            freed = yield table.aged
+        if freed <= t - lock_ns:
             table.faults_inside += 1
             yield clock.let_go(t, self.cpu.id)
             table.faults_inside -= 1
         else:
             self.cpu.spin(t)
-            freed = yield table.aged
             number = clock.number()
             t = max(t, freed + vm.costs.line.transfer_ns + lock_ns)
         yield clock.at(t, STEP, number)
@@ -805,7 +812,7 @@ class Ager:
     def run(self) -> Steps:
         clock, cpu, spec = self.clock, self.cpu, self.spec
         costs = self.host.vms[0].costs
-        yield clock.at(spec.start)
+        yield from clock.pause(spec.start)
         rounds = 0
         while any(vcpu.finished < 0 for vm in self.host.vms for vcpu in vm.vcpus):
             cpu.enter_kernel(clock.now)
@@ -828,7 +835,6 @@ class Ager:
         """One pass over ``vm``."""
         clock, costs, cpu = self.clock, vm.costs.ageing, self.cpu.id
         report = Pass(vm.name, int(clock.now))
-        yield clock.at(clock.now)
         yield vm.mmap.visit(cpu, 1).done
         promoted = 0
         for number in range(-(-vm.memory // vm.leaf_bytes // vm.entries)):
@@ -836,7 +842,7 @@ class Ager:
                 if promoted >= BATCH:
                     vm.mmap.ask(cpu)
                     self.cpu.enter_kernel(clock.now)
-                    yield clock.at(clock.now + costs.lru_lock_ns + costs.resched_ns)
+                    yield from clock.pause(costs.lru_lock_ns + costs.resched_ns)
                     yield vm.mmap.visit(cpu, 1).done
                 promoted = 0
             table = vm.tables.get(number)
@@ -844,15 +850,14 @@ class Ager:
                 promoted += yield from self.age_table(vm, table, report)
         yield clock.let_go(clock.now, cpu)
         vm.mmap.ask(cpu)
-        yield clock.at(clock.now + costs.lru_lock_ns + costs.resched_ns)
-        yield clock.at(clock.now + vm.generations.open_one() * costs.folio_move_ns)
+        yield from clock.pause(costs.lru_lock_ns + costs.resched_ns)
+        yield from clock.pause(vm.generations.open_one() * costs.folio_move_ns)
         report.end = int(clock.now)
         self.passes.append(report)
 
     def age_table(self, vm: Vm, table: HostTable, report: Pass) -> Steps:
         """Age what one host table maps, under its lock; returns how many pages moved."""
         clock, costs = self.clock, vm.costs.ageing
-        yield clock.at(clock.now)
         if table.faults_inside:
             report.skipped += 1
             return 0
@@ -864,23 +869,21 @@ class Ager:
         for page in pages:
             page.young = False
         report.scanned += len(pages)
-        used, t = yield from self.ask(vm, pages, report)
-        t += len(young - used) * costs.promote_ns
-        number = clock.number()
-        yield clock.let_go(t, self.cpu.id)
-        clock.fire(table.aged, t, STEP)
+        used = yield from self.ask(vm, pages, report)
+        yield from clock.pause(len(young - used) * costs.promote_ns)
+        clock.fire(table.aged, int(clock.now))
         table.aged = None
-        yield clock.at(t, STEP, number)
-        self.cpu.enter_kernel(t)
+        self.cpu.enter_kernel(clock.now)
         young = {page for page in young | used if page.own}
         report.young += len(young)
         return sum([vm.generations.promote(page) for page in young])
 
     def ask(self, vm: Vm, pages: list[Page], report: Pass) -> Steps:
-        """Find out which of ``pages`` the guest used; returns them and when that is over."""
+        """Find out which of ``pages`` the guest used, and return them."""
         kind, lock = vm.kernel["ageing_call"], vm.kernel["ageing_lock"]
         if not pages or kind == "blind":
-            return set(), int(self.clock.now) + len(pages) * vm.costs.ageing.scan_ns
+            yield from self.clock.pause(len(pages) * vm.costs.ageing.scan_ns)
+            return set()
         if kind == "bitmap":
             return (yield from self.ask_windows(vm, pages, report))
         size = vm.folio if kind == "per_folio" else 1
@@ -905,7 +908,8 @@ class Ager:
             number = ask.number
             t = int(clock.now) + len(run) * costs.scan_ns + (costs.promote_ns if young else 0)
             used |= young
-        return used, t
+        yield clock.at(t, STEP, number)
+        return used
 
     def ask_without_lock(self, vm: Vm, runs: list[list[Page]]) -> Steps:
         """One call for each run, under RCU only."""
@@ -914,12 +918,13 @@ class Ager:
         for first in range(0, len(runs), WINDOW):
             batch = runs[first : first + WINDOW]
             young = {page for run in batch for page in self.test_and_clear(run)}
+            number = clock.number()
             for run in batch:
                 walk = costs.walk_ns + (len(run) - 1) * costs.visit_ns
-                yield clock.at(clock.now + costs.call_ns + walk + len(run) * costs.scan_ns)
-            yield clock.at(clock.now + len(young) * costs.promote_ns)
+                yield from clock.pause(costs.call_ns + walk + len(run) * costs.scan_ns, number)
+            yield from clock.pause(len(young) * costs.promote_ns, number)
             used |= young
-        return used, int(clock.now)
+        return used
 
     def ask_windows(self, vm: Vm, pages: list[Page], report: Pass) -> Steps:
         """A call that tests each window, and one that clears from its first to its last bit."""
@@ -928,15 +933,16 @@ class Ager:
         for _, group in groupby(pages, lambda page: page.leaf // WINDOW):
             window = list(group)
             young = self.test_and_clear(window)
-            yield clock.at(clock.now + self.span(vm, window))
+            number = clock.number()
+            yield from clock.pause(self.span(vm, window), number)
             report.calls += 1
             scan = len(window) * costs.scan_ns + len(young) * costs.promote_ns
-            yield clock.at(clock.now + scan)
+            yield from clock.pause(scan, number)
             if young:
-                yield clock.at(clock.now + self.span(vm, young))
+                yield from clock.pause(self.span(vm, young), number)
                 report.calls += 1
             used |= young
-        return used, int(clock.now)
+        return used
 
     def span(self, vm: Vm, pages: Iterable[Page]) -> int:
         """Time of one lock-free call from the first to the last of ``pages``."""
@@ -985,7 +991,7 @@ class Madvise:
             yield vm.mmap.visit(self.cpu.id, 1).done
             leaf = vm.leaf_bytes
             yield from vm.invalidate(self.cpu, first // leaf, -(-last // leaf), unlock_mmap=True)
-            yield clock.at(clock.now + self.cpu.take_stolen())
+            yield from clock.pause(self.cpu.take_stolen())
 
 
 @dataclass

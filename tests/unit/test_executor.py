@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,24 @@ def test_a_lost_backend_stops_the_drive(tmp_path: Path) -> None:
         drive(tmp_path, [f"good-{i}" for i in range(50)], backend=lambda _: pool)
     assert pool.submitted <= 1 + 3
     assert not runs(tmp_path)
+
+
+class FoundDead(ThreadPoolExecutor):
+    """Its workers die while nothing is in flight: only the third submission finds that out."""
+
+    submitted = 0
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.submitted += 1
+        if self.submitted == 3:
+            raise BrokenExecutor
+        return super().submit(fn, *args, **kwargs)
+
+
+def test_a_pool_found_dead_on_submission_loses_no_task(tmp_path: Path) -> None:
+    names = [f"good-{i}" for i in range(5)]
+    assert drive(tmp_path, names, backend=FoundDead) == {name: name for name in names}
+    assert runs(tmp_path) == dict.fromkeys(names, 1)
 
 
 def test_workers_that_cannot_start_are_said_so(tmp_path: Path) -> None:

@@ -1125,3 +1125,15 @@ def test_loading_needs_no_arrays(file: Path) -> None:
     command = [sys.executable, "-c", code, str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_windows_are_refused_under_a_lock(tmp_path: Path) -> None:
+    text = (
+        "name: x\nmachine: ampere-altra-80c\n"
+        "kernel: {base: linux-6.4-yuzhao-v2, set: {ageing_lock: read}}\n"
+        "guests:\n  vm0: {memory: 4 MiB, access: {pattern: populate}}\n"
+    )
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"x\.yaml:3:1: kernel: ageing_call bitmap is lock-free"):
+        load(str(path))

@@ -228,9 +228,10 @@ def test_a_failed_write_leaves_the_old_trace_alone(
 
 
 NOTE_ROW = re.compile(
-    r"\| `(?P<file>[\w-]+\.parquet)` \| (?P<touches>[\d,]+) \| (?P<writes>[\d,]+) "
-    r"\| (?P<mib>[\d.]+) MiB in (?P<regions>\d+) \| (?P<instructions>[\d,]+) \| (?P<loads>[\d,]+) "
-    r"\| (?P<stores>[\d,]+) \| (?P<modifies>[\d,]+) \| `(?P<sha256>[0-9a-f]+)` \|"
+    r"\| `(?P<file>[\w-]+\.parquet)` \| (?P<window>\d+) \| (?P<touches>[\d,]+) "
+    r"\| (?P<writes>[\d,]+) \| (?P<mib>[\d.]+) MiB in (?P<regions>\d+) \| (?P<pause>[\d,]+) "
+    r"\| (?P<instructions>[\d,]+) \| (?P<loads>[\d,]+) \| (?P<stores>[\d,]+) "
+    r"\| (?P<modifies>[\d,]+) \| `(?P<sha256>[0-9a-f]+)` \|"
 )
 
 
@@ -246,14 +247,17 @@ def test_every_shipped_trace_is_noted() -> None:
 
 @pytest.mark.parametrize("name", sorted(path.name for path in SHIPPED.glob("*.parquet")))
 def test_the_note_tells_the_numbers_of_the_shipped_trace(name: str) -> None:
-    header = read_trace(SHIPPED / name).header
+    trace = read_trace(SHIPPED / name)
+    header = trace.header
     row = {key: value.replace(",", "") for key, value in noted()[name].items()}
     assert row == {
         "file": name,
+        "window": str(header.window),
         "touches": str(header.touches),
         "writes": str(header.writes),
         "mib": f"{header.footprint_bytes / 2**20:.1f}",
         "regions": str(header.pages * header.page_size >> 21),
+        "pause": str(trace.instructions.max()),
         "instructions": str(header.instructions),
         "loads": str(header.raw.loads),
         "stores": str(header.raw.stores),
