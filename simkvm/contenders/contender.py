@@ -49,7 +49,8 @@ class Contender:
         leaf = kvm.stage2.leaf_bytes
         first, last = first_byte // leaf, -(-(first_byte + size) // leaf)
         t_ns = yield from reach(kvm.env, t_ns)  # one that is late did not sleep
-        t_ns = kvm.host.mmap_lock.visit(self.task.cpu.id, t_ns, 1)
-        t_ns = yield from kvm.notifier.invalidate(self.task, t_ns, first, last)
-        kvm.host.mmap_lock.post(self.task.cpu.id, t_ns)
+        mmap_lock = kvm.host.mmap_lock
+        t_ns = mmap_lock.visit(self.task.cpu.id, t_ns, 1)
+        t_ns = yield from kvm.notifier.invalidate(self.task, t_ns, first, last, leaving=mmap_lock)
+        t_ns = yield from reach(kvm.env, t_ns)
         return t_ns + self.task.cpu.take_stolen()

@@ -29,7 +29,10 @@ class FreePageReporting(Contender):
     def __init__(self, kvm: Kvm, task: Task, rng: np.random.Generator, spec: Spec) -> None:
         super().__init__(kvm, task, rng)
         self._spec = spec
+        # Nothing smaller than a leaf can be taken back, and a block that is cut off is never free.
         self._block_leaves = max(1, spec.block // kvm.stage2.leaf_bytes)
+        self._block_bytes = self._block_leaves * kvm.stage2.leaf_bytes
+        self._blocks = kvm.leaves // self._block_leaves
 
     def run(self) -> Generator[Event, Any, None]:
         """Pass after pass until the end of the run."""
@@ -42,16 +45,16 @@ class FreePageReporting(Contender):
             free = self._free_blocks(t_ns)
             requests = -(-len(free) // (spec.batch * 16))
             for block in free[: requests * spec.batch].tolist():
-                t_ns = yield from self.take_back(t_ns, block * spec.block, spec.block)
+                t_ns = yield from self.take_back(t_ns, block * self._block_bytes, self._block_bytes)
             due_ns = t_ns + spec.delay
 
     def _free_blocks(self, t_ns: int) -> NDArray[np.int64]:
         """Blocks that are backed and have been idle, in ascending order."""
-        kvm, size = self.kvm, self._block_leaves
+        kvm, shape = self.kvm, (self._blocks, self._block_leaves)
         for vcpu in kvm.vcpus:
             vcpu.catch_up(t_ns)
-        edges = np.arange(0, kvm.leaves, size)
-        backed = np.add.reduceat((kvm.host.state != 0).astype(np.int64), edges) > 0
-        touched = np.maximum.reduceat(kvm.last_touch_ns, edges)
+        whole = self._blocks * self._block_leaves
+        backed = (kvm.host.state[:whole] != 0).reshape(shape).any(axis=1)
+        touched = kvm.last_touch_ns[:whole].reshape(shape).max(axis=1)
         idle = (touched >= 0) & (touched <= t_ns - self._spec.idle)
         return np.flatnonzero(backed & idle)

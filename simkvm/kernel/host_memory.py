@@ -40,7 +40,7 @@ class HostMemory:
         self.left: dict[int, int] = {}  #: tables that it let go of lately -> when
         self._aged_from_ns = 0
         self._aging = False
-        self._released: Event | None = None
+        self._blocked: list[Event] = []  #: one for each fault that waits for ageing
 
     # -- what is mapped -----------------------------------------------------------------------
 
@@ -79,14 +79,14 @@ class HostMemory:
     def lock_for_ageing(self, table: int, t_ns: int) -> None:
         """Ageing got the lock of ``table`` at ``t_ns``."""
         self.aged_table, self._aged_from_ns, self._aging = table, t_ns, True
-        self._released = None
 
     def unlock(self, t_ns: int) -> None:
         """Ageing lets go of its table at ``t_ns``."""
-        if self._released is not None:
-            self._released._ok = True
-            self._released._value = t_ns
-            self._env.schedule(self._released, delay=max(0, t_ns - int(self._env.now)))
+        for released in self._blocked:
+            released._ok = True
+            released._value = t_ns
+            self._env.schedule(released, delay=max(0, t_ns - int(self._env.now)))
+        self._blocked.clear()
         self._aging = False
         if len(self.left) >= REMEMBERED:
             self.left = {table: at for table, at in self.left.items() if at > t_ns - LOOK_BACK_NS}
@@ -101,6 +101,7 @@ class HostMemory:
         if not self._aging or table != self.aged_table or self._aged_from_ns > t_ns:
             until = self.left.get(table, -1)
             return until if until > t_ns else None
-        if self._released is None:
-            self._released = Event(self._env)
-        return self._released
+        # An event of its own: a process that one event resumes does not see the others coming.
+        released = Event(self._env)
+        self._blocked.append(released)
+        return released

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpy import Environment, Event
 
+from simkvm.kernel.cacheline import CacheLine
 from simkvm.kernel.qrwlock import OPEN
 from simkvm.kernel.sites import RANGE_END, RANGE_START
 from simkvm.kernel.stage2 import VALID
@@ -82,20 +83,30 @@ class MmuNotifier:
         self.moved_ns = -1  #: when the sequence moved last
 
     def invalidate(
-        self, task: Task, t_ns: int, first: int, last: int, blockable: bool = True
+        self,
+        task: Task,
+        t_ns: int,
+        first: int,
+        last: int,
+        blockable: bool = True,
+        leaving: CacheLine | None = None,
     ) -> Steps:
         """Take the leaves ``first`` up to ``last`` back, from ``t_ns`` on; returns when it is done.
 
         ``blockable``: whether the lock may be dropped between chunks (the OOM reaper may not).
+        ``leaving``: the line of another lock that the caller lets go of then.
         """
         kvm = self._kvm
         if not self.subscribed:
-            return kvm.zap_host(t_ns, first, last)
+            t_ns = kvm.zap_host(t_ns, first, last)
+            if leaving is not None:
+                leaving.post(task.cpu.id, t_ns)
+            return t_ns
         token = self.srcu.enter(t_ns)
         t_ns = yield from self._start(task, t_ns + kvm.costs.ageing.call_ns, first, last, blockable)
         t_ns = kvm.zap_host(t_ns, first, last)
         t_ns = yield from reach(kvm.env, t_ns)
-        t_ns = yield from self._end(task, t_ns + kvm.costs.ageing.call_ns, first, last)
+        t_ns = yield from self._end(task, t_ns + kvm.costs.ageing.call_ns, first, last, leaving)
         self.srcu.leave(token, t_ns)
         return t_ns
 
@@ -130,7 +141,9 @@ class MmuNotifier:
         grant = self._kvm.mmu_lock.write(t_ns, task.cpu.id, RANGE_START, lambda at: (OPEN, at))
         return (yield from reach(env, (yield from acquired(grant))))
 
-    def _end(self, task: Task, t_ns: int, first: int, last: int) -> Steps:
+    def _end(
+        self, task: Task, t_ns: int, first: int, last: int, leaving: CacheLine | None
+    ) -> Steps:
         kvm = self._kvm
         hold_ns = kvm.costs.unmap.bookkeeping_ns
 
@@ -140,6 +153,8 @@ class MmuNotifier:
             self.in_progress -= 1
             left = int((kvm.stage2.leaf.entries[first:last] & VALID).sum())
             kvm.oracle.invalidated(first, last, left, entry_ns)
+            if leaving is not None:
+                leaving.post(task.cpu.id, entry_ns + hold_ns)
             return hold_ns, entry_ns + hold_ns
 
         t_ns = yield from reach(kvm.env, t_ns)

@@ -4,7 +4,9 @@ It is told of every table's birth, unlinking and free, of every grace period and
 that holds no ``mmu_lock``, each with its time, and reports what a kernel could only crash on:
 
 * ``use_after_free``: a table's page is freed while a walker is inside that table;
-* ``root_freed_under_walker``: the same for the root, which ``->release`` frees;
+* ``root_freed_under_walker``: a walker is in the root, or enters it, when that has been freed: the
+  lock-free walk takes the root without looking whether the VM still has it (arm64 handler of message
+  20230526234435.662652-6-yuzhao@google.com);
 * ``free_before_grace_period``: a deferred free that no full grace period separates from unlink;
 * ``double_free``, ``unlink_twice``, ``unlink_with_entries``: broken life of a table;
 * ``leaf_after_invalidate``: a mapping that survived, or appeared in, a range that was taken back;
@@ -26,6 +28,7 @@ from simkvm.units import format_duration
 ROOT = TableId(-1, 0, 1)
 KEPT = 16  # violations kept in full; the others are counted
 LOOK_BACK_NS = 1_000_000  # no actor tells of walks that began longer ago
+NEVER = 1 << 62
 
 
 class Walk(NamedTuple):
@@ -78,6 +81,7 @@ class Oracle:
     _walks: deque[Walk] = field(default_factory=deque)
     _recent: deque[TableId] = field(default_factory=deque)  # freed, perhaps in the future
     _leaving: deque[TableId] = field(default_factory=deque)  # unlinked, perhaps in the future
+    _root_freed_ns: int = NEVER
     _grace_periods: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=4096))
 
     # -- told by the model --------------------------------------------------------------------
@@ -124,15 +128,9 @@ class Oracle:
 
     def root_freed(self, t_ns: int) -> None:
         """The root tables were freed at ``t_ns``."""
+        self._root_freed_ns = t_ns
         for walk in self._walks:
-            if walk.inside(t_ns):
-                self._report(
-                    "root_freed_under_walker",
-                    t_ns,
-                    f"the root was freed while {walk.walker} was walking it",
-                    ROOT,
-                    walk,
-                )
+            self._check_root(walk)
 
     def walk(self, walk: Walk) -> None:
         """A lock-free walk is planned: it may meet tables whose free is planned already."""
@@ -142,6 +140,7 @@ class Oracle:
         self._forget(walk.start_ns)
         for table in self._recent:
             self._check(walk, table, self._lives[table].freed_ns)
+        self._check_root(walk)
 
     def _forget(self, t_ns: int) -> None:
         """Drop what no walk from ``t_ns`` on can meet."""
@@ -204,6 +203,17 @@ class Oracle:
                 walk,
             )
 
+    def _check_root(self, walk: Walk) -> None:
+        t_ns = self._root_freed_ns
+        if walk.end_ns <= t_ns:
+            return
+        what = f"the root was freed while {walk.walker} was walking it"
+        if not walk.inside(t_ns):  # between two of its reads, or before the first
+            what = f"{walk.walker} walks the root after it was freed"
+            late = max(0, t_ns - walk.start_ns)
+            t_ns = walk.start_ns - (-late // walk.period_ns) * walk.period_ns
+        self._report("root_freed_under_walker", t_ns, what, ROOT, walk)
+
     def _report(
         self,
         kind: str,
@@ -221,6 +231,8 @@ class Oracle:
             story.append((life.born_ns, f"{name(table)} linked"))
             if life.unlinked_ns >= 0:
                 story.append((life.unlinked_ns, f"{name(table)} unlinked"))
+        if table == ROOT:
+            story.append((self._root_freed_ns, "the root freed"))
         if walk is not None:
             began = t_ns - (t_ns - walk.start_ns) % walk.period_ns
             story.append((began, f"{walk.walker} enters, holding no lock"))

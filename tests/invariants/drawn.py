@@ -94,7 +94,7 @@ def walks_without_lock(made: KernelVariant) -> bool:
 
 def access(dice: Random) -> dict[str, Any]:
     """What vCPUs do, with pauses that keep the number of events small."""
-    think = dice.choice([0, 500, 2 * US])
+    think = dice.choice([200, 500, 2 * US])
     if dice.random() < 0.3:
         repeat, write = dice.choice([3, 50, 1000]), dice.random() < 0.7
         return {"pattern": "populate", "repeat": repeat, "write": write, "think": think}

@@ -63,7 +63,7 @@ def every_rule_holds(spec: Scenario) -> None:
     assert record.violations == []
 
 
-@settings(max_examples=16, phases=[Phase.generate])
+@settings(max_examples=20, phases=[Phase.generate])
 @given(drawn.scenarios(teardown=False))
 def test_every_rule_holds_after_every_event(spec: Scenario) -> None:
     every_rule_holds(spec)

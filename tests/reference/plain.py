@@ -105,6 +105,7 @@ class Request:
     pause: int
     service: int | None  #: given for a hand-over, which is not a count of atomics
     scattered: bool  #: each atomic has to fetch the line
+    number: int  #: its place in the order of those that know their time
 
 
 class Line:
@@ -130,7 +131,8 @@ class Line:
         scattered: bool = False,
     ) -> Request:
         """Stand in line; the request's ``done`` tells when it was served."""
-        request = Request(cpu, self.clock.event(), atomics, pause, service, scattered)
+        number = self.clock.number()
+        request = Request(cpu, self.clock.event(), atomics, pause, service, scattered, number)
         self.requests.append(request)
         if not self.wanted.triggered:
             self.clock.fire(self.wanted, None, SERVED)
@@ -456,13 +458,15 @@ class Vm:
 
     # -- taking memory back --
 
-    def invalidate(self, cpu: Cpu, first: int, last: int, unlock_mmap: bool = False) -> Steps:
+    def invalidate(
+        self, cpu: Cpu, first: int, last: int, taken: Request | None = None
+    ) -> Steps:
         """Range start, the host's own page table, range end, for leaves ``first`` up to ``last``.
 
-        ``unlock_mmap``: whether the caller lets go of ``mmap_lock`` when this is over.
+        ``taken``: the request for ``mmap_lock`` of a caller that lets go of it when this is over.
         """
         clock, costs = self.clock, self.costs
-        yield clock.at(clock.now + costs.ageing.call_ns)
+        yield from clock.pause(costs.ageing.call_ns, taken.number if taken else None)
         ask = yield from self.lock_for_walk(cpu)
         self.in_progress += 1
         yield clock.at(ask.entry + costs.unmap.bookkeeping_ns)
@@ -490,7 +494,7 @@ class Vm:
         self.in_progress -= 1
         yield clock.let_go(ask.entry + costs.unmap.bookkeeping_ns, cpu.id)
         self.lock.release(ask)
-        if unlock_mmap:
+        if taken:
             self.mmap.ask(cpu.id)
         yield clock.at(clock.now, STEP, ask.number)
         cpu.enter_kernel(clock.now)
@@ -502,6 +506,7 @@ class Vm:
         if ask.granted is not None:
             yield ask.granted
         yield from self.lock.enter(ask)
+        yield self.clock.at(ask.entry, STEP, ask.number)
         return ask
 
     def end_of_chunk(self, leaf: int) -> int:
@@ -520,8 +525,9 @@ class Vm:
         end = now + work.spent + (self.costs.tlbi_all_ns if self.deferred_flush else 0)
         self.unmapped += work.leaves
         cpu.atomic(begin, end)
-        for vcpu in self.vcpus:
-            vcpu.flush()
+        if flushes:
+            for vcpu in self.vcpus:
+                vcpu.flush()
         if self.kernel["table_free"] == "inline":
             self.freed += len(work.freed_after)
         else:
@@ -718,16 +724,15 @@ class Vcpu:
         self.faults += 1
         there = page.own or (page.present and not write)
         request = vm.mmap.visit(self.cpu.id, 2 if there else 3, self.moved)
-        number = clock.number()
         present = page.present
-        noted = yield request.done
+        noted = (yield request.done) + costs.vma_ns
         if there:
-            yield clock.at(noted + costs.vma_ns + costs.gup_hit_ns, STEP, number)
+            yield clock.at(noted + costs.gup_hit_ns, STEP, request.number)
         else:
             gup = costs.gup_zero_ns
             if write:
                 gup = costs.gup_copy_ns if present else costs.gup_alloc_ns
-            yield from self.get_page(page, write, noted + costs.vma_ns + gup, number)
+            yield from self.get_page(page, write, noted + gup, request.number)
         ask = vm.lock.ask(self.cpu.id, FAULT, vm.kernel["fault_lock"] == "write")
         if ask.granted is not None:
             self.cpu.spin(clock.now)
@@ -779,7 +784,7 @@ class Vcpu:
         hold = costs.hold_ns + made * costs.table_ns
         if made:
             self.cached -= made
-            table.installing_until = entry + hold
+            table.installing_until = entry + made * costs.table_ns
         page.valid_from, page.granted_at = entry, int(self.clock.now)
         self.touches += 1
         self.tlb[page.leaf % vm.costs.tlb_entries] = page.leaf
@@ -835,15 +840,15 @@ class Ager:
         """One pass over ``vm``."""
         clock, costs, cpu = self.clock, vm.costs.ageing, self.cpu.id
         report = Pass(vm.name, int(clock.now))
-        yield vm.mmap.visit(cpu, 1).done
+        yield from self.take_mmap(vm)
         promoted = 0
         for number in range(-(-vm.memory // vm.leaf_bytes // vm.entries)):
-            if number and number % vm.entries == 0:
+            if number and number % (vm.entries if vm.leaf_bytes == vm.page_bytes else 1) == 0:
                 if promoted >= BATCH:
                     vm.mmap.ask(cpu)
                     self.cpu.enter_kernel(clock.now)
                     yield from clock.pause(costs.lru_lock_ns + costs.resched_ns)
-                    yield vm.mmap.visit(cpu, 1).done
+                    yield from self.take_mmap(vm)
                 promoted = 0
             table = vm.tables.get(number)
             if table is not None and table.pages:
@@ -854,6 +859,11 @@ class Ager:
         yield from clock.pause(vm.generations.open_one() * costs.folio_move_ns)
         report.end = int(clock.now)
         self.passes.append(report)
+
+    def take_mmap(self, vm: Vm) -> Steps:
+        request = vm.mmap.visit(self.cpu.id, 1)
+        t = yield request.done
+        yield self.clock.at(t, STEP, request.number)
 
     def age_table(self, vm: Vm, table: HostTable, report: Pass) -> Steps:
         """Age what one host table maps, under its lock; returns how many pages moved."""
@@ -887,7 +897,13 @@ class Ager:
         if kind == "bitmap":
             return (yield from self.ask_windows(vm, pages, report))
         size = vm.folio if kind == "per_folio" else 1
-        runs = [list(run) for _, run in groupby(pages, lambda page: page.leaf // size)]
+        runs: list[list[Page]] = []
+        for page in pages:
+            leaf = page.leaf
+            if runs and runs[-1][-1].leaf == leaf - 1 and (leaf - 1) // size == leaf // size:
+                runs[-1].append(page)
+            else:
+                runs.append([page])
         report.calls += len(runs)
         if lock == "none":
             return (yield from self.ask_without_lock(vm, runs))
@@ -988,9 +1004,9 @@ class Madvise:
                 yield clock.at(int(due))
                 self.cpu.enter_kernel(clock.now)
             first, last = place * step, place * step + spec.range
-            yield vm.mmap.visit(self.cpu.id, 1).done
-            leaf = vm.leaf_bytes
-            yield from vm.invalidate(self.cpu, first // leaf, -(-last // leaf), unlock_mmap=True)
+            request, leaf = vm.mmap.visit(self.cpu.id, 1), vm.leaf_bytes
+            yield request.done
+            yield from vm.invalidate(self.cpu, first // leaf, -(-last // leaf), request)
             yield from clock.pause(self.cpu.take_stolen())
 
 

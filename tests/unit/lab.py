@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from simpy import Environment
 
+from simkvm.guest.patterns import Chunk
+from simkvm.guest.vcpu import Vcpu
 from simkvm.kernel.aging import AgeingWalk, Pass
 from simkvm.kernel.qrwlock import FAST, ROW
 from simkvm.kernel.sites import NAMES
@@ -69,6 +71,7 @@ class Lab:
         self.world = world(guest={"memory": memory, **(guest or {})}, **keys)
         self.env = self.world.env
         self.kvm = self.world.kvms[0]
+        self.vcpus, self.kvm.vcpus = self.kvm.vcpus, []  # those that run are the guest's
         self.task = Task("lab", self.world.cpus[-1])
         self.t_ns = 0
 
@@ -82,9 +85,23 @@ class Lab:
 
     def touch_all(self) -> None:
         """Every vCPU makes the touches of its pattern (``access``), from time 0."""
-        for process in [self.env.process(vcpu.run()) for vcpu in self.kvm.vcpus]:
-            self.env.run(process)
-        self.t_ns = max(vcpu.finished_ns for vcpu in self.kvm.vcpus)
+        for vcpu in self.vcpus:
+            self._start(vcpu)
+        for vcpu in self.vcpus:
+            self.env.run(vcpu.process)
+        self.t_ns = max(vcpu.finished_ns for vcpu in self.vcpus)
+
+    def touch(self, *touches: tuple[int, bool, int]) -> Vcpu:
+        """Start a vCPU that touches (page, write, pause afterwards in ns); not yet run."""
+        pages, writes, gaps = (np.array(column) for column in zip(*touches, strict=True))
+        chunk = Chunk(pages.astype(np.int64), writes.astype(np.bool_), gaps.astype(np.int64))
+        index = len(self.kvm.vcpus)
+        return self._start(Vcpu(self.kvm, index, self.world.cpus[index], iter([chunk])))
+
+    def _start(self, vcpu: Vcpu) -> Vcpu:
+        self.kvm.vcpus.append(vcpu)
+        vcpu.process = self.env.process(vcpu.run())
+        return vcpu
 
     def fill(self, leaves: Iterable[int] | None = None) -> None:
         """Have pages mapped, as write faults leave them, without a fault: for what comes after."""

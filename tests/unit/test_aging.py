@@ -108,9 +108,6 @@ def test_calls_by_folio_size(folio: int, calls: int) -> None:
     assert lab("per_folio", "write", folio=folio).age().calls == calls
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a hole in a folio does not end its run: one call spans what is not there"
-)
 def test_a_hole_ends_the_run() -> None:
     """folio_pte_batch() counts consecutive present entries: two runs around a hole."""
     made = lab("per_folio", "write", folio=64 * KIB)
@@ -288,20 +285,7 @@ def test_what_was_taken_back_meanwhile_is_not_promoted() -> None:
     assert made.kvm.host.lru.total == 924
 
 
-@pytest.mark.parametrize(
-    ("call", "folio"),
-    [
-        ("per_pte", 4 * KIB),
-        pytest.param(
-            *("per_folio", 2 * MIB),
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=ValueError,
-                reason="np.concatenate of nothing: every run of the table met a detached tree",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize(("call", "folio"), [("per_pte", 4 * KIB), ("per_folio", 2 * MIB)])
 def test_a_call_that_finds_the_tree_detached_finds_nothing_young(call: str, folio: int) -> None:
     """mmu->pgt is looked at again under the lock (kvm_age_gfn)."""
     made = lab(call, "write", folio=folio)

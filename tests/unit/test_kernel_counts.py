@@ -20,8 +20,6 @@ import numpy as np
 import pytest
 from lab import GIB, KIB, MIB, Lab, Tally, scenario
 
-from simkvm.guest.patterns import Chunk
-from simkvm.guest.vcpu import Vcpu
 from simkvm.kernel.host_memory import OWN, PRESENT
 from simkvm.kernel.stage2 import AF
 from simkvm.kernel.unmap import UnmapWalk
@@ -272,10 +270,8 @@ def test_read_first_then_written() -> None:
 def test_fault_in_sparsely() -> None:
     """fault-sparse-v1-c: a page each 2 MiB of 2 GiB, 1024 aborts and 1026 tables."""
     lab = Lab(2 * GIB)
-    pages = np.arange(0, 2 * GIB // (4 * KIB), 512)
-    chunk = Chunk(pages, np.ones(len(pages), np.bool_), 0)
-    vcpu = lab.kvm.vcpus[0] = Vcpu(lab.kvm, 0, lab.world.cpus[0], iter([chunk]))
-    lab.touch_all()
+    vcpu = lab.touch(*((page, True, 0) for page in range(0, lab.kvm.leaves, 512)))
+    lab.env.run(vcpu.process)
     assert vcpu.fault.faults == 1024
     assert lab.kvm.tables_allocated == 1026
     assert lab.acquisitions() == {("fault", "read"): 1024}
@@ -293,19 +289,15 @@ def test_fault_in_blocks() -> None:
 def test_fault_in_again_after_an_unmap(tally: Tally) -> None:
     """locks-fault/0 to 3: 1024 read acquisitions, 2 write, 1024 read."""
     lab = Lab(4 * MIB)
-    pages = np.tile(np.arange(1024), 2)
-    gaps = np.zeros(2048, np.int64)
-    gaps[1023] = 10_000_000
-    chunk = Chunk(pages, np.ones(2048, np.bool_), gaps)
-    vcpu = lab.kvm.vcpus[0] = Vcpu(lab.kvm, 0, lab.world.cpus[0], iter([chunk]))
-    running = lab.env.process(vcpu.run())
+    touches = [(page, True, 0) for page in range(1024)]
+    vcpu = lab.touch(*touches[:1023], (1023, True, 10_000_000), *touches)
     lab.env.run(8_000_000)
     assert lab.acquisitions() == {("fault", "read"): 1024}
     lab.t_ns = 8_000_000
     lab.drop()
     assert lab.acquisitions() == {START: 1, END: 1}
     assert tally.take()["tables"] == 3
-    lab.env.run(running)
+    lab.env.run(vcpu.process)
     assert lab.acquisitions() == {("fault", "read"): 1024}
     assert lab.kvm.tables_allocated == 6
 
