@@ -52,23 +52,23 @@ class CacheLine:
 
     __slots__ = (
         "_cpus_per_node",
-        "_fetch_ns",
         "_local_ns",
-        "_one_node",
         "_posted",
         "_remote_ns",
         "_transfer_ns",
+        "fetch_ns",
         "free_ns",
+        "one_node",
         "owner",
     )
 
     def __init__(self, costs: LineCosts) -> None:
         self._local_ns = [n * costs.same_ns for n in range(MOST_ATOMICS + 1)]
-        self._fetch_ns = [costs.transfer_ns + n * costs.same_ns for n in range(-1, MOST_ATOMICS)]
+        self.fetch_ns = [costs.transfer_ns + n * costs.same_ns for n in range(-1, MOST_ATOMICS)]
         self._transfer_ns = costs.transfer_ns
         self._remote_ns = costs.remote_ns
         self._cpus_per_node = costs.cpus_per_node
-        self._one_node = costs.remote_ns == costs.transfer_ns
+        self.one_node = costs.remote_ns == costs.transfer_ns
         self._posted: deque[tuple[int, int]] = deque()  # (time, cpu), in order of time
         self.free_ns = 0
         self.owner = -1
@@ -83,8 +83,8 @@ class CacheLine:
             done = t_ns
         if cpu == self.owner:
             done += self._local_ns[atomics]
-        elif self._one_node:
-            done += self._fetch_ns[atomics]
+        elif self.one_node:
+            done += self.fetch_ns[atomics]
             self.owner = cpu
         else:
             done += self._transfer(cpu) + self._local_ns[atomics - 1]
@@ -104,7 +104,7 @@ class CacheLine:
             self.serve(by, at_ns)
         if self.free_ns <= t_ns or cpu == self.owner:
             return self.serve(cpu, t_ns, atomics)
-        fetch_ns = self._fetch_ns[1] if self._one_node else self._transfer(cpu)
+        fetch_ns = self.fetch_ns[1] if self.one_node else self._transfer(cpu)
         self.owner = cpu
         self.free_ns += atomics * fetch_ns
         return self.free_ns

@@ -54,12 +54,14 @@ class QueuedRwlock:
     """
 
     __slots__ = (
+        "_calendar",
         "_due_ns",
         "_env",
         "_handoff_ns",
         "_holder",
         "_line",
         "_next_ns",
+        "_numbers",
         "_open",
         "_queue",
         "_readers",
@@ -73,6 +75,8 @@ class QueuedRwlock:
 
     def __init__(self, env: Environment, costs: LineCosts, handoff_ns: int, next_ns: int) -> None:
         self._env = env
+        self._calendar = env._queue  # for planning at absolute times, as env.schedule() would
+        self._numbers = env._eid
         self._line = CacheLine(costs)
         self._handoff_ns = handoff_ns
         self._next_ns = next_ns
@@ -125,9 +129,17 @@ class QueuedRwlock:
         if self._due_ns <= t_ns:
             self._settle(t_ns)
         if self._writer or self._readers or self._waiting:
-            self._line.serve(cpu, t_ns, 2)  # a failed cmpxchg, join the line
+            # line.serve(cpu, t_ns, 2), written out: a failed cmpxchg, join the line.
+            line, queue = self._line, self._queue
+            start = line.free_ns
+            if start < t_ns:
+                start = t_ns
+            if cpu == line.owner or not line.one_node:
+                line.serve(cpu, start, 2)
+            else:
+                line.free_ns = start + line.fetch_ns[2]
+                line.owner = cpu
             event = Event(self._env)
-            queue = self._queue
             met = len(queue)
             queue.append((True, cpu, site, t_ns, met, section, event))
             if not met:
@@ -188,8 +200,7 @@ class QueuedRwlock:
         # What env.schedule() does, in absolute integer time.
         event._ok = True
         event._value = at_ns
-        env = self._env
-        heappush(env._queue, (at_ns, NORMAL, next(env._eid), event))
+        heappush(self._calendar, (at_ns, NORMAL, next(self._numbers), event))
 
     def _on_due(self, _: Event) -> None:
         if self._writer and self._queue and self._due_ns <= self._env._now:
@@ -232,10 +243,9 @@ class QueuedRwlock:
             self._writer = True
             self._writer_cpu = cpu
             hold, resume = section(entry)
-            env = self._env
             event._ok = True
             event._value = resume
-            heappush(env._queue, (resume, NORMAL, next(env._eid), event))
+            heappush(self._calendar, (resume, NORMAL, next(self._numbers), event))
             if hold == OPEN:
                 self._open = (site, arrival, entry, met)
                 return
@@ -250,7 +260,7 @@ class QueuedRwlock:
             else:
                 self._holder = event
             return
-        env, unlocks, rows = self._env, self._unlocks, self.rows
+        unlocks, rows, calendar, numbers = self._unlocks, self.rows, self._calendar, self._numbers
         while True:
             hold, resume = section(entry)
             unlock = entry + hold
@@ -262,7 +272,7 @@ class QueuedRwlock:
             rows += (site, 0, arrival, entry - arrival, hold, met)
             event._ok = True
             event._value = resume
-            heappush(env._queue, (resume, NORMAL, next(env._eid), event))
+            heappush(calendar, (resume, NORMAL, next(numbers), event))
             if not queue or queue[0][0]:
                 break
             _, cpu, site, arrival, met, section, event = queue.popleft()

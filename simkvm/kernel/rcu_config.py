@@ -78,7 +78,8 @@ class RcuCosts:
     ``call_rcu_ns`` is returned to whoever calls; ``core_ns`` is a pass of the RCU core in softirq
     up to its first callback; ``callback_invoke_ns`` is the dispatch of one callback, on top of what
     the callback itself says it costs; a woken kthread runs ``wakeup_ns`` plus
-    ``context_switch_ns`` later; a scan takes ``fqs_scan_per_cpu_ns`` for each CPU it looks at.
+    ``context_switch_ns`` later; a scan takes ``core_ns`` plus ``fqs_scan_per_cpu_ns`` for each CPU
+    that it looks at.
     """
 
     call_rcu_ns: int

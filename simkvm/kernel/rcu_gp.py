@@ -152,20 +152,24 @@ class GracePeriods:
         if data.in_softirq(now) or data.runs_ksoftirqd(now):  # neither is preempted for it
             self._plan_run(max(data.softirq_until_ns, data.turn_begin_ns, now + 1))
             return
-        self._run_ns = NEVER
+        self._run_ns = now  # awake, so nothing that happens now wakes it
         data.cpu.steal(now, 2 * self._costs.context_switch_ns)
+        busy = False
         if not self.running:
-            if self._needed > self.completed:
-                self._start(now)
+            busy = self._needed > self.completed and self._start(now)
         elif not self._holdouts:
-            self._end(now)
+            busy = self._end(now)
         elif self._config.jiffies(now) >= self._scan_jiffy or self._scan_forced:
-            self._scan(now)
-        if self._run_ns == NEVER:
-            self._kthread.switched(now)  # it goes to sleep
+            busy = self._scan(now)
+        if not busy:
+            self._sleep(now)
 
-    def _start(self, t_ns: int) -> None:
-        """rcu_gp_init()."""
+    def _sleep(self, t_ns: int) -> None:
+        self._run_ns = NEVER
+        self._kthread.switched(t_ns)
+
+    def _start(self, t_ns: int) -> bool:
+        """rcu_gp_init(). True if it goes on with a scan, as under overload."""
         self.seq += 1
         self._holdouts = {data.id for data in self._data}
         self._start_ns = t_ns
@@ -175,8 +179,7 @@ class GracePeriods:
         self._note_here(t_ns)
         self._set_timer(t_ns)
         self._started(t_ns)
-        if self._overload:
-            self._scan(t_ns)
+        return self._overload and self._scan(t_ns)
 
     def _note_here(self, t_ns: int) -> None:
         """The kthread updates the CPU that it runs on as it goes."""
@@ -189,8 +192,8 @@ class GracePeriods:
         self._scan_jiffy = self._config.jiffies(t_ns) + self._config.jiffies_till_fqs
         self._timer_jiffy = self._scan_jiffy + 1
 
-    def _scan(self, t_ns: int) -> None:
-        """Look for CPUs that are quiescent, or were (force_qs_rnp)."""
+    def _scan(self, t_ns: int) -> bool:
+        """Look for CPUs that are quiescent, or were (force_qs_rnp). True: it takes a while."""
         looked_at = [data for data in self._data if data.id in self._holdouts]
         quiescent = self._in_eqs if self._scans == 0 else self._was_in_eqs
         for data in looked_at:
@@ -201,24 +204,25 @@ class GracePeriods:
         self._overload = self._overload_next
         self._overload_next = any(data.length >= self._config.qovld for data in self._data)
         self._check_stall(t_ns)
-        duration_ns = self._costs.fqs_scan_per_cpu_ns * len(looked_at)
+        duration_ns = self._costs.core_ns + self._costs.fqs_scan_per_cpu_ns * len(looked_at)
         self._kthread.cpu.steal(t_ns, duration_ns)
         self._timer_jiffy = NEVER
         self._run_ns = t_ns + duration_ns
         at(self._env, self._run_ns, self._after_scan)
+        return True
 
     def _after_scan(self) -> None:
         now = int(self._env.now)
-        self._run_ns = NEVER
         self._scan_forced = False  # also if it was asked for during the scan
+        busy = False
         if not self._holdouts:
-            self._end(now)
+            busy = self._end(now)
         elif self._overload and self._scans == 1:
-            self._scan(now)
+            busy = self._scan(now)
         else:
             self._set_timer(now)
-        if self._run_ns == NEVER:
-            self._kthread.switched(now)  # it goes to sleep
+        if not busy:
+            self._sleep(now)
 
     def _in_eqs(self, data: RcuData, t_ns: int) -> bool:
         """First scan (dyntick_save_progress_counter)."""
@@ -265,7 +269,7 @@ class GracePeriods:
             if self._stalled:
                 self._on_stall(t_ns, sorted(self._holdouts))
 
-    def _end(self, t_ns: int) -> None:
+    def _end(self, t_ns: int) -> bool:
         """rcu_gp_cleanup(), and the next one at once if anybody asked for it."""
         self.seq += 1
         self._timer_jiffy = NEVER
@@ -274,5 +278,4 @@ class GracePeriods:
             self._on_grace_period(self.completed, self._start_ns, t_ns, self._scans)
         self._note_here(t_ns)
         self._ended(t_ns)
-        if self._needed > self.completed:
-            self._start(t_ns)
+        return self._needed > self.completed and self._start(t_ns)
