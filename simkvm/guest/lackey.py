@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -364,7 +364,7 @@ def _opened(source_path: str) -> Iterator[BinaryIO]:
         around = [other.name for other in path.parent.glob("*")] if path.parent.is_dir() else []
         raise InputError("no such file", file=source_path, hint=nearest(path.name, around))
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-        yield stream  # type: ignore[misc]
+        yield cast(BinaryIO, stream)
 
 
 def _shown_name(source_path: str) -> str:

@@ -238,13 +238,21 @@ class Vcpu:
 
     # -- seen from outside --------------------------------------------------------------------
 
+    def touches_by(self, t_ns: int) -> int:
+        """Touches made before ``t_ns``; unlike :meth:`catch_up` this changes nothing."""
+        return self.touches + self._reached(t_ns) - self._position
+
+    def _reached(self, t_ns: int) -> int:
+        """Position behind the last touch planned before ``t_ns``."""
+        first = self._position
+        if not self._running or t_ns <= self._run_from_ns or first == self._run_to:
+            return first
+        into = t_ns - self._run_from_ns + self._cost_list[first]
+        return min(self._run_to, int(np.searchsorted(self._cost, into, side="left")))
+
     def catch_up(self, t_ns: int) -> None:
         """Apply the touches planned before ``t_ns``."""
-        if not self._running or t_ns <= self._run_from_ns or self._position == self._run_to:
-            return
-        first = self._position
-        into = t_ns - self._run_from_ns + self._cost_list[first]
-        last = min(self._run_to, int(np.searchsorted(self._cost, into, side="left")))
+        first, last = self._position, self._reached(t_ns)
         if last == first:
             return
         leaves = self._leaves[first:last]

@@ -150,7 +150,7 @@ class Kvm:
             vcpu.catch_up(t_ns)
         walk, end = unmap_walk(self, first, last, t_ns)
         for table, at_ns in zip(walk.tables, walk.unlinked_ns, strict=True):
-            self.oracle.unlinked(table, t_ns + at_ns)
+            self.oracle.unlinked(table, t_ns + at_ns, self.stage2.entries_in(table))
             self.table_free.unlinked(self, table, t_ns + at_ns, cpu)
         self.unmapped_leaves += walk.leaves
         if self.deferred_tlbi or walk.leaves or walk.tables:

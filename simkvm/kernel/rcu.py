@@ -153,13 +153,16 @@ class Rcu:
             self._plan_tick(t_ns)
         flood = data.qlen_last_fqs_check + self._config.qhimark
         if len(data.callbacks) + data.taken > flood:
-            self._plan_flood_check(data, 0)
+            self._plan_flood_check(data, 0, 0)
 
-    def _plan_flood_check(self, data: RcuData, not_before_ns: int) -> None:
-        """Look at the queue when the callback comes that makes it too long."""
+    def _plan_flood_check(self, data: RcuData, checked: int, not_before_ns: int) -> None:
+        """Look at the queue when the callback comes that makes it too long.
+
+        ``checked`` of the callbacks that have not been seen are not looked at again.
+        """
         arriving = data.callbacks.arriving
-        excess = data.qlen_last_fqs_check + self._config.qhimark - data.length
-        place = max(0, excess)
+        room = data.qlen_last_fqs_check + self._config.qhimark - data.length
+        place = max(checked, room)
         while place < len(arriving) and arriving[place][0] < not_before_ns:
             place += 1
         if place < len(arriving) and arriving[place][0] < data.flood_check_ns:
@@ -173,20 +176,22 @@ class Rcu:
             return  # there was an earlier one
         data.flood_check_ns = NEVER
         now = self._now()
-        data.callbacks.see(now + 1)
+        data.callbacks.see(now)
+        due = data.callbacks.due(now)  # counted now, but seen only later, as at a tick
+        length = data.length + due
         not_before_ns = 0
-        if data.length > data.qlen_last_fqs_check + self._config.qhimark:
+        if length > data.qlen_last_fqs_check + self._config.qhimark:
             self._note_gp_changes(data, now)
             if not self.running:
                 self._accelerate(data)
                 not_before_ns = self._gp.will_run_ns()
             else:
                 data.blimit = self._config.max_blimit
-                if self._gp.n_force_qs == data.n_force_qs_snap and data.callbacks.waiting > 1:
+                if self._gp.n_force_qs == data.n_force_qs_snap and data.callbacks.waiting:
                     self._gp.force_scan(now)
                 data.n_force_qs_snap = self._gp.n_force_qs
-                data.qlen_last_fqs_check = data.length
-        self._plan_flood_check(data, not_before_ns)
+                data.qlen_last_fqs_check = length
+        self._plan_flood_check(data, due, not_before_ns)
 
     def _batch_done(self, data: RcuData) -> None:
         """Leave flood mode when enough is gone (the end of rcu_do_batch)."""

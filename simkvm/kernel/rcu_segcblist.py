@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from heapq import merge
+from itertools import takewhile
 from operator import itemgetter
 from typing import Final
 
@@ -88,6 +89,10 @@ class SegmentedCallbackList:
         arriving, queue = self.arriving, self._queue
         while arriving and arriving[0][0] < t_ns:
             queue.append(arriving.popleft())
+
+    def due(self, t_ns: int) -> int:
+        """Callbacks queued up to and including ``t`` that the CPU has not seen."""
+        return sum(1 for _ in takewhile(lambda entry: entry[0] <= t_ns, self.arriving))
 
     def accelerate(self, number: int) -> bool:
         """Give ``number`` to what has none or a later one (rcu_segcblist_accelerate).

@@ -209,6 +209,12 @@ class Stage2:
             found += [self.identity(lower.number, int(table)) for table in linked]
         return found
 
+    def entries_in(self, table: TableId) -> int:
+        """Entries that are not zero in ``table``: what its count should say, counted again."""
+        level = self.levels[table.level]
+        first = (table.index << self._bits) - level.phase
+        return int(np.count_nonzero(level.entries[max(0, first) : first + (1 << self._bits)]))
+
     def end_of(self, table: TableId) -> int:
         """The leaf behind the last one that ``table`` covers, as a guest-physical leaf number."""
         for _, lower, down, _ in self.steps:

@@ -5,8 +5,8 @@ that holds no ``mmu_lock``, each with its time, and reports what a kernel could 
 
 * ``use_after_free``: a table's page is freed while a walker is inside that table;
 * ``root_freed_under_walker``: a walker is in the root, or enters it, when that has been freed: the
-  lock-free walk takes the root without looking whether the VM still has it (arm64 handler of message
-  20230526234435.662652-6-yuzhao@google.com);
+  lock-free walk takes the root without looking whether the VM still has it (arm64 handler of
+  message 20230526234435.662652-6-yuzhao@google.com);
 * ``free_before_grace_period``: a deferred free that no full grace period separates from unlink;
 * ``double_free``, ``unlink_twice``, ``unlink_with_entries``: broken life of a table;
 * ``leaf_after_invalidate``: a mapping that survived, or appeared in, a range that was taken back;

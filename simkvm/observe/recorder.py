@@ -95,13 +95,11 @@ class Recorder:
     def sample(self, world: World, t_ns: int) -> None:
         """One row of the cumulative series for each guest."""
         for kvm in world.kvms:
-            for vcpu in kvm.vcpus:
-                vcpu.catch_up(t_ns)
             self.series.append(
                 {
                     "guest": kvm.name,
                     "t_ns": t_ns,
-                    "touches": sum(vcpu.touches for vcpu in kvm.vcpus),
+                    "touches": sum(vcpu.touches_by(t_ns) for vcpu in kvm.vcpus),
                     "faults": sum(vcpu.fault.faults for vcpu in kvm.vcpus),
                     "retries": sum(vcpu.fault.retries for vcpu in kvm.vcpus),
                 }

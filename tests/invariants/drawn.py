@@ -12,7 +12,7 @@ from typing import Any
 from hypothesis import strategies as st
 from worlds import KIB, MIB, MS, US, scenario
 
-from simkvm.scenario.kernel import POLICIES, KernelVariant, kernel_names, load_kernel
+from simkvm.scenario.kernel import POLICIES, kernel_names, load_kernel
 from simkvm.scenario.schema import Scenario
 
 KERNELS = [name for name in kernel_names() if load_kernel(name).arch == "arm64"]
@@ -65,31 +65,30 @@ def drawn(dice: Random, safe: bool, teardown: bool | None) -> Scenario:
             "teardown": end if teardown else None,
         },
         ageing=pace if dice.random() < 0.8 else None,
-        contenders={
-            f"c{number}": contender(dice, memory, page, leaf)
-            for number in range(takers)
-        },
+        contenders={f"c{number}": contender(dice, memory, page, leaf) for number in range(takers)},
         ties=dice.choice(["fifo", "fifo", "shuffle"]),
     )
 
 
 def kernel(dice: Random, safe: bool) -> dict[str, Any]:
-    """A shipped kernel with some policies changed, to something safe if ``safe``."""
+    """A shipped kernel with some policies changed; if not ``safe``, lock-free and freed at once."""
     base = dice.choice(KERNELS)
     changes = {
         policy: dice.choice([*values]) for policy, values in POLICIES.items() if dice.random() < 0.3
     }
     made = load_kernel({"base": base, "set": changes})
-    if safe and walks_without_lock(made):
+    if made["ageing_call"] == "bitmap" or not safe:
+        changes["ageing_lock"] = "none"  # windows take no lock
+    lock_free = changes.get("ageing_lock", made["ageing_lock"]) == "none"
+    if safe and lock_free:
+        changes["root_free"] = "after_unregister"
         if made["table_free"] == "inline":
             changes["table_free"] = dice.choice(DEFERRED)
-        changes["root_free"] = "after_unregister"
+    if not safe:
+        changes |= {"root_free": "in_release", "table_free": "inline"}
+        if made["ageing_call"] == "blind":
+            changes["ageing_call"] = "per_pte"
     return {"base": base, "set": changes}
-
-
-def walks_without_lock(made: KernelVariant) -> bool:
-    """Whether ageing reads tables under RCU only; a bitmap's windows do whatever the lock says."""
-    return made["ageing_lock"] == "none" or made["ageing_call"] == "bitmap"
 
 
 def access(dice: Random) -> dict[str, Any]:

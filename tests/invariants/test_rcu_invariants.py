@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from simpy import Environment, Event
 
@@ -237,6 +237,28 @@ PROMISES = (
 )
 
 
+#: Overload on the only CPU: as a grace period ends, the kthread itself asks for the next one.
+OVERLOAD = Run(
+    hz=300,
+    preemptible=True,
+    nohz_full=frozenset(),
+    steps=[[]],
+    calls=[
+        (361_228, 0, 150, 1, 100),
+        (13_333_332, 0, 15, 1, 100),
+        (3_333_333, 0, 150, 1_000, 100),
+        (9_663, 0, 15, 1, 300_000),
+        (9_663, 0, 150, 1_000, 100),
+        (3_333_333, 0, 150, 1_000, 100),
+        (295, 0, 1, 1, 0),
+        (1_288, 0, 150, 1_000, 100),
+    ],
+    small=True,
+    ahead=3,
+)
+
+
+@example(OVERLOAD)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(runs())
 def test_rcu_keeps_its_promises(run: Run) -> None:

@@ -286,6 +286,41 @@ def test_a_fault_waits_for_ageing_to_leave_the_host_table() -> None:
     assert vcpu.fault.faults == 2
 
 
+def arrival_beside_a_pass(pause: int) -> tuple[int, int]:
+    """When a fault comes to mmu_lock, and when the pass left its table."""
+    lab = Lab(2 * MIB)
+    lab.fill(range(511))
+    lab.touch((0, True, pause), (511, True, 0))
+    walk = lab.env.process(AgeingWalk(lab.kvm, lab.task).run(1000))
+    lab.env.run()
+    costs = lab.kvm.costs.ageing
+    return rows(lab, FAULT)[0]["arrival"], walk.value.end_ns - costs.lru_lock_ns - costs.resched_ns
+
+
+def test_a_fault_waits_until_ageing_has_left_and_no_longer() -> None:
+    """It wants the lock for the last ``ptl_ns`` of its way; if held then, the lock moves first."""
+    costs = Lab(2 * MIB).kvm.costs
+    late, left = arrival_beside_a_pass(200_000)
+    undisturbed = late - 200_000
+    for pause in range(left - undisturbed - 5, left - undisturbed + costs.fault.ptl_ns + 5):
+        wanted = undisturbed + pause - costs.fault.ptl_ns
+        if wanted < left:
+            wanted = left + costs.line.transfer_ns
+        assert arrival_beside_a_pass(pause) == (wanted + costs.fault.ptl_ns, left)
+
+
+def test_a_read_that_waited_for_ageing_gets_the_zero_page_too() -> None:
+    lab = Lab(4 * MIB)
+    lab.fill(range(510))
+    lab.touch((0, True, 20_000), (510, False, 0), (511, True, 0))
+    at(lab, 1000, AgeingWalk(lab.kvm, lab.task).run(1000))
+    lab.env.run()
+    assert rows(lab, FAULT)[0]["arrival"] > 30_000, "it waited"
+    assert lab.kvm.stage2.leaf.entries[510] == READ
+    assert lab.kvm.host.lru.total == 510 + 1
+    assert lab.kvm.host.present == [512, 0]
+
+
 def test_a_table_of_zero_pages_keeps_nobody() -> None:
     """Ageing has the lock for no time there: zero pages are on no list (walk_pte_range)."""
     access = {

@@ -29,6 +29,7 @@ from simkvm.scenario.machine import load_machine
 
 CODE_PAGE = {"ipa_base": 2 * GIB - 4 * KIB}
 BLOCKS = {"mapping": 2 * MIB}
+MS = 1_000_000
 START, END = ("range_start", "write"), ("range_end", "write")
 
 
@@ -277,6 +278,17 @@ def test_fault_in_sparsely() -> None:
     assert lab.acquisitions() == {("fault", "read"): 1024}
 
 
+def test_fault_in_what_the_host_touched_first() -> None:
+    """fault-host-v1-c: as many aborts for pages that the host's tables have already."""
+    lab = Lab(16 * MIB)
+    for page in range(4096):
+        lab.kvm.host.install(page, True)
+    lab.touch_all()
+    assert lab.vcpus[0].fault.faults == 4096
+    assert lab.kvm.tables_allocated == 9
+    assert lab.acquisitions() == {("fault", "read"): 4096}
+
+
 def test_fault_in_blocks() -> None:
     """fault-thp-v1-c: 32 aborts for 64 MiB, one table, two levels to walk."""
     guest = {"memory": 64 * MIB, "access": POPULATE, **BLOCKS}
@@ -356,6 +368,25 @@ def test_generations_of_a_new_group() -> None:
         active = lru.sizes[lru.max_seq % 4] + lru.sizes[(lru.max_seq - 1) % 4]
         seen.append((lru.min_seq, lru.max_seq, active))
     assert seen == [(1, 4, 2048), (2, 5, 0), (3, 6, 2048)]
+
+
+def test_ranges_while_vcpus_run() -> None:
+    """locks-run2/3 and 8: 8 ranges of 2 MiB are 16 write acquisitions, one of 16 MiB is 2."""
+    touching = {"pattern": "uniform", "touches": None, "write_ratio": 1.0, "think": 300}
+    access = {"pattern": "phases", "phases": [POPULATE, touching]}
+    takes = {"kind": "madvise_dontneed", "guest": "vm", "order": "sequential"}
+    _, summary, locks = run_world(
+        guest={"memory": 16 * MIB, "vcpus": 2, "access": access},
+        contenders={
+            "pieces": takes | {"range": 2 * MIB, "rate": 5000, "start": 8 * MS, "stop": 9_500_000},
+            "whole": takes | {"range": 16 * MIB, "rate": 100, "start": 12 * MS, "stop": 13 * MS},
+        },
+        duration=20 * MS,
+    )
+    assert locks[START] == locks[END] == 8 + 1
+    assert summary["unmap_calls"] == 8 + 1
+    assert locks["fault", "read"] == summary["faults"] > 4096
+    assert summary["safety"] == "clean"
 
 
 def test_ageing_while_vcpus_run() -> None:

@@ -26,11 +26,14 @@ Row = dict[str, int]
 
 
 class Bench:
-    """A lock and its users. A user's CPU is its name in the account: it stands in ``site``."""
+    """A lock and its users. A user's CPU is its name in the account: it stands in ``site``.
 
-    def __init__(self, cpus_per_node: int = 64) -> None:
+    ``cpus_per_node``: 0 for a machine with one node.
+    """
+
+    def __init__(self, cpus_per_node: int = 0) -> None:
         self.env = Environment()
-        costs = LineCosts(SAME, MOVE, FAR, cpus_per_node)
+        costs = LineCosts(SAME, MOVE, FAR if cpus_per_node else MOVE, cpus_per_node or 1000)
         self.lock = QueuedRwlock(self.env, costs, HANDOFF, NEXT)
         self.entered: list[int] = []  # CPUs in the order in which their sections ran
         self.resumed: dict[int, int] = {}
@@ -456,7 +459,7 @@ def test_writers_that_go_on_at_their_release_share_it_with_the_next() -> None:
 @pytest.mark.parametrize("write_ratio", [0.05, 0.5, 0.95])
 def test_random_traffic_keeps_the_rules(seed: int, write_ratio: float) -> None:
     rng = np.random.default_rng((seed, int(100 * write_ratio)))
-    bench = Bench(cpus_per_node=8)
+    bench = Bench(cpus_per_node=int(rng.choice([0, 8])))
     times = np.cumsum(rng.integers(0, 2 * int(rng.choice([50, 200, 800])), 300)).tolist()
     for number, t_ns in enumerate(times):
         mode = WRITE if rng.random() < write_ratio else READ
@@ -468,6 +471,21 @@ def test_random_traffic_keeps_the_rules(seed: int, write_ratio: float) -> None:
     assert bench.entered == list(rows), "the account is in the order of entry"
     _check_exclusion(list(rows.values()))
     _check_order(list(rows.values()))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_node_of_two_is_like_a_machine_with_one(seed: int) -> None:
+    accounts = []
+    for cpus_per_node in (0, 1000):
+        rng = np.random.default_rng(seed)
+        bench = Bench(cpus_per_node)
+        for number, t_ns in enumerate(np.cumsum(rng.integers(0, 300, 300)).tolist()):
+            bench.ask(
+                str(rng.choice([READ, WRITE])), 1 + t_ns, number % 50, int(rng.choice([10, 600]))
+            )
+        bench.env.run()
+        accounts.append(bench.lock.rows)
+    assert accounts[0] == accounts[1]
 
 
 def _check_exclusion(rows: list[Row]) -> None:

@@ -75,11 +75,11 @@ def test_every_entry_of_every_table_is_visited(
 
 def test_children_before_their_parent_the_root_last() -> None:
     made = lab(2 * GIB + 4 * MIB, {"ipa_bits": 48})
-    made.fill([0, 511, 512, 262144, 524288])
+    made.fill([0, 511, 512, 262143, 262144, 524288])
     story = watch(made)
     made.destroy()
     kinds = [kind for kind, _ in story]
-    assert kinds == ["L3", "L3", "L2", "L3", "L2", "L3", "L2", "L1", "root"]
+    assert kinds == ["L3", "L3", "L3", "L2", "L3", "L2", "L3", "L2", "L1", "root"]
     assert [at for _, at in story] == sorted(at for _, at in story)
 
 

@@ -171,3 +171,24 @@ def test_ageing_flushes_nothing() -> None:
     made.age()
     made.age()
     assert made.broadcasts() == 0
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_a_flush_makes_use_visible_again(flushed: bool) -> None:
+    """Ageing sees a page again when its translation is gone: only a TLB miss sets the flag."""
+    made = lab("graviton3-64c")
+    made.fill()
+    rounds = [(page, True, 0) for page in range(99)] + [(99, True, 1_000_000)]
+    made.touch(*rounds, *rounds, *rounds)
+    made.env.run(400_000)
+    made.t_ns = 400_000
+    assert made.age().young == 1024, "all were mapped young"
+    if flushed:
+        made.drop(3 * MIB, 4 * KIB)
+    assert made.t_ns < 900_000
+    made.env.run(1_500_000)
+    made.t_ns = 1_500_000
+    assert made.age().young == (100 if flushed else 0)
+    made.env.run(2_500_000)
+    made.t_ns = 2_500_000
+    assert made.age().young == 0, "cached again"

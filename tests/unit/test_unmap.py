@@ -83,13 +83,14 @@ def test_a_table_goes_only_when_its_count_is_one() -> None:
     recount(tree)
 
 
-def test_an_empty_table_in_the_range_is_removed_too() -> None:
+@pytest.mark.parametrize(("first", "last"), [(8, 9), (0, 512), (8, 1000), (0, 1024)])
+def test_an_empty_table_in_the_range_is_removed_too(first: int, last: int) -> None:
     """Its count is what decides, not whether this walk removed something."""
     tree = stage2(4 * M)
     tree.map_leaf(0, 0)
     tree.leaf.entries[0] = 0
     tree.leaf.counts[0] = 0
-    walk = UnmapWalk(tree, 8, 9, COSTS)
+    walk = UnmapWalk(tree, first, last, COSTS)
     assert (walk.leaves, len(walk.tables)) == (0, 2)
 
 

@@ -112,4 +112,4 @@ gcc -E tally.c -o tally.i
 env -i LC_ALL=C PATH=/usr/bin:/bin \
   valgrind --tool=lackey --trace-mem=yes --log-fd=9 \
   "$(gcc -print-prog-name=cc1)" -fpreprocessed tally.i -quiet -O2 -o tally.s 9>&1 >/dev/null |
-  "${SIMKVM:-simkvm}" import lackey - --window 128 --out "$out"
+  "${SIMKVM:-simkvm}" import lackey - --window 256 --out "$out"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A database session in memory: load 30,000 sales, index them, run four analytical queries.
-# Usage: capture-sqlite.sh [OUT.parquet]. Takes about ten minutes, needs sqlite3 and valgrind.
+# Usage: capture-sqlite.sh [OUT.parquet]. Takes a quarter of an hour, needs sqlite3 and valgrind.
 set -euo pipefail
 out=$(realpath -m "${1:-$(dirname "$0")/sqlite.parquet}")
 work=$(mktemp -d)
