@@ -32,6 +32,7 @@ from simkvm.show.text import NOTHING, Row, titled_table, wrapped
 from simkvm.units import format_count, format_duration, format_size
 
 WIDTH = 100
+TABLES_AND_RCU = "RCU and stage-2 tables"
 MOST_VIOLATIONS = 5
 PLACE_WIDTH = 30
 QUANTITIES = ("wait", "hold")
@@ -193,7 +194,8 @@ def sweep_report(results: OneOrMany, failed: Iterable[Mapping[str, Any]] = ()) -
     if points:
         axes = list(axes_of(points).values())
         for title, columns in SWEEP_TABLES.items():
-            parts.append(_sweep_table(title, columns, points, axes))
+            if title != TABLES_AND_RCU or any(map(_frees_tables, points)):
+                parts.append(_sweep_table(title, columns, points, axes))
     for failure in failed:
         place = ", ".join(f"{key}={reference_label(v)}" for key, v in failure["axes"].items())
         parts.append(Text(f"failed: {place or 'the point'}: {failure['reason']}", "red"))
@@ -306,6 +308,11 @@ def _grace(summary: Mapping[str, Any], figure: str) -> str:
     )
 
 
+def _frees_tables(result: ResultLike) -> bool:
+    summary = summary_of(result)
+    return bool(summary.get("tables_freed") or summary.get("callbacks"))
+
+
 def _missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
@@ -334,7 +341,7 @@ SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("retries", _figure("fault_retries", _count)),
         ("pass\nmean", _figure("ageing_pass_mean_ns", _time)),
         ("max", _figure("ageing_pass_max_ns", _time)),
-        ("ageing\ncalls", _figure("ageing_calls", _count)),
+        ("a page", _figure("ageing_ns_per_page", _time)),
         ("safety", _figure("safety", str)),
     ),
     "mmu_lock": (
@@ -346,7 +353,7 @@ SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("range_start\nhold\np99", _at_site("range_start", "hold", "p99")),
         ("max", _at_site("range_start", "hold", "max")),
     ),
-    "RCU and stage-2 tables": (
+    TABLES_AND_RCU: (
         ("grace\nperiod\np50", lambda result: _grace(summary_of(result), "p50")),
         ("p99", lambda result: _grace(summary_of(result), "p99")),
         ("call-\nbacks", _figure("callbacks", _count)),

@@ -40,6 +40,9 @@ Backend = Callable[[int], Executor]
 MAX_KILLS = 3
 """A task is given up when this many workers died while it was in flight."""
 
+LAST_WORDS_S = 5.0
+"""How long a dead pool has to give up its tasks, before they are taken from it."""
+
 TICK_S = 0.5
 """How often a driver that waits looks up, so that progress is shown while long points run."""
 
@@ -104,12 +107,16 @@ def process_pool(workers: int) -> Executor:
 
 
 class _Pool(ProcessPoolExecutor):
-    """Submits with Ctrl-C held back, since it is on submission that a pool starts its workers.
+    """Starts all its workers on the first submission, and submits with Ctrl-C held back.
 
-    One caught between its start and its entry in the pool's books would be nobody's. And workers
+    A worker started later could miss that its pool has just been declared dead, take tasks that
+    are being run elsewhere, and never end (CPython up to 3.12 takes no lock there). A Ctrl-C
+    between a worker's start and its entry in the pool's books would leave it to nobody. And workers
     inherit the hold, so that a Ctrl-C, which reaches every process of a terminal, does not meet
     them at their imports.
     """
+
+    _safe_to_dynamically_spawn_children = property(lambda _: False, lambda *_: None)
 
     def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -213,14 +220,14 @@ class Drive(Generic[Task, R]):
                 self._flying[future] = item
             if not self._flying and not broken:
                 return
-            if broken or self._collect(TICK_S):
-                self._collect()
+            if broken or self._collect(TICK_S) or getattr(executor, "_broken", False):
+                self._collect(LAST_WORDS_S, until=ALL_COMPLETED)
+                self._suspects.extend(self._flying.values())
                 self._close(kill=True)
             self.tick()
 
-    def _collect(self, timeout_s: float | None = None) -> bool:
-        """Settle what finishes first, or without a timeout everything. True: the pool is dead."""
-        until = FIRST_COMPLETED if timeout_s else ALL_COMPLETED
+    def _collect(self, timeout_s: float, until: str = FIRST_COMPLETED) -> bool:
+        """Settle what finishes in time. True: the pool is dead."""
         broken = False
         for future in wait(self._flying, timeout_s, until).done:
             broken |= self._settle(future, *self._flying.pop(future))

