@@ -203,11 +203,12 @@ class QueuedRwlock:
         heappush(self._calendar, (at_ns, NORMAL, next(self._numbers), event))
 
     def _on_due(self, _: Event) -> None:
-        if self._writer and self._queue and self._due_ns <= self._env._now:
-            seen = self._line.serve(self._writer_cpu, self._due_ns)
+        due = self._due_ns
+        if self._writer and self._queue and due <= self._env._now:
+            # The commonest part of _settle(): a writer lets go, and somebody waits.
             self._due_ns = NEVER
             self._writer = False
-            self._hand_over(seen)
+            self._hand_over(self._line.serve(self._writer_cpu, due))
         else:
             self._settle(self._env._now)  # type: ignore[arg-type]  # all delays are whole
 

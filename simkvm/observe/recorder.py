@@ -13,7 +13,7 @@ from simkvm.observe.record import Record, table
 from simkvm.observe.table_memory import time_average
 
 if TYPE_CHECKING:
-    from simkvm.kernel.aging import Pass
+    from simkvm.kernel.aging_call import Pass
     from simkvm.kernel.world import World
 
 NS_PER_S = 1_000_000_000

@@ -16,7 +16,7 @@ from simpy import Event
 from worlds import MIB, MS, US, before, journal, world
 
 from invariants import rules
-from simkvm.kernel.aging import Bitmap, Pass, PerFolio
+from simkvm.kernel.aging_call import Bitmap, Pass, PerFolio
 from simkvm.kernel.mglru import MAX_NR_GENS, MIN_LRU_BATCH, MIN_NR_GENS, LruGen
 from simkvm.kernel.sites import AGE
 from simkvm.kernel.stage2 import AF, VALID, Stage2

@@ -15,7 +15,8 @@ from simpy import Environment
 
 from simkvm.guest.patterns import Chunk
 from simkvm.guest.vcpu import Vcpu
-from simkvm.kernel.aging import AgeingWalk, Pass
+from simkvm.kernel.aging import AgeingWalk
+from simkvm.kernel.aging_call import Pass
 from simkvm.kernel.qrwlock import FAST, ROW
 from simkvm.kernel.sites import NAMES
 from simkvm.kernel.stage2 import WRITE

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from lab import FAST, GIB, KIB, MIB, Lab, account, events, world
 
-from simkvm.kernel.aging import CALLS, Pass
+from simkvm.kernel.aging_call import CALLS, Pass
 from simkvm.kernel.host_memory import OWN, PRESENT
 from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.sites import AGE, TEARDOWN

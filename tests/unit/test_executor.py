@@ -191,6 +191,7 @@ class Mute(ThreadPoolExecutor):
 def test_a_dead_pool_that_says_nothing_loses_no_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Mute, "born", 0)
     monkeypatch.setattr(executor, "TICK_S", 0.01)
     monkeypatch.setattr(executor, "LAST_WORDS_S", 0.01)
     names = [f"good-{i}" for i in range(5)]

@@ -23,7 +23,7 @@ from simkvm.guest.trace import assemble, write_trace
 from simkvm.scenario.errors import InputError
 from simkvm.scenario.load import MODEL_VERSION, Study, load
 from simkvm.study import verify as verify_module
-from simkvm.study.executor import MAX_KILLS
+from simkvm.study.executor import MAX_KILLS, Interrupted
 from simkvm.study.point import certificate, key_of, measure, run_point
 from simkvm.study.progress import Bar, Lines, Notebook, Silent, automatic
 from simkvm.study.result import Result, Results
@@ -283,6 +283,26 @@ def test_progress_is_told_of_every_point(tmp_path: Path, marks: Path) -> None:
     wanted = study(tmp_path, ["good", "broken"], seed=[1, 2])
     sweep(wanted, tmp_path / "out", jobs=1, progress=told, simulate=SIMULATE)
     assert told.said == [(4, 1), False, True, True, "stop"]
+
+
+def test_what_the_dead_left_is_gone_before_anything_is_run(tmp_path: Path, marks: Path) -> None:
+    stale = tmp_path / "out" / "points" / f".tmp-{2**22 + 1}-ab"
+    stale.mkdir(parents=True)
+
+    class Looks(Silent):
+        def start(self, total: int, done: int) -> None:
+            assert not stale.exists()
+
+    sweep(study(tmp_path), tmp_path / "out", jobs=1, progress=Looks(), simulate=SIMULATE)
+
+
+def test_an_interruption_counts_what_is_in_the_store(tmp_path: Path, marks: Path) -> None:
+    told = Told()
+    wanted = study(tmp_path, ["good", "broken", "interrupt", "good-too"])
+    with pytest.raises(Interrupted) as interruption:
+        sweep(wanted, tmp_path / "out", jobs=1, progress=told, simulate=SIMULATE)
+    assert (interruption.value.done, interruption.value.total) == (1, 4)
+    assert told.said == [(4, 0), False, True, "stop"]
 
 
 def test_a_log_gets_a_line_now_and_then() -> None:
