@@ -15,7 +15,7 @@ Rules of the model that are not Linux's but its own; both models state and keep 
 * an unmap takes a whole chunk away, and empties TLBs, at the start of that chunk's walk; the host's
   own mappings go at the start of theirs;
 * the host learns of touches (accessed flags) when ageing begins a host page table, when an unmap
-  begins, when the vCPU comes to ``mmap_lock`` or ends a chunk of its pattern, and at samples;
+  begins, and when the vCPU comes to ``mmap_lock`` or ends a chunk of its pattern;
 * lock-free calls read and clear the flags of 64 calls, or of a window of 64, at its start;
 * ``mmap_lock`` and a host table's lock are only lines and times: faults do not exclude one another;
 * steps of one nanosecond are taken in the order in which their times became known.
@@ -253,7 +253,7 @@ class Lock:
         self.release(ask)
 
     def release(self, ask: Ask) -> None:
-        """Let go now; the last one out lets the head of the queue in, and all readers next to it."""
+        """Let go now; the last one out lets the head of the queue in, and readers next to it."""
         now = int(self.clock.now)
         wait, hold = ask.entry - ask.arrival, now - ask.entry
         self.rows.append((ask.site, int(ask.write), ask.arrival, wait, hold, ask.met))
@@ -458,9 +458,7 @@ class Vm:
 
     # -- taking memory back --
 
-    def invalidate(
-        self, cpu: Cpu, first: int, last: int, taken: Request | None = None
-    ) -> Steps:
+    def invalidate(self, cpu: Cpu, first: int, last: int, taken: Request | None = None) -> Steps:
         """Range start, the host's own page table, range end, for leaves ``first`` up to ``last``.
 
         ``taken``: the request for ``mmap_lock`` of a caller that lets go of it when this is over.
@@ -1100,7 +1098,6 @@ class Host:
             clock.process(self.watched(actor.run()))
         for other in self.others:
             clock.process(other.run())
-        clock.process(self.samples())
         clock.run(self.over if duration is None else duration)
         return self.outcome()
 
@@ -1109,19 +1106,6 @@ class Host:
         self.running -= 1
         if not self.running:
             self.over.succeed()
-
-    def samples(self) -> Steps:
-        """The recorder's looks at the vCPUs."""
-        duration = self.scenario.duration
-        step = 1_000_000 if duration is None else max(1, duration // 64)
-        taken = 0
-        while True:
-            yield self.clock.at(self.clock.now + step)
-            for vm in self.vms:
-                vm.tell_touches()
-            taken += 1
-            if taken == 64 and duration is None:
-                taken, step = 32, 2 * step
 
     def outcome(self) -> Outcome:
         passes = self.ager.passes if self.ager is not None else []
