@@ -15,7 +15,7 @@ setup: $(STAMP) ## virtual environment in .venv with the locked dependencies
 
 # The dependencies are installed again only when their lock changes, so everything works offline after.
 $(STAMP): requirements/dev.lock
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) has no venv: on Debian, install python3-venv" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@

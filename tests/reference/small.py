@@ -60,7 +60,7 @@ def drawn(number: int) -> Scenario:
         guests=guests,
         ageing=pace if dice.random() < 0.7 else None,
         contenders=others,
-        duration=dice.randrange(100 * US, 2 * MS),
+        duration=dice.randrange(200 * US, 2 * MS),
     )
 
 

@@ -237,7 +237,7 @@ def test_both_models_give_the_same(name: str) -> None:
     assert not (different := difference(fast(spec), reference)), f"\n{different}"
 
 
-@settings(max_examples=60)
+@settings(max_examples=200)
 @given(number=st.integers(0, 2**32))
 def test_both_models_give_the_same_for_what_is_drawn(number: int) -> None:
     compared(small.drawn(number))
