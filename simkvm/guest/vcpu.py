@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from simpy import Event, Process
+from simpy import Environment, Event, Process
 from simpy.events import NORMAL
 
 from simkvm.guest.patterns import Chunk
@@ -70,6 +70,7 @@ class Vcpu:
         self._exit_ns = 0
         self.next_ns = 0  #: when the host is needed next, as planned
         self.alarm: Event | None = None  #: the event that wakes the thread then
+        self._sleeper = _certain(self._env)
         self.process: Process | None = None
         self.touches = 0
         self.finished_ns = DONE
@@ -81,12 +82,12 @@ class Vcpu:
         env, fault = self._env, self.fault
         queue, numbers = env._queue, env._eid
         take, locked, cpu_id = fault.take_lock, fault.locked, self.cpu.id
+        arrival = _certain(env)
         next_ns = self.enter(0) if self._load() else 0
         while self._list and self.kvm.alive:
             while next_ns > env._now and queue and next_ns >= queue[0][0]:
-                self.alarm = alarm = Event(env)  # a timeout, in absolute time and fewer calls
-                alarm._ok = True
-                alarm._value = None
+                self.alarm = alarm = self._sleeper
+                alarm.callbacks = []
                 heappush(queue, (next_ns, NORMAL, next(numbers), alarm))
                 yield alarm
                 next_ns = self.next_ns  # it may have been moved meanwhile
@@ -103,9 +104,7 @@ class Vcpu:
             leaf = self._list[position]
             t_ns = fault.look_up(next_ns, leaf, self._need_list[position] != VALID)
             if queue and t_ns >= queue[0][0]:
-                arrival = Event(env)
-                arrival._ok = True
-                arrival._value = None
+                arrival.callbacks = []  # nobody else ever sees it: the same one every time
                 heappush(queue, (t_ns, NORMAL, next(numbers), arrival))
                 yield arrival
             if fault.lacking:
@@ -337,6 +336,8 @@ class Vcpu:
     def _wake_at(self, t_ns: int) -> None:
         """Move the alarm to an earlier time."""
         late = self.alarm
+        if late is self._sleeper:
+            self._sleeper = _certain(self._env)  # the old one still lies in the calendar
         assert late is not None
         assert late.callbacks is not None
         early = self._env.timeout(max(0, t_ns - int(self._env.now)))
@@ -344,3 +345,11 @@ class Vcpu:
         early.callbacks.extend(late.callbacks)
         late.callbacks.clear()
         self.alarm = early
+
+
+def _certain(env: Environment) -> Event:
+    """An event that cannot fail, to be planned by hand, again and again: cheaper than timeouts."""
+    event = Event(env)
+    event._ok = True
+    event._value = None
+    return event
