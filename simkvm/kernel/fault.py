@@ -103,8 +103,10 @@ class FaultPath:
         """
         host, leaf = self._kvm.host, self._leaf
         held = None
-        if host.aged_table == self.ptl_table:
-            held = host.blocked(leaf, t_ns - self._costs.ptl_ns)
+        wanted_ns = t_ns - self._costs.ptl_ns
+        table = self.ptl_table
+        if host.aged_table == table or host.left.get(table, 0) > wanted_ns:
+            held = host.blocked(leaf, wanted_ns)
         if held is None and not self._host_state[leaf]:
             # host.install(), written out for the page that most faults are about.
             host.present[self.ptl_table] += 1
