@@ -94,11 +94,11 @@ def ending(at: int) -> Scenario:
         kernel={"base": "linux-7.1-lockless", "set": {"root_free": "in_release"}},
         guest={
             "memory": 2 * MIB,
-            "access": {"pattern": "populate", "repeat": 1000},
+            "access": {"pattern": "populate", "repeat": 5000},
             "teardown": {"order": "close_vm", "at": at},
         },
-        ageing={},
-        duration=3 * MS,
+        ageing={"start": 4 * MS},  # once all is mapped: a fault in flight would be waited for
+        duration=6 * MS,
     )
 
 
@@ -106,7 +106,7 @@ def test_the_oracle_misses_nothing_and_invents_nothing() -> None:
     """Lock-free walkers and frees at once: what it found against every walk and every free."""
     found: Counter[str] = Counter()
     specs = [drawn.drawn(Random(number), safe=False, teardown=False) for number in range(8)]
-    for spec in [*specs, *(ending(2 * MS + number * 11 * US) for number in range(8))]:
+    for spec in [*specs, *(ending(5 * MS + number * 11 * US) for number in range(8))]:
         with journal() as notes:
             made = world(spec)
             record = made.run()
