@@ -73,7 +73,8 @@ class DiesOnce(ProcessPoolExecutor):
 
 
 def pool_that_dies_once(workers: int) -> Executor:
-    return DiesOnce(workers, mp_context=get_context("spawn"))
+    """One process: else a neighbour's death would have a point in flight run twice."""
+    return DiesOnce(min(1, workers), mp_context=get_context("spawn"))
 
 
 def do_and_die_once(fn: Any, *args: Any, **kwargs: Any) -> Any:
