@@ -1,4 +1,4 @@
-"""What happened in two tiny worlds, line by line: where a fingerprint says *that*, this says *what*.
+"""What happened in two tiny worlds, line by line: a fingerprint says *that*, this says *what*.
 
 After a change that is meant to change it: ``python -m pytest tests/golden --update-golden``.
 """
