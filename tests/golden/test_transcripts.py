@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from difflib import unified_diff
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_transcripts_are_as_they_were(case: str, request: pytest.FixtureRequest)
         made = world(**CASES[case])
         record = made.run()
     assert record.violations == []
-    lines = [f"{t_ns:>9} ns  {what}" for t_ns, what in sorted(told(made, notes))]
+    lines = [f"{t_ns:>9} ns  {what}" for t_ns, what in sorted(told(made, notes), key=itemgetter(0))]
     path = FOLDER / f"{case}.txt"
     if request.config.getoption("--update-golden"):
         FOLDER.mkdir(exist_ok=True)

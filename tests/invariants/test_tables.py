@@ -35,13 +35,12 @@ COSTS = UnmapCosts(
 @st.composite
 def slots(draw: st.DrawFn) -> Stage2:
     """A small memory slot that begins anywhere, near a table's edge for preference."""
-    page = draw(st.sampled_from([4 * KIB, 16 * KIB, 64 * KIB]))
+    page = draw(st.sampled_from([4 * KIB, 4 * KIB, 4 * KIB, 16 * KIB, 64 * KIB]))
     geometry = Geometry(page, draw(st.sampled_from([32, 36, 40, 44, 48, 52])))
-    size = draw(st.sampled_from(geometry.leaf_sizes()))
-    level = geometry.leaf_level(size)
-    leaves = (
-        draw(st.integers(1, 3 * geometry.entries)) if size == page else draw(st.integers(1, 40))
-    )
+    size = draw(st.sampled_from([page, *geometry.leaf_sizes()]))
+    level, entries = geometry.leaf_level(size), geometry.entries
+    leaves = draw(st.sampled_from([1, 40, entries - 1, entries + 1, 2 * entries, 3 * entries + 7]))
+    leaves = leaves if size == page else min(leaves, 40)
     most = (1 << geometry.ipa_bits) // size - leaves
     tables_in = draw(st.integers(0, 1 << 20)) * geometry.entries ** draw(st.integers(1, 2))
     first = min(most, max(0, tables_in - draw(st.integers(0, 3)))) if level else 0
@@ -55,6 +54,7 @@ class Tree(RuleBasedStateMachine):
     def begin(self, stage2: Stage2) -> None:
         self.stage2 = stage2
         self.leaves = len(stage2.leaf.entries)
+        self.entries = stage2.geometry.entries
         self.mapped: set[int] = set()
         self.alive: set[TableId] = set()
         self.dead: set[TableId] = set()
@@ -87,7 +87,8 @@ class Tree(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def map_a_row(self, data: st.DataObject) -> None:
-        first = data.draw(st.integers(0, self.leaves - 1))
+        edge = data.draw(st.sampled_from([n for n in (0, 1, 2) if n * self.entries < self.leaves]))
+        first = min(self.leaves - 1, max(0, edge * self.entries - data.draw(st.integers(0, 30))))
         for leaf in range(first, min(self.leaves, first + data.draw(st.integers(1, 70)))):
             self._map(leaf)
 
@@ -106,8 +107,8 @@ class Tree(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def unmap(self, data: st.DataObject) -> None:
-        first = data.draw(st.integers(0, self.leaves - 1))
-        last = data.draw(st.integers(first + 1, self.leaves))
+        first = data.draw(st.just(0) | st.integers(0, self.leaves - 1))
+        last = data.draw(st.just(self.leaves) | st.integers(first + 1, self.leaves))
         for low, high in chunks(self.stage2, first, last):
             self._unmap(low, high)
 
@@ -154,7 +155,7 @@ class Tree(RuleBasedStateMachine):
 
 
 TestTree = Tree.TestCase
-TestTree.settings = settings(max_examples=40, stateful_step_count=12)
+TestTree.settings = settings(max_examples=150, stateful_step_count=12)
 
 
 @pytest.mark.parametrize("policy", list(POLICIES["table_free"]))

@@ -21,9 +21,9 @@ PAGES = [4 * KIB, 16 * KIB, 64 * KIB]
 
 
 def filled(page: int, memory: int, mapping: int = 0, base: int = GIB, bits: int = 40) -> Stage2:
-    """A tree that maps ``memory`` bytes from ``base`` on: one leaf for each leaf-level table.
+    """The tree of a guest with ``memory`` bytes from ``base`` on.
 
-    Counts of the leaf level are set as if all leaves were mapped, which would take minutes.
+    One leaf is mapped in each leaf-level table, and the last of all: that links every table.
     """
     geometry = Geometry(page, bits)
     stage2 = Stage2(geometry, base, memory // page, mapping or page)
