@@ -253,6 +253,8 @@ def _flag(machine: Machine, name: str, value: Any, key: str) -> bool:
 
 
 def _cores(machine: Machine, value: Any, key: str) -> int:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # numbers of a scenario file come as floats
     if not isinstance(value, int) or isinstance(value, bool) or value < machine.nodes:
         message = f"expected a whole number, at least one a node ({machine.nodes}), not {value!r}"
         raise InputError(message, key=key)

@@ -37,7 +37,8 @@ def slots(draw: st.DrawFn) -> Stage2:
     """A small memory slot that begins anywhere, near a table's edge for preference."""
     page = draw(st.sampled_from([4 * KIB, 4 * KIB, 4 * KIB, 16 * KIB, 64 * KIB]))
     geometry = Geometry(page, draw(st.sampled_from([32, 36, 40, 44, 48, 52])))
-    size = draw(st.sampled_from([page, *geometry.leaf_sizes()]))
+    sizes = [s for s in geometry.leaf_sizes() if geometry.leaf_level(s) >= geometry.start_level]
+    size = draw(st.sampled_from([page, *sizes]))
     level, entries = geometry.leaf_level(size), geometry.entries
     leaves = draw(st.sampled_from([1, 40, entries - 1, entries + 1, 2 * entries, 3 * entries + 7]))
     leaves = leaves if size == page else min(leaves, 40)

@@ -356,3 +356,11 @@ class TestSameParameters:
     def test_a_reason_for_a_parameter_that_nobody_has(self) -> None:
         error = self.refusal(changed("[not_applicable]", '[not_applicable]\nl9_ns = "no cache"'))
         assert (error.file, error.key) == ("a.toml", "not_applicable.l9_ns")
+
+
+def test_cores_of_a_scenario_file_come_as_floats() -> None:
+    machine = load_machine({"base": "ampere-altra-80c", "set": {"cores": 32.0}})
+    assert machine.cores == 32
+    assert isinstance(machine.cores, int)
+    with pytest.raises(InputError):
+        load_machine({"base": "ampere-altra-80c", "set": {"cores": 32.5}})
