@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from simkvm.kernel.geometry import Geometry
 from simkvm.scenario.errors import Keys, Problem, nearest
 from simkvm.scenario.fields import KIB
 from simkvm.scenario.kernel import KernelVariant
@@ -93,6 +94,14 @@ def _sizes(guest: Guest, keys: Keys, machine: Machine) -> Iterator[Problem]:
             (*keys, "mapping"),
             f"{exact_size(mapping)} is no leaf size of a {exact_size(page)} granule: "
             + ", ".join(map(exact_size, leaves)),
+        )
+        return
+    geometry = Geometry(page, guest.ipa_bits)
+    if mapping > geometry.span_bytes(geometry.start_level):
+        yield Problem(
+            (*keys, "mapping"),
+            f"with {guest.ipa_bits} address bits the root is at level {geometry.start_level}, "
+            f"no entry maps {exact_size(mapping)}",
         )
         return
     yield from _folio(guest, keys)
