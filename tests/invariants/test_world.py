@@ -76,13 +76,13 @@ def every_rule_holds(spec: Scenario) -> None:
     assert record.violations == []
 
 
-@settings(max_examples=20, phases=[Phase.generate])
+@settings(max_examples=24, phases=[Phase.generate])
 @given(drawn.scenarios(teardown=False))
 def test_every_rule_holds_after_every_event(spec: Scenario) -> None:
     every_rule_holds(spec)
 
 
-@settings(max_examples=8, phases=[Phase.generate])
+@settings(max_examples=10, phases=[Phase.generate])
 @given(drawn.scenarios(teardown=True))
 def test_every_rule_holds_while_a_vm_is_torn_down(spec: Scenario) -> None:
     every_rule_holds(spec)
