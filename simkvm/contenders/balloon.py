@@ -15,7 +15,7 @@ from simpy import Event
 
 from simkvm.contenders.contender import NS_PER_S, Contender
 from simkvm.kernel.task import Task
-from simkvm.scenario.schema import Balloon as Spec
+from simkvm.scenario.contenders import Balloon as Spec
 
 if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm

@@ -17,7 +17,7 @@ from simpy import Event
 
 from simkvm.contenders.contender import Contender
 from simkvm.kernel.task import Task
-from simkvm.scenario.schema import FreePageReporting as Spec
+from simkvm.scenario.contenders import FreePageReporting as Spec
 
 if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm

@@ -22,7 +22,7 @@ from simkvm.guest.trace import Trace, read_header, read_trace
 from simkvm.scenario.errors import InputError
 
 if TYPE_CHECKING:
-    from simkvm.scenario import schema
+    from simkvm.scenario import access as schema
 
     DrawnAccess = schema.Uniform | schema.Zipf | schema.HotCold
 

@@ -21,9 +21,10 @@ from simkvm.kernel.tlb import TlbiPath
 from simkvm.kernel.unmap import UnmapCosts
 from simkvm.observe.oracle import Oracle
 from simkvm.observe.table_memory import TableMemory
+from simkvm.scenario.access import Access, Phases, Populate, Trace
 from simkvm.scenario.kernel import KernelVariant
 from simkvm.scenario.machine import Machine
-from simkvm.scenario.schema import Access, Guest, Phases, Populate, Trace
+from simkvm.scenario.schema import Guest
 
 if TYPE_CHECKING:
     from simkvm.guest.vcpu import Vcpu

@@ -10,23 +10,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from simkvm.kernel.geometry import Geometry
+from simkvm.scenario.access import Access, Phases, Populate, Trace
+from simkvm.scenario.contenders import Contender
 from simkvm.scenario.errors import Keys, Problem, nearest
 from simkvm.scenario.fields import KIB
 from simkvm.scenario.kernel import KernelVariant
 from simkvm.scenario.machine import Machine
-from simkvm.scenario.schema import (
-    BLOCK_BYTES,
-    Access,
-    Balloon,
-    Contender,
-    FreePageReporting,
-    Guest,
-    MadviseDontneed,
-    Phases,
-    Populate,
-    Scenario,
-    Trace,
-)
+from simkvm.scenario.schema import BLOCK_BYTES, Guest, Scenario
 from simkvm.units import exact_duration, exact_size
 
 
@@ -195,27 +185,14 @@ def _contender(scenario: Scenario, contender: Contender, keys: Keys) -> Iterator
         known = "" if hint else f", expected one of {', '.join(scenario.guests)}"
         yield Problem((*keys, "guest"), f"no guest {contender.guest!r}{known}", hint)
         return
-    for name, size in _contender_sizes(contender).items():
+    for name, size in contender.sizes().items():
         if size % guest.page_size:
             yield _not_multiple((*keys, name), size, guest.page_size, "the guest's page_size")
         elif size > guest.memory_bytes:
             message = f"{exact_size(size)} is more than the guest's memory"
             yield Problem((*keys, name), f"{message}, {exact_size(guest.memory_bytes)}")
-    if isinstance(contender, FreePageReporting) and contender.block & (contender.block - 1):
-        yield Problem((*keys, "block"), f"{exact_size(contender.block)} is not a power of two")
-    if isinstance(contender, MadviseDontneed):
-        stop = contender.stop
-        if stop is not None and stop <= contender.start:
-            yield Problem((*keys, "stop"), f"{exact_duration(stop)} is not after start")
-
-
-def _contender_sizes(contender: Contender) -> dict[str, int]:
-    if isinstance(contender, MadviseDontneed):
-        align = {} if contender.align is None else {"align": contender.align}
-        return {"range": contender.range, **align}
-    if isinstance(contender, Balloon):
-        return {"target": contender.target}
-    return {"block": contender.block}
+    for name, message in contender.complaints():
+        yield Problem((*keys, name), message)
 
 
 def _times(scenario: Scenario) -> Iterator[Problem]:

@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from simkvm import units
+from simkvm.scenario.access import Access
+from simkvm.scenario.contenders import Contender
 from simkvm.scenario.fields import (
     GIB,
     KIB,
@@ -25,7 +27,6 @@ from simkvm.scenario.fields import (
     FrozenDict,
     Model,
     Name,
-    Rate,
     Size,
     Span,
     refuse,
@@ -46,10 +47,6 @@ def _granule(value: int) -> int:
         allowed = [units.exact_size(size) for size in BLOCK_BYTES]
         raise refuse(f"{units.exact_size(value)} is not a granule: {', '.join(allowed)}")
     return value
-
-
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
 
 
 # --- host ------------------------------------------------------------------------------------
@@ -94,112 +91,6 @@ class Host(Model):
         "Such a CPU is an extended quiescent state for RCU while in the guest.",
     )
     rcu: Rcu = Field(default=Rcu(), description="RCU's callback limits.")
-
-
-# --- what guests do --------------------------------------------------------------------------
-
-Touches = Annotated[
-    int | None,
-    Field(
-        ge=1,
-        description="Touches that each vCPU makes, then it stops; null: endless, which needs "
-        "`duration`.",
-    ),
-]
-Think = Annotated[
-    Duration,
-    Field(description="Time between two touches of one vCPU, beyond the touch itself."),
-]
-WriteRatio = Annotated[
-    float, Field(ge=0, le=1, description="Share of the touches that write, 0 to 1.")
-]
-Repeat = Annotated[
-    int | None, Field(ge=1, description="Rounds; null: endless, which needs `duration`.")
-]
-
-
-class Populate(Model):
-    """Each vCPU walks through its share of the memory, every page once a round.
-
-    The first touch of kvm's access_tracking_perf_test and dirty_log_perf_test, and the passes of
-    max_guest_memory_test (mmu_stress_test from v6.14 on).
-    """
-
-    pattern: Literal["populate"] = "populate"
-    write: bool = Field(default=True, description="Write (true) or read (false).")
-    repeat: int = Field(default=1, ge=1, description="Rounds over the vCPU's share of the memory.")
-    think: Think = 0
-
-
-class Uniform(Model):
-    """Each vCPU touches pages of the whole guest at random, all equally often."""
-
-    pattern: Literal["uniform"] = "uniform"
-    touches: Touches = None
-    write_ratio: WriteRatio = 0.5
-    think: Think = 0
-
-
-class Zipf(Model):
-    """Each vCPU touches pages of the whole guest at random, the k-th page k**-exponent as often."""
-
-    pattern: Literal["zipf"] = "zipf"
-    touches: Touches = None
-    exponent: float = Field(
-        default=0.99, ge=0, le=10, description="Skew: 0 is uniform, 0.99 is YCSB's."
-    )
-    write_ratio: WriteRatio = 0.5
-    think: Think = 0
-
-
-class HotCold(Model):
-    """Each vCPU touches a hot part of the guest often and the rest seldom."""
-
-    pattern: Literal["hot_cold"] = "hot_cold"
-    touches: Touches = None
-    hot_ratio: float = Field(default=0.1, gt=0, le=1, description="Hot share of the memory.")
-    hot_access_ratio: float = Field(
-        default=0.9, ge=0, le=1, description="Share of the touches that go to the hot part."
-    )
-    write_ratio: WriteRatio = 0.5
-    think: Think = 0
-
-
-class Phases(Model):
-    """One pattern after another, each to its end; vCPUs do not wait for one another."""
-
-    pattern: Literal["phases"] = "phases"
-    phases: Annotated[tuple[Access, ...], BeforeValidator(_tuple)] = Field(
-        min_length=1, description="The patterns, in order."
-    )
-    repeat: Repeat = 1
-
-
-class Trace(Model):
-    """Touches recorded from a real program.
-
-    Each vCPU replays the whole trace on memory of its own: vCPU v's copy begins v footprints
-    behind the start, so the guest needs memory for vcpus footprints.
-    """
-
-    pattern: Literal["trace"] = "trace"
-    file: str = Field(
-        min_length=1, description="The trace, relative to the folder of the scenario file."
-    )
-    sha256: str | None = Field(
-        default=None,
-        pattern="^[0-9a-f]{64}$",
-        description="Digest of the trace's content; filled in on loading. If given, the trace has "
-        "to match it.",
-    )
-    repeat: Repeat = 1
-    think: Think = 0
-
-
-Access = Annotated[
-    Populate | Uniform | Zipf | HotCold | Phases | Trace, Field(discriminator="pattern")
-]
-Phases.model_rebuild()
 
 
 class Teardown(Model):
@@ -287,75 +178,6 @@ class Ageing(Model):
     )
     start: Duration = Field(default=0, description="Simulated time of the first pass.")
     passes: int | None = Field(default=None, ge=1, description="Passes to make; null: endless.")
-
-
-# --- contenders ------------------------------------------------------------------------------
-
-GuestName = Annotated[str, Field(description="The guest that it works on.")]
-Start = Annotated[Duration, Field(description="Simulated time at which it starts.")]
-
-
-class MadviseDontneed(Model):
-    """Calls of madvise(MADV_DONTNEED) on the guest's memory, as a VMM makes them."""
-
-    kind: Literal["madvise_dontneed"] = "madvise_dontneed"
-    guest: GuestName
-    range: Size = Field(description="Length of the range that one call gives up.")
-    rate: Rate = Field(description="Calls a second.")
-    align: Size | None = Field(default=None, description="Alignment of the ranges; default: range.")
-    order: Literal["random", "sequential"] = Field(
-        default="random", description="How the ranges follow one another in the guest's memory."
-    )
-    arrivals: Literal["periodic", "poisson"] = Field(
-        default="periodic", description="Equal or exponential times between calls."
-    )
-    start: Start = 0
-    stop: Duration | None = Field(
-        default=None, description="Simulated time at which it stops; null: the end of the run."
-    )
-
-
-class FreePageReporting(Model):
-    """Free page reporting: blocks the guest no longer uses go back to the host.
-
-    mm/page_reporting.c, v6.12: 2 s between passes, pageblock-sized blocks, 32 a request; the VMM
-    answers each with one MADV_DONTNEED.
-    """
-
-    kind: Literal["free_page_reporting"] = "free_page_reporting"
-    guest: GuestName
-    block: Size = Field(
-        default=2 * MIB, description="Size of a reported block (pageblock, page_reporting_order)."
-    )
-    delay: Span = Field(
-        default=2 * units.DURATION_NS["s"],
-        description="Time between two passes (PAGE_REPORTING_DELAY, mm/page_reporting.c).",
-    )
-    batch: int = Field(default=32, ge=1, description="Blocks a request (PAGE_REPORTING_CAPACITY).")
-    idle: Duration = Field(
-        default=units.DURATION_NS["s"],
-        description="Blocks that the guest has not touched for this long count as free.",
-    )
-    start: Start = 0
-
-
-class Balloon(Model):
-    """A virtio balloon that inflates: the guest gives pages, the VMM drops them."""
-
-    kind: Literal["balloon"] = "balloon"
-    guest: GuestName
-    target: Size = Field(description="Memory to take from the guest.")
-    rate: Rate = Field(description="Pages a second.")
-    batch: int = Field(
-        default=256, ge=1, description="Pages a request (VIRTIO_BALLOON_ARRAY_PFNS_MAX)."
-    )
-    merge: bool = Field(
-        default=False, description="Whether the VMM joins neighbouring pages into one call."
-    )
-    start: Start = 0
-
-
-Contender = Annotated[MadviseDontneed | FreePageReporting | Balloon, Field(discriminator="kind")]
 
 
 class Scenario(Model):

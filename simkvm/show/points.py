@@ -19,7 +19,11 @@ from simkvm.units import parse_duration, parse_rate, parse_size
 
 Where = Mapping[str, object]
 
-SITES = ("fault", "age", "range_start", "range_end", "teardown", "memslot")
+SITES = (
+    *("fault", "permission_fault", "access_fault", "pre_fault", "age", "range_start", "range_end"),
+    *("write_protect", "dirty_log_get", "dirty_log_clear", "eager_split", "recover_huge"),
+    *("memslot", "teardown"),
+)
 """Call sites of mmu_lock in the order in which every figure and table shows them."""
 
 

@@ -40,9 +40,10 @@ from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
 from simkvm.kernel.sites import AGE, FAULT, RANGE_END, RANGE_START
 from simkvm.kernel.world import World
+from simkvm.scenario.contenders import MadviseDontneed
 from simkvm.scenario.kernel import KernelVariant
 from simkvm.scenario.machine import Machine
-from simkvm.scenario.schema import Ageing, Guest, MadviseDontneed, Scenario
+from simkvm.scenario.schema import Ageing, Guest, Scenario
 
 Steps = Generator[Event, Any, Any]
 

@@ -11,7 +11,7 @@ from lab import GIB, KIB, MIB, Lab, world
 from simkvm import contenders
 from simkvm.contenders.contender import Contender
 from simkvm.kernel.cacheline import CacheLine
-from simkvm.scenario import schema
+from simkvm.scenario import contenders as schema
 
 MS, SECOND = 1_000_000, 1_000_000_000
 Call = tuple[int, int, int]  # when it began, first leaf, last leaf (not included)

@@ -15,21 +15,13 @@ from pydantic import ValidationError
 
 from simkvm.guest.trace import assemble, write_trace
 from simkvm.scenario import load as load_module
+from simkvm.scenario.access import Phases, Populate, Trace, Uniform, Zipf
+from simkvm.scenario.contenders import FreePageReporting, MadviseDontneed
 from simkvm.scenario.describe import explain, json_schema, key_names
 from simkvm.scenario.document import read_document
 from simkvm.scenario.errors import InputError, nearest
 from simkvm.scenario.load import Study, identity, load, require_possible, resolved
-from simkvm.scenario.schema import (
-    FreePageReporting,
-    Guest,
-    MadviseDontneed,
-    Phases,
-    Populate,
-    Scenario,
-    Trace,
-    Uniform,
-    Zipf,
-)
+from simkvm.scenario.schema import Guest, Scenario
 
 GIB = 1 << 30
 
