@@ -38,6 +38,7 @@ POLICIES: Final[dict[str, dict[str, str]]] = {
         "write": "an ageing call takes mmu_lock for write",
         "read": "an ageing call takes mmu_lock for read",
         "none": "an ageing call is an RCU reader without mmu_lock",
+        "rmap_bit": "an ageing call holds the bit lock of one reverse-map chain at a time",
     },
     "eviction_young": {
         "clear_flush_young": "eviction tests one page at a time and flushes the VMID if young",
@@ -54,10 +55,75 @@ POLICIES: Final[dict[str, dict[str, str]]] = {
     "root_free": {
         "in_release": "the tree goes in the notifier's release hook, readers may be running",
         "after_unregister": "the tree goes once unregistering has drained the notifier's SRCU",
+        "zap_rcu": "roots are zapped under mmu_lock in the release hook, their pages go by RCU",
     },
     "teardown_walk": {
         "single": "one walk over the whole IPA space, no reschedule point",
         "chunked": "a walk a largest block, with a reschedule point between them",
+        "chunked_early": "as chunked, but a chunk drops an upper table whatever still hangs in it",
+        "zap_roots": "passes by level under the write lock, with yields between entries",
+    },
+    "mmu": {
+        "stage2": "arm64's stage-2 table",
+        "tdp": "x86's TDP MMU: a table per root, entries changed by cmpxchg under the read lock",
+        "shadow": "x86's shadow MMU: reverse-map chains from each guest page to its entries",
+    },
+    "access_fault_lock": {
+        "read": "setting the accessed flag in software takes mmu_lock for read",
+        "write": "setting the accessed flag in software takes mmu_lock for write",
+        "none": "setting the accessed flag in software takes no lock",
+    },
+    "permission_fault_lock": {
+        "read": "making an entry writable again takes mmu_lock for read",
+        "write": "making an entry writable again takes mmu_lock for write",
+        "none": "making an entry writable again takes no lock",
+    },
+    "fault_retry": {
+        "any": "a fault gives up if any invalidation of the VM runs or ran since its look-up",
+        "range": "a fault gives up only if its page lies in the range that invalidations cover",
+    },
+    "unmap_tables": {
+        "free": "unmap frees a table with its last entry",
+        "keep": "unmap zaps leaf entries; tables stay until a collapse or the end of the root",
+    },
+    "unmap_yield": {
+        "chunk": "unmap may let go of the lock after each largest block",
+        "entry": "unmap may let go of the lock, after a flush, between any two entries",
+    },
+    "collapse_free": {
+        "inline": "a table that a block replaces is freed at once",
+        "subtree": "one callback walks and frees the whole subtree after a grace period",
+        "subtree_leak": "as subtree, but nobody drops the subtree's root",
+        "per_table": "the subtree is walked when it is unlinked, with one callback a table",
+    },
+    "recover_huge": {
+        "on_fault": "after dirty logging a fault replaces the table by a block",
+        "zap": "when dirty logging ends, tables that could be blocks are zapped",
+        "recover": "when dirty logging ends, blocks are put back in one go",
+    },
+    "ageing_flush": {
+        "none": "clearing an accessed flag invalidates nothing",
+        "per_call": "a call that found something young flushes the whole VMID, under its lock",
+    },
+    "remote_flush": {
+        "broadcast": "the interconnect broadcasts invalidations",
+        "ipi": "an interrupt to each running vCPU, and a wait for all of them",
+    },
+    "write_protect_lock": {
+        "write": "switching dirty logging on takes mmu_lock for write",
+        "read": "switching dirty logging on takes mmu_lock for read",
+    },
+    "dirty_log_clear_lock": {
+        "write": "KVM_CLEAR_DIRTY_LOG takes mmu_lock for write",
+        "read": "KVM_CLEAR_DIRTY_LOG takes mmu_lock for read",
+    },
+    "eager_split": {
+        "none": "blocks are split by the faults that write to them",
+        "chunked": "blocks may be split when logging begins or is cleared, chunk by chunk",
+    },
+    "flush_shadow": {
+        "srcu": "two ends of a VM may both flush its tables: only SRCU is held",
+        "mmu_lock": "flushing a VM's tables is exclusive",
     },
     "promotion": {
         "direct": "a young page goes to the youngest generation at once",
@@ -141,15 +207,20 @@ def load_kernel(ref: Reference) -> KernelVariant:
 
 
 def parse_kernel(content: str, file: str) -> KernelVariant:
-    """Read one variant's TOML. Raises `InputError` naming ``file`` and the key."""
+    """Read one variant's TOML. Raises `InputError` naming ``file`` and the key.
+
+    With a ``base``, policies that are not listed are that kernel's, sources included.
+    """
     table = Table(shipped.parse(content, file), file)
+    base = table.take("base", str, default="")
+    inherited = _shipped_kernel(base).policies if base else {}
     kernel = KernelVariant(
         name=table.take("name", str),
         title=table.take("title", str),
         arch=table.take_choice("arch", ARCHITECTURES),
         counterfactual=table.take("counterfactual", bool),
         note=table.take("note", str, default=""),
-        policies=_policies(table.take_table("policies")),
+        policies=_policies(table.take_table("policies"), inherited),
     )
     table.finish()
     return kernel
@@ -168,6 +239,11 @@ def safety_reasons(kernel: KernelVariant) -> list[str]:
             "ageing_lock none with table_free inline: unmap frees a table at once, while an "
             "ageing walk without mmu_lock may still be reading it"
         )
+    if kernel["collapse_free"] == "inline":
+        reasons.append(
+            "ageing_lock none with collapse_free inline: a fault that puts a block in a table's "
+            "place frees the table at once, while an ageing walk may still be reading it"
+        )
     if kernel["root_free"] == "in_release":
         reasons.append(
             "ageing_lock none with root_free in_release: teardown frees the tree before the "
@@ -177,8 +253,21 @@ def safety_reasons(kernel: KernelVariant) -> list[str]:
 
 
 def diff(a: KernelVariant, b: KernelVariant) -> list[dict[str, str]]:
-    """One row for each policy that differs: policy, a, b, in the order of `POLICIES`."""
-    return [{"policy": p, "a": a[p], "b": b[p]} for p in POLICIES if a[p] != b[p]]
+    """One row for each policy that differs, in the order of `POLICIES`.
+
+    Columns policy, a, b, and where each value was read: a_source, b_source.
+    """
+    return [
+        {
+            "policy": name,
+            "a": a[name],
+            "b": b[name],
+            "a_source": a.policies[name].source,
+            "b_source": b.policies[name].source,
+        }
+        for name in POLICIES
+        if a[name] != b[name]
+    ]
 
 
 @cache  # the files ship with the package and do not change under a run
@@ -190,8 +279,14 @@ def _shipped_kernel(name: str) -> KernelVariant:
     return kernel
 
 
-def _policies(table: Table) -> dict[str, Policy]:
-    policies = {name: _policy(name, table.take_table(name)) for name in POLICIES}
+def _policies(table: Table, inherited: dict[str, Policy]) -> dict[str, Policy]:
+    listed = set(table.remaining())
+    policies = {
+        name: inherited[name]
+        if name in inherited and name not in listed
+        else _policy(name, table.take_table(name))
+        for name in POLICIES
+    }
     table.finish()
     return policies
 

@@ -46,8 +46,17 @@ def kernel_diff(rows: Sequence[Mapping[str, str]], a: str, b: str) -> Renderable
     """The policies in which two variants differ, as `simkvm.scenario.kernel.diff` finds them."""
     if not rows:
         return Text(f"{a} and {b} have the same policies")
-    named = [{"policy": row["policy"], a: row["a"], b: row["b"]} for row in rows]
-    return named_table(named, dict.fromkeys(["policy", a, b]))
+    values = [{"policy": row["policy"], a: row["a"], b: row["b"]} for row in rows]
+    sources = [
+        {"policy": row["policy"], "kernel": name, "source": row[f"{side}_source"]}
+        for row in rows
+        for side, name in (("a", a), ("b", b))
+    ]
+    return Group(
+        named_table(values, dict.fromkeys(["policy", a, b])),
+        Text("\nWhere each was read", "bold"),
+        named_table(sources, {"policy": None, "kernel": None, "source": 60}),
+    )
 
 
 def trace_report(header: TraceHeader, path: str) -> RenderableType:

@@ -17,40 +17,96 @@ from simkvm.scenario.kernel import (
 
 # Policies in columns, in the order of POLICIES. A change here is a change of what is simulated.
 PINNED = {
-    "linux-6.4": (
-        "read inline blind write clear_flush_young per_leaf build in_release single direct "
-        "broadcast vmid"
+    "linux-6.1": (
+        "write inline blind write clear_flush_young per_leaf build in_release single "
+        "stage2 write read any free chunk inline on_fault none broadcast write write none "
+        "srcu direct broadcast vmid"
     ),
-    "linux-6.4-yuzhao-v2": (
-        "read put_page_rcu bitmap none look_around per_leaf build after_unregister single direct "
-        "broadcast vmid"
+    "linux-6.12": (
+        "read inline per_pte write look_around deferred runtime in_release single stage2 "
+        "read read any free chunk subtree on_fault none broadcast write write chunked "
+        "srcu direct local range"
+    ),
+    "linux-6.12-x86": (
+        "read put_page_rcu per_pte write look_around deferred runtime zap_rcu zap_roots "
+        "tdp none none range keep entry per_table zap none ipi read write chunked "
+        "mmu_lock direct local vmid"
+    ),
+    "linux-6.12-x86-shadow": (
+        "write inline per_pte write look_around deferred runtime zap_rcu zap_roots shadow "
+        "none none range keep entry inline zap none ipi write write chunked mmu_lock "
+        "direct local vmid"
+    ),
+    "linux-6.15-x86": (
+        "read put_page_rcu per_pte none look_around deferred runtime zap_rcu zap_roots "
+        "tdp none none range keep entry per_table recover none ipi read write chunked "
+        "mmu_lock direct local vmid"
+    ),
+    "linux-6.15-x86-shadow": (
+        "write inline per_pte rmap_bit look_around deferred runtime zap_rcu zap_roots "
+        "shadow none none range keep entry inline recover none ipi write write chunked "
+        "mmu_lock direct local vmid"
+    ),
+    "linux-6.17-chunked-destroy": (
+        "read inline per_pte write look_around deferred runtime in_release chunked_early "
+        "stage2 read read any free chunk subtree on_fault none broadcast write write "
+        "chunked srcu direct local range"
+    ),
+    "linux-6.3": (
+        "read inline blind write clear_flush_young per_leaf build in_release single "
+        "stage2 read read any free chunk subtree_leak on_fault none broadcast write write "
+        "none srcu direct broadcast vmid"
+    ),
+    "linux-6.4": (
+        "read inline blind write clear_flush_young per_leaf build in_release single "
+        "stage2 read read any free chunk subtree on_fault none broadcast write write none "
+        "srcu direct broadcast vmid"
     ),
     "linux-6.4-upton": (
-        "read free_removed_table bitmap none look_around per_leaf build after_unregister single "
-        "direct broadcast vmid"
+        "read free_removed_table bitmap none look_around per_leaf build after_unregister "
+        "single stage2 read read any free chunk subtree on_fault none broadcast write "
+        "write none srcu direct broadcast vmid"
     ),
     "linux-6.4-upton-count-test": (
         "read free_removed_table_count_test bitmap none look_around per_leaf build "
-        "after_unregister single direct broadcast vmid"
+        "after_unregister single stage2 read read any free chunk subtree on_fault none "
+        "broadcast write write none srcu direct broadcast vmid"
     ),
-    "linux-6.12": (
-        "read inline per_pte write look_around deferred runtime in_release single direct "
-        "local range"
+    "linux-6.4-yuzhao-v1": (
+        "read put_page_rcu bitmap none look_around per_leaf build after_unregister single "
+        "stage2 read read any free chunk subtree on_fault none broadcast write write none "
+        "srcu direct broadcast vmid"
+    ),
+    "linux-6.4-yuzhao-v1-baseline": (
+        "read inline per_pte write clear_flush_young per_leaf build in_release single "
+        "stage2 read read any free chunk subtree on_fault per_call broadcast write write "
+        "none srcu direct broadcast vmid"
+    ),
+    "linux-6.4-yuzhao-v2": (
+        "read put_page_rcu bitmap none look_around per_leaf build after_unregister single "
+        "stage2 read read any free chunk subtree on_fault none broadcast write write none "
+        "srcu direct broadcast vmid"
     ),
     "linux-7.1": (
-        "read inline per_folio write look_around deferred runtime in_release chunked two_step "
-        "local range"
-    ),
-    "linux-7.1-read-locked": (
-        "read inline per_folio read look_around deferred runtime in_release chunked two_step "
-        "local range"
+        "read inline per_folio write look_around deferred runtime in_release chunked "
+        "stage2 read read any free chunk subtree on_fault none broadcast write write "
+        "chunked srcu two_step local range"
     ),
     "linux-7.1-lockless": (
-        "read put_page_rcu per_folio none look_around deferred runtime after_unregister chunked "
-        "two_step local range"
+        "read put_page_rcu per_folio none look_around deferred runtime after_unregister "
+        "chunked stage2 read read any free chunk subtree on_fault none broadcast write "
+        "write chunked srcu two_step local range"
+    ),
+    "linux-7.1-read-locked": (
+        "read inline per_folio read look_around deferred runtime in_release chunked "
+        "stage2 read read any free chunk subtree on_fault none broadcast write write "
+        "chunked srcu two_step local range"
     ),
 }
-RELEASED = {"linux-6.4", "linux-6.12", "linux-7.1"}
+RELEASED = {
+    *("linux-6.1", "linux-6.3", "linux-6.4", "linux-6.12", "linux-7.1"),
+    *("linux-6.12-x86", "linux-6.12-x86-shadow", "linux-6.15-x86", "linux-6.15-x86-shadow"),
+}
 
 
 def refused(ref: object) -> InputError:
@@ -73,7 +129,7 @@ class TestShipped:
         assert dict(zip(POLICIES, PINNED[name].split(), strict=True)) == {
             policy: kernel[policy] for policy in POLICIES
         }
-        assert kernel.arch == "arm64"
+        assert kernel.arch == ("x86" if "x86" in name else "arm64")
         assert kernel.overrides == {}
 
     @pytest.mark.parametrize("name", PINNED)
@@ -174,7 +230,7 @@ class TestOverrides:
         assert load_kernel("linux-6.12")["table_free"] == "inline"
 
     def test_unknown_names_have_the_nearest(self) -> None:
-        error = refused("linux-6.13")
+        error = refused("linux-6.12z")
         assert (error.key, error.hint) == ("kernel", "linux-6.12")
         error = refused(setting(ageing_lok="none"))
         assert (error.key, error.hint) == ("kernel.set.ageing_lok", "ageing_lock")
