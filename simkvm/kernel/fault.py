@@ -13,7 +13,7 @@ second also finds the vCPU's next fault, so the time that the guest computes in 
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from simpy import Event
 
@@ -23,17 +23,26 @@ from simkvm.kernel.stage2 import VALID, WRITE, TableId
 from simkvm.kernel.task import Task, reach
 
 if TYPE_CHECKING:
-    from simkvm.guest.vcpu import Vcpu
     from simkvm.kernel.kvm import Kvm
 
 #: Objects in a full memory cache (``KVM_ARCH_NR_OBJS_PER_MEMORY_CACHE`` on arm64).
 CACHE_CAPACITY: Final = 40
 
 
+class Faulting(Protocol):
+    """Who takes a fault: a vCPU, or a call of KVM_PRE_FAULT_MEMORY."""
+
+    def mapped(self, t_ns: int) -> int:
+        """The leaf is mapped and the guest goes on at ``t_ns``; returns when it is back."""
+
+    def enter(self, t_ns: int) -> int:
+        """As :meth:`mapped`, without a mapping: the fault is about to be taken again."""
+
+
 class FaultPath:
     """The fault handler of one vCPU, with its memory cache."""
 
-    def __init__(self, kvm: Kvm, vcpu: Vcpu, task: Task) -> None:
+    def __init__(self, kvm: Kvm, vcpu: Faulting, task: Task) -> None:
         self._kvm = kvm
         self._vcpu = vcpu
         self._task = task
