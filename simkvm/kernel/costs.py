@@ -19,6 +19,7 @@ class FaultCosts:
     exit_ns: int  #: exit, SRCU and memslot look-up: up to taking ``mmap_lock``
     vma_ns: int  #: look-up of the VMA under ``mmap_lock``
     gup_hit_ns: int  #: resolving a host page that is there
+    relax_hit_ns: int  #: the same for a fault that only changes rights
     gup_zero_ns: int  #: installing the zero page for a read
     gup_alloc_ns: int  #: allocating, clearing and installing a host page (or block)
     gup_copy_ns: int  #: replacing the zero page for a write
@@ -81,6 +82,7 @@ class Costs:
     tlbi_ns: int
     tlbi_all_ns: int
     tlbi_service_ns: int
+    split_entry_ns: int
     touch_ns: int
     tlb_entries: int
     tlb_refill_ns: int
@@ -102,6 +104,7 @@ class Costs:
             tlbi_ns=round(machine["tlbi_s2_page_ns"]),
             tlbi_all_ns=round(machine["tlbi_vmid_all_ns"]),
             tlbi_service_ns=round(machine["tlbi_global_service_ns"]),
+            split_entry_ns=round(machine["split_entry_ns"]),
             touch_ns=round(machine["page_touch_ns"]),
             tlb_entries=round(machine["tlb_l2_entries"]),
             tlb_refill_ns=round(machine["tlb_miss_nested_warm_ns"]),
@@ -133,6 +136,9 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int) -> FaultCosts:
         exit_ns=round(half_exit + around),
         vma_ns=round(vma),
         gup_hit_ns=round(gup_hit),
+        relax_hit_ns=round(
+            max(0, gup_hit + machine["perm_fault_total_ns"] - machine["s2_map4k_total_ns"])
+        ),
         gup_zero_ns=round(gup_hit + zero_page),
         gup_alloc_ns=round(gup_hit + alloc),
         gup_copy_ns=round(gup_hit + alloc),

@@ -138,7 +138,7 @@ class Recorder:
             "tables_allocated": sum(kvm.tables_allocated for kvm in world.kvms),
             "tables_freed": sum(kvm.tables_freed for kvm in world.kvms),
             "tlbi_broadcasts": world.tlbi.broadcasts,
-            "unmapped_pages": sum(kvm.unmapped_leaves * kvm.leaf_pages for kvm in world.kvms),
+            "unmapped_pages": sum(kvm.unmapped_pages for kvm in world.kvms),
             "unmap_calls": sum(contender.calls for contender in world.contenders),
             "teardown_visits": sum(teardown.visits for teardown in world.teardowns),
             "teardown_longest_ns": max((t.longest_ns for t in world.teardowns), default=0),
