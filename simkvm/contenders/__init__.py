@@ -8,8 +8,11 @@ import numpy as np
 
 from simkvm.contenders.balloon import Balloon
 from simkvm.contenders.contender import Contender
+from simkvm.contenders.dirty_log import DirtyLog
 from simkvm.contenders.free_page_reporting import FreePageReporting
+from simkvm.contenders.khugepaged import Khugepaged
 from simkvm.contenders.madvise_dontneed import MadviseDontneed
+from simkvm.contenders.thp_split import ThpSplit
 from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.task import Task
 
@@ -17,6 +20,9 @@ KINDS: dict[str, Any] = {
     "madvise_dontneed": MadviseDontneed,
     "free_page_reporting": FreePageReporting,
     "balloon": Balloon,
+    "dirty_log": DirtyLog,
+    "khugepaged": Khugepaged,
+    "thp_split": ThpSplit,
 }
 
 

@@ -1,13 +1,17 @@
-"""What contenders share: a thread of the host that takes guest memory back through the notifier."""
+"""What contenders share: a thread of the host that takes guest memory through the notifier."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from simpy import Event
 
+from simkvm.kernel import mmap_lock
+from simkvm.kernel.cacheline import CacheLine
+from simkvm.kernel.host_memory import HostMemory
+from simkvm.kernel.mmu_notifier import Change
 from simkvm.kernel.task import Task, reach
 
 if TYPE_CHECKING:
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
 
 NS_PER_S = 1_000_000_000
 Steps = Generator[Event, Any, int]
+HostChange = Callable[[HostMemory, int, int], int]
 
 
 class Contender:
@@ -39,18 +44,44 @@ class Contender:
         self.task.cpu.enter_kernel(t_ns)
         return t_ns
 
+    def invalidate(
+        self,
+        t_ns: int,
+        first: int,
+        last: int,
+        change: Change | None = None,
+        leaving: CacheLine | None = None,
+        blockable: bool = True,
+    ) -> Steps:
+        """One range start and end over the leaves ``first`` up to ``last``, counted as a call.
+
+        ``change``: what the host does in between, removing its mappings if None; ``leaving``: the
+        line of a lock that is let go of at the end. Returns when it is done.
+        """
+        self.calls += 1
+        notifier = self.kvm.notifier
+        t_ns = yield from notifier.invalidate(
+            self.task, t_ns, first, last, blockable, leaving=leaving, change=change
+        )
+        t_ns = yield from reach(self.kvm.env, t_ns)
+        return t_ns + self.task.cpu.take_stolen()
+
+    def change(self, what: HostChange, each_ns: int) -> Change:
+        """``what`` done to the host's entries of a range, at ``each_ns`` for each it changes."""
+        host = self.kvm.host
+        return lambda t_ns, first, last: t_ns + what(host, first, last) * each_ns
+
+    def read_lock_mmap(self, t_ns: int) -> Steps:
+        """Take ``mmap_lock`` for read from ``t_ns`` on; returns when it is had."""
+        t_ns = yield from mmap_lock.wait(self.kvm, self.task, t_ns)
+        return self.kvm.host.mmap_lock.visit(self.task.cpu.id, t_ns, 1)
+
     def take_back(self, t_ns: int, first_byte: int, size: int) -> Steps:
         """``MADV_DONTNEED`` of ``size`` bytes at ``first_byte`` of guest memory.
 
         One range start and end whatever the size (mm/madvise.c). Returns when it is done.
         """
-        kvm = self.kvm
-        self.calls += 1
-        leaf = kvm.stage2.leaf_bytes
+        leaf = self.kvm.stage2.leaf_bytes
         first, last = first_byte // leaf, -(-(first_byte + size) // leaf)
-        t_ns = yield from reach(kvm.env, t_ns)  # one that is late did not sleep
-        mmap_lock = kvm.host.mmap_lock
-        t_ns = mmap_lock.visit(self.task.cpu.id, t_ns, 1)
-        t_ns = yield from kvm.notifier.invalidate(self.task, t_ns, first, last, leaving=mmap_lock)
-        t_ns = yield from reach(kvm.env, t_ns)
-        return t_ns + self.task.cpu.take_stolen()
+        t_ns = yield from self.read_lock_mmap(t_ns)
+        return (yield from self.invalidate(t_ns, first, last, leaving=self.kvm.host.mmap_lock))

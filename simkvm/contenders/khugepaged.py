@@ -1,11 +1,10 @@
 """khugepaged: small pages that lie together become a huge one.
 
 Source: mm/khugepaged.c (``khugepaged_scan_mm_slot``, ``collapse_huge_page``), v6.12. A go looks at
-``pages_to_scan`` PTEs. Where enough of a table's are present it takes ``mmap_lock`` for write, takes
-the range back (start and end around clearing the PMD), copies the pages and maps the huge one.
-Stage 2 loses the table in the unmap; the next fault maps a block.
-
-The copy is made inside the invalidation here: in Linux ``mmap_lock`` keeps faults out meanwhile.
+``pages_to_scan`` PTEs. Where enough of a table's are present it takes ``mmap_lock`` for write,
+takes the range back (start and end around clearing the PMD), copies the pages and maps the huge
+one. Stage 2 loses the table in the unmap; the next fault maps a block. Faults meanwhile wait for
+``mmap_lock``.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import numpy as np
 from simpy import Event
 
 from simkvm.contenders.contender import Contender, Steps
+from simkvm.kernel import mmap_lock
 from simkvm.kernel.host_memory import OWN
 from simkvm.kernel.task import Task, reach
 from simkvm.scenario.contenders import Khugepaged as Spec
@@ -62,11 +62,13 @@ class Khugepaged(Contender):
         kvm, entries = self.kvm, self._entries
         first, last = table * entries, (table + 1) * entries
 
-        def replace(at_ns: int) -> int:
-            copied = int(np.count_nonzero(kvm.host.state[first:last] & OWN))
-            kvm.host.zap(first, last)
-            kvm.host.install_huge(first, last)
-            return at_ns + copied * kvm.costs.copy_page_ns
+        def clear_pmd(at_ns: int, first: int, last: int) -> int:
+            return at_ns + kvm.costs.unmap.host_page_ns
 
-        self.calls += 1
-        return (yield from self.change(t_ns, first, last, replace))
+        t_ns = yield from mmap_lock.write_lock(kvm, self.task, t_ns)
+        t_ns = yield from self.invalidate(t_ns, first, last, clear_pmd)
+        copied = int(np.count_nonzero(kvm.host.state[first:last] & OWN))
+        t_ns = yield from reach(kvm.env, t_ns + copied * kvm.costs.copy_page_ns)
+        kvm.host.zap(first, last)
+        kvm.host.install_huge(first, last)
+        return (yield from mmap_lock.write_unlock(kvm, self.task, t_ns))

@@ -1,7 +1,7 @@
 """Huge pages of the host are split: one invalidation each, and small pages stay.
 
-Source: mm/huge_memory.c (``split_huge_page_to_list_to_order``, ``unmap_folio``), v6.12. Stage 2 loses
-the block and no table; the pages fault back one by one.
+Source: mm/huge_memory.c (``split_huge_page_to_list_to_order``, ``unmap_folio``), v6.12. Stage 2
+loses the block and no table; the pages fault back one by one.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ class ThpSplit(Contender):
         kvm, entries = self.kvm, self.kvm.host.entries
         first, last = table * entries, min((table + 1) * entries, kvm.leaves)
 
-        def split(at_ns: int) -> int:
+        def split(at_ns: int, first: int, last: int) -> int:
             kvm.host.huge[table] = False
             return at_ns + (last - first) * kvm.costs.unmap.visit_ns
 
-        self.calls += 1
-        return (yield from self.change(t_ns, first, last, split))
+        return (yield from self.invalidate(t_ns, first, last, split))

@@ -22,9 +22,9 @@ from simpy import Environment, Event, Process
 from simpy.events import NORMAL
 
 from simkvm.guest.patterns import Chunk
+from simkvm.kernel import mmap_lock
 from simkvm.kernel.cpu import Cpu
-from simkvm.kernel.fault import FaultPath
-from simkvm.kernel.fault_sized import SizedFaultPath
+from simkvm.kernel.fault_sized import fault_path
 from simkvm.kernel.stage2 import AF, VALID, WRITE
 from simkvm.kernel.task import Task
 
@@ -44,7 +44,7 @@ class Vcpu:
         self.index = index
         self.cpu = cpu
         self.task = Task(f"{kvm.name}/vcpu{index}", cpu)
-        self.fault = (SizedFaultPath if kvm.sized else FaultPath)(kvm, self, self.task)
+        self.fault = fault_path(kvm, self, self.task)
         self._env = kvm.env
         self._chunks = chunks
         self._touch_ns = kvm.costs.touch_ns
@@ -83,6 +83,7 @@ class Vcpu:
         queue, numbers = env._queue, env._eid
         take = fault.take
         arrival = _certain(env)
+        kvm, host = self.kvm, self.kvm.host
         next_ns = self.enter(0) if self._load() else 0
         while self._list and self.kvm.alive:
             while next_ns > env._now and queue and next_ns >= queue[0][0]:
@@ -102,6 +103,10 @@ class Vcpu:
                 next_ns = self.enter(next_ns) if self._load() else next_ns
                 continue
             leaf = self._list[position]
+            if kvm.refusals or host.mmap_writer is not None:
+                next_ns, refused = yield from self._hindered(next_ns, leaf)
+                if refused:
+                    continue
             t_ns = fault.look_up(next_ns, leaf, self._need_list[position] != VALID)
             if queue and t_ns >= queue[0][0]:
                 arrival.callbacks = []  # nobody else ever sees it: the same one every time
@@ -121,6 +126,22 @@ class Vcpu:
                 next_ns = self.next_ns  # an unmap may have moved it since the grant
         self.finished_ns = next_ns
         self.cpu.sleep(next_ns)
+
+    def _hindered(self, t_ns: int, leaf: int) -> Generator[Event, Any, tuple[int, bool]]:
+        """A fault that may be refused, or finds ``mmap_lock`` held for write.
+
+        Returns when it comes to ``mmap_lock``, or, refused, when the host is needed next.
+        """
+        kvm, write = self.kvm, self._need_list[self._position] != VALID
+        if kvm.memslot_valid:  # else it is known to be MMIO before it comes to the lock
+            t_ns = yield from mmap_lock.wait(kvm, self.task, t_ns)
+        back_ns = self.fault.refused(t_ns, leaf, write)
+        return (t_ns, False) if back_ns is None else (self.enter(back_ns), True)
+
+    @property
+    def faulting(self) -> bool:
+        """Whether a fault of this vCPU is being handled, so that it reads the memory slots."""
+        return not self._running and self.finished_ns < 0 and self.process is not None
 
     def _load(self) -> bool:
         """Take the next chunk; False if there is none."""

@@ -87,11 +87,13 @@ class AgeingWalk:
         t_ns = yield from reach(self.env, t_ns)
         t_ns = kvm.host.mmap_lock.visit(self.task.cpu.id, t_ns, 1)
         t_ns = yield from reach(self.env, t_ns)
-        for table, present in enumerate(kvm.host.present):
+        # A trylock that fails, because of a writer, skips the address space.
+        present = kvm.host.present if kvm.host.mmap_writer is None else []
+        for table, entries in enumerate(present):
             if table and table % self._tables_a_pud == 0:
                 t_ns = yield from self._resched(t_ns, promoted >= MAX_LRU_BATCH)
                 promoted = 0
-            if present and kvm.alive:
+            if entries and kvm.alive:
                 t_ns, moved = yield from self._table(t_ns, table, report)
                 promoted += moved
         kvm.host.mmap_lock.post(self.task.cpu.id, t_ns)
@@ -130,7 +132,7 @@ class AgeingWalk:
         report.scanned += len(leaves)
         by_host = leaves[(kvm.host.state[leaves] & YOUNG) != 0]
         kvm.host.state[leaves] &= np.uint8(~YOUNG & 0xFF)
-        token = kvm.notifier.srcu.enter(t_ns) if kvm.notifier.subscribed else None
+        token = kvm.notifier.srcu.enter(t_ns) if kvm.notifier.listening else None
         if token is None:
             t_ns, by_guest = t_ns + len(leaves) * self._costs.scan_ns, leaves[:0]
         else:

@@ -23,11 +23,13 @@ class FaultCosts:
     gup_zero_ns: int  #: installing the zero page for a read
     gup_alloc_ns: int  #: allocating, clearing and installing a host page (or block)
     gup_copy_ns: int  #: replacing the zero page for a write
+    gup_cow_ns: int  #: replacing any other shared page for a write: its content has to be copied
     ptl_ns: int  #: how long that holds the host's page-table lock, at its end
     hold_ns: int  #: the walk and the map, under ``mmu_lock``
     table_ns: int  #: each table installed on the way
     retry_ns: int  #: finding, under the lock, that an invalidation runs or ran
     enter_ns: int  #: from the unlock to the guest's next instruction
+    user_ns: int  #: what a visit to user space adds to an exit
     object_ns: int  #: allocating and clearing one page for the memory cache
 
 
@@ -69,6 +71,16 @@ class FreeCosts:
 
 
 @dataclass(frozen=True)
+class TakerCosts:
+    """What others do with host pages between range start and end, and before."""
+
+    pte_ns: int  #: changing one host entry in place
+    ksm_scan_ns: int  #: one page: checksum and search
+    migrate_ns: int  #: one leaf, its unmapping apart
+    isolate_ns: int  #: what compaction adds for a page: finding it, and a place for it
+
+
+@dataclass(frozen=True)
 class Costs:
     """All costs of one guest's geometry on one machine."""
 
@@ -79,10 +91,12 @@ class Costs:
     ageing: AgeingCosts
     unmap: UnmapStepCosts
     free: FreeCosts
+    takers: TakerCosts
     tlbi_ns: int
     tlbi_all_ns: int
     tlbi_service_ns: int
     split_entry_ns: int
+    copy_page_ns: int
     touch_ns: int
     tlb_entries: int
     tlb_refill_ns: int
@@ -101,10 +115,12 @@ class Costs:
             ageing=_ageing(machine),
             unmap=_unmap(machine),
             free=_free(machine),
+            takers=_takers(machine, leaf_bytes),
             tlbi_ns=round(machine["tlbi_s2_page_ns"]),
             tlbi_all_ns=round(machine["tlbi_vmid_all_ns"]),
             tlbi_service_ns=round(machine["tlbi_global_service_ns"]),
             split_entry_ns=round(machine["split_entry_ns"]),
+            copy_page_ns=round(machine["copy_4k_ns"] * page_bytes / 4096),
             touch_ns=round(machine["page_touch_ns"]),
             tlb_entries=round(machine["tlb_l2_entries"]),
             tlb_refill_ns=round(machine["tlb_miss_nested_warm_ns"]),
@@ -142,12 +158,31 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int) -> FaultCosts:
         gup_zero_ns=round(gup_hit + zero_page),
         gup_alloc_ns=round(gup_hit + alloc),
         gup_copy_ns=round(gup_hit + alloc),
+        gup_cow_ns=round(gup_hit + alloc + _copied_not_cleared(machine, leaf_bytes)),
         ptl_ns=round(machine["host_ptl_hold_ns"]),
         hold_ns=round(hold + clean),
         table_ns=round(machine["stage2_cmpxchg_ns"] + machine["stage2_descend_ns"]),
         retry_ns=round(machine["retry_check_ns"]),
         enter_ns=round(half_exit),
+        user_ns=round(machine["exit_to_user_ns"] - machine["exit_roundtrip_ns"]),
         object_ns=round(machine["zero_4k_ns"] + machine["page_alloc_free_ns"]),
+    )
+
+
+def _copied_not_cleared(machine: Machine, leaf_bytes: int) -> float:
+    """How much dearer a copy of a leaf is than clearing it."""
+    return (machine["copy_4k_ns"] - machine["zero_4k_ns"]) * leaf_bytes / 4096
+
+
+def _takers(machine: Machine, leaf_bytes: int) -> TakerCosts:
+    migrate = machine["migrate_4k_ns"] + (leaf_bytes / 4096 - 1) * machine["copy_4k_ns"]
+    if leaf_bytes >= 2 << 20:
+        migrate = machine["migrate_2m_ns"] * leaf_bytes / (2 << 20)
+    return TakerCosts(
+        pte_ns=round(machine["pte_scan_young_ns"]),
+        ksm_scan_ns=round(machine["ksm_scan_ns"]),
+        migrate_ns=round(migrate - machine["unmap_s1_4k_ns"]),
+        isolate_ns=round(machine["compaction_ns"] - machine["migrate_4k_ns"]),
     )
 
 

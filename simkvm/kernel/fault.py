@@ -13,27 +13,40 @@ second also finds the vCPU's next fault, so the time that the guest computes in 
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from simpy import Event
 
-from simkvm.kernel.host_memory import OWN, PRESENT, YOUNG
+from simkvm.kernel.host_change import arrival, copies, usable
+from simkvm.kernel.host_memory import MIGRATION, OWN, PRESENT, WRPROTECT, YOUNG
 from simkvm.kernel.sites import FAULT
 from simkvm.kernel.stage2 import VALID, WRITE, TableId
 from simkvm.kernel.task import Task, reach
 
 if TYPE_CHECKING:
-    from simkvm.guest.vcpu import Vcpu
     from simkvm.kernel.kvm import Kvm
 
 #: Objects in a full memory cache (``KVM_ARCH_NR_OBJS_PER_MEMORY_CACHE`` on arm64).
 CACHE_CAPACITY: Final = 40
 
 
+class Faulting(Protocol):
+    """Who takes a fault: a vCPU, or a call of KVM_PRE_FAULT_MEMORY."""
+
+    def mapped(self, t_ns: int) -> int:
+        """The leaf is mapped and the guest goes on at ``t_ns``; returns when it is back."""
+
+    def enter(self, t_ns: int) -> int:
+        """As :meth:`mapped`, without a mapping: the fault is about to be taken again."""
+
+    def forget_translations(self) -> None:
+        """The CPU's own translations of the guest were invalidated."""
+
+
 class FaultPath:
     """The fault handler of one vCPU, with its memory cache."""
 
-    def __init__(self, kvm: Kvm, vcpu: Vcpu, task: Task) -> None:
+    def __init__(self, kvm: Kvm, vcpu: Faulting, task: Task) -> None:
         self._kvm = kvm
         self._vcpu = vcpu
         self._task = task
@@ -59,6 +72,7 @@ class FaultPath:
         self._alloc_ns = kvm.costs.fault.gup_alloc_ns  #: and for one that is not
         self.faults = 0
         self.retries = 0
+        self.user_exits = 0  #: faults that only user space could resolve
 
     def arrival_ns(self, exit_ns: int) -> int:
         """When a guest that exits at ``exit_ns`` comes to ``mmap_lock``, its cache topped up."""
@@ -79,7 +93,7 @@ class FaultPath:
         self._leaf = leaf
         self._write = write
         state = self._host_state[leaf]
-        if state & OWN or (state and not write):
+        if (state & OWN or (state and not write)) and (state < MIGRATION or usable(state, write)):
             self.lacking = False
             noted = self._mmap_lock.visit(self._cpu, t_ns, 2) + costs.vma_ns
             self._noted_ns = noted
@@ -91,12 +105,36 @@ class FaultPath:
         if not write:
             gup_ns = costs.gup_zero_ns
         elif state:
-            gup_ns = costs.gup_copy_ns
+            gup_ns = costs.gup_copy_ns if state < MIGRATION else self._settling_ns(state)
         t_ns = noted + gup_ns
         self.ptl_until_ns = t_ns
         self.ptl_table = leaf // kvm.host.entries
         self._mmap_lock.post(self._cpu, t_ns)
         return t_ns
+
+    def _settling_ns(self, state: int) -> int:
+        """GUP's slow path for a write to a page that is there, but not to be written like this."""
+        return self._costs.gup_cow_ns if copies(self._kvm.host, state) else self._costs.gup_zero_ns
+
+    def refused(self, t_ns: int, leaf: int, write: bool) -> int | None:
+        """Whether the fault that comes to ``mmap_lock`` at ``t_ns`` is none of KVM's.
+
+        None, or when the guest goes on after a visit to user space: no memory slot there is MMIO,
+        a write to a mapping that is read-only is -EFAULT. The VMM of the model tries again.
+        """
+        refusal = self._kvm.refusal(leaf, write)
+        if refusal is None:
+            return None
+        costs = self._costs
+        self.faults += 1
+        self.user_exits += 1
+        if not refusal.reads:  # found out by GUP, not from the memory slots
+            t_ns = self._mmap_lock.visit(self._cpu, t_ns, 3) + costs.vma_ns + costs.gup_hit_ns
+            if self.cached < self.cache_minimum:
+                self.cached = CACHE_CAPACITY
+        t_ns += costs.user_ns
+        self._task.cpu.enter_user(t_ns - costs.user_ns, t_ns)
+        return t_ns + costs.enter_ns
 
     def install(self, t_ns: int) -> Generator[Event, Any, int] | None:
         """At ``t_ns``, the end of GUP's slow path: the host maps the page, and the rest if any.
@@ -128,7 +166,13 @@ class FaultPath:
             freed: int = held if isinstance(held, int) else (yield held)
             t_ns = max(t_ns, freed + kvm.costs.line.transfer_ns + costs.ptl_ns)
             t_ns = yield from reach(self._env, t_ns)
-        if self._write and kvm.host.fast[leaf] and not kvm.host.fast[leaf] & OWN:
+        while kvm.host.fast[leaf] & MIGRATION:
+            self._task.cpu.sleep(t_ns)
+            moved: int = yield arrival(kvm.host, self._env, leaf)
+            t_ns = max(t_ns, moved + kvm.costs.wakeup_ns)
+            self._task.cpu.enter_kernel(t_ns)
+            t_ns = yield from reach(self._env, t_ns)
+        if self._write and copies(kvm.host, kvm.host.fast[leaf]):
             t_ns = yield from kvm.notifier.invalidate(self._task, t_ns, leaf, leaf + 1)
             t_ns = yield from reach(self._env, t_ns)
         self._map_in_host(leaf)
@@ -170,7 +214,7 @@ class FaultPath:
         if self._leaf_state[leaf] & need == need:
             return self._again(entry_ns, costs.hold_ns)  # another vCPU was first
         hold = costs.hold_ns
-        made = stage2.map_leaf(leaf, WRITE if state & OWN else 0)
+        made = stage2.map_leaf(leaf, WRITE if state & OWN and state < WRPROTECT else 0)
         if made:
             hold += self._linked(made, entry_ns)
         if kvm.expected:

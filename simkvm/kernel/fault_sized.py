@@ -1,8 +1,8 @@
 """Faults of a guest whose leaves differ in size, or whose writes are logged.
 
 Source: arch/arm64/kvm/mmu.c (``user_mem_abort``) and arch/arm64/kvm/hyp/pgtable.c
-(``stage2_map_walker``, ``stage2_map_walk_table_pre``), v6.12. A fault maps a block if the host maps a
-huge page and writes are not logged, else a page:
+(``stage2_map_walker``, ``stage2_map_walk_table_pre``), v6.12. A fault maps a block if the host
+maps a huge page and writes are not logged, else a page:
 
 * a write to a page that logging made read-only relaxes the entry in place;
 * a write to a block under logging breaks it, installs an empty table and fills in one page; the
@@ -20,21 +20,25 @@ from typing import TYPE_CHECKING, Any
 
 from simpy import Event
 
-from simkvm.kernel.fault import FaultPath
+from simkvm.kernel.fault import Faulting, FaultPath
 from simkvm.kernel.host_memory import OWN
 from simkvm.kernel.sites import FAULT, PERMISSION_FAULT
 from simkvm.kernel.stage2 import AF, VALID, WRITE
 from simkvm.kernel.task import Task
 
 if TYPE_CHECKING:
-    from simkvm.guest.vcpu import Vcpu
     from simkvm.kernel.kvm import Kvm
+
+
+def fault_path(kvm: Kvm, vcpu: Faulting, task: Task) -> FaultPath:
+    """The fault handler that ``kvm`` needs."""
+    return (SizedFaultPath if kvm.sized else FaultPath)(kvm, vcpu, task)
 
 
 class SizedFaultPath(FaultPath):
     """As :class:`FaultPath`, deciding at each fault what to map."""
 
-    def __init__(self, kvm: Kvm, vcpu: Vcpu, task: Task) -> None:
+    def __init__(self, kvm: Kvm, vcpu: Faulting, task: Task) -> None:
         super().__init__(kvm, vcpu, task)
         self._locks = {"read": kvm.mmu_lock.read, "write": kvm.mmu_lock.write}
         self._relax_lock = kvm.kernel["permission_fault_lock"]

@@ -1,7 +1,8 @@
 """The host's side of guest memory: its page table, its locks and its generations.
 
 One entry a leaf: a guest backed by huge pages has huge host mappings. Where leaves are pages but
-host pages may be huge, ``huge`` says which tables a huge page stands for. Source of the rules: mm/memory.c (``do_anonymous_page``, ``wp_page_copy``), mm/vmscan.c, v6.12.
+host pages may be huge, ``huge`` says which tables a huge page stands for. Source of the rules:
+mm/memory.c (``do_anonymous_page``, ``wp_page_copy``), mm/vmscan.c, v6.12.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from simkvm.kernel.mglru import LruGen
 PRESENT: Final = 1
 OWN: Final = 2  #: a page of its own; without it a present entry is the shared zero page
 YOUNG: Final = 4  #: the host's own accessed flag
+# From here on what only :mod:`simkvm.kernel.host_change` makes, and a fault has to undo.
+MIGRATION: Final = 32  #: a page is on its way to another place: not present, a fault waits
+PROT_NONE: Final = 64  #: present, but the next access takes a NUMA hinting fault
+WRPROTECT: Final = 128  #: nobody may write: a page of its own protected, or (not OWN) KSM's
 
 LOOK_BACK_NS: Final = 100_000  #: no fault asks later who had a table's lock when it came for it
 REMEMBERED: Final = 64  #: tables that ageing let go of, beyond which old ones are forgotten
@@ -43,6 +48,10 @@ class HostMemory:
         self._aged_from_ns = 0
         self._aging = False
         self._blocked: list[Event] = []  #: one for each fault that waits for ageing
+        self.children = 0  #: forked processes that share the pages which are write-protected
+        #: Who waits for the one that holds ``mmap_lock`` for write; None: nobody holds it so.
+        self.mmap_writer: list[Event] | None = None
+        self.arrivals: dict[int, list[Event]] = {}  #: faults that wait for a leaf on its way
 
     # -- what is mapped -----------------------------------------------------------------------
 
@@ -53,6 +62,8 @@ class HostMemory:
             self.present[leaf // self.entries] += 1
         if own and not before & OWN:
             self.lru.add(leaf)
+        if before >= MIGRATION:  # what the fault was about is settled by it
+            before &= ~(PROT_NONE | WRPROTECT if own else PROT_NONE)
         # A read that meets a page of the leaf's own, made meanwhile, leaves it alone.
         self.fast[leaf] = before | PRESENT | YOUNG | (OWN if own else 0)
 
@@ -79,7 +90,7 @@ class HostMemory:
             self.present[first // self.entries] -= 1
             return 1
         state = self.state[first:last]
-        there = np.flatnonzero(state)
+        there = np.flatnonzero(state & PRESENT)
         self.lru.remove(first + np.flatnonzero(state & OWN))
         tables, gone = np.unique((first + there) // self.entries, return_counts=True)
         for table, count in zip(tables.tolist(), gone.tolist(), strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from simpy import Environment, Event
@@ -31,6 +31,14 @@ from simkvm.scenario.schema import Guest
 
 if TYPE_CHECKING:
     from simkvm.guest.vcpu import Vcpu
+
+
+class Refusal(NamedTuple):
+    """Leaves ``first`` up to ``last`` whose faults go to user space; ``reads``: not only writes."""
+
+    first: int
+    last: int
+    reads: bool
 
 
 class Kvm:
@@ -104,6 +112,9 @@ class Kvm:
         self.collapses = 0
         self.splits = 0
         self.alive = True  #: vCPUs may run
+        self.memslot = True  #: the memory lies in a slot that the notifier finds,
+        self.memslot_valid = True  #: and a vCPU too
+        self.refusals: list[Refusal] = []
         self._pins = 0
         self._unpinned: Event | None = None
         memory.root(geometry.root_pages * self.table_bytes)
@@ -171,6 +182,13 @@ class Kvm:
         first, last = self.stage2.block_span(leaf)
         huge = self.host.huge[first // self.host.entries : -(-last // self.host.entries)]
         return bool(huge.all()) and not self.dirty_log.logs(leaf)
+
+    def refusal(self, leaf: int, write: bool) -> Refusal | None:
+        """Why a fault on ``leaf`` goes to user space, if it does."""
+        for refusal in self.refusals:
+            if refusal.first <= leaf < refusal.last and (write or refusal.reads):
+                return refusal
+        return None
 
     def leaf_mapped(self, leaf: int, t_ns: int) -> None:
         """A fault mapped ``leaf`` at ``t_ns``: tell the vCPUs that were about to."""

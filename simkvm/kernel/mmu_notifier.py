@@ -5,11 +5,12 @@ takes ``mmu_lock`` for write, counts itself in progress and unmaps; then the hos
 page table; *end* takes the lock for write again, moves the sequence and uncounts. A stage-2 fault
 that finds, under the lock, an invalidation in progress anywhere in the VM, or a sequence that
 moved since it looked the page up, gives up and is taken again (arm64 does not compare ranges).
+Stage 2 is unmapped whatever the host is about to do: remove, protect, replace or move its pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from simpy import Environment, Event
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm
 
 Steps = Generator[Event, Any, int]
+#: What the host does to its own mappings of the leaves ``first`` up to ``last`` from a time on, in
+#: between start and end; returns when it is done.
+Change = Callable[[int, int, int], int]
 
 
 class Srcu:
@@ -81,6 +85,24 @@ class MmuNotifier:
         self.in_progress = 0
         self.sequence = 0
         self.moved_ns = -1  #: when the sequence moved last
+        self._active = 0  #: invalidations that began and have not ended, whether they hold or wait
+        self._idle: Event | None = None
+
+    @property
+    def listening(self) -> bool:
+        """Whether what happens to the memory reaches KVM: subscribed, and in a memory slot."""
+        return self.subscribed and self._kvm.memslot
+
+    def idle(self) -> Event | None:
+        """None if no invalidation is active, else the event of the last one's end.
+
+        What the update of memory slots waits for (``mn_active_invalidate_count``).
+        """
+        if not self._active:
+            return None
+        if self._idle is None:
+            self._idle = Event(self._kvm.env)
+        return self._idle
 
     def invalidate(
         self,
@@ -90,56 +112,47 @@ class MmuNotifier:
         last: int,
         blockable: bool = True,
         leaving: CacheLine | None = None,
+        change: Change | None = None,
     ) -> Steps:
         """Take the leaves ``first`` up to ``last`` back, from ``t_ns`` on; returns when it is done.
 
         ``blockable``: whether the lock may be dropped between chunks (the OOM reaper may not).
         ``leaving``: the line of another lock that the caller lets go of then.
+        ``change``: what the host does in between; default: it removes its mappings.
         """
         kvm = self._kvm
-        if not self.subscribed:
-            t_ns = kvm.zap_host(t_ns, first, last)
+        if change is None:
+            change = kvm.zap_host
+        if not self.listening:
+            t_ns = change(t_ns, first, last)
             if leaving is not None:
                 leaving.post(task.cpu.id, t_ns)
             return t_ns
+        self._active += 1
         token = self.srcu.enter(t_ns)
         t_ns = yield from self._start(task, t_ns + kvm.costs.ageing.call_ns, first, last, blockable)
-        t_ns = kvm.zap_host(t_ns, first, last)
+        t_ns = change(t_ns, first, last)
         t_ns = yield from reach(kvm.env, t_ns)
         t_ns = yield from self._end(task, t_ns + kvm.costs.ageing.call_ns, first, last, leaving)
         self.srcu.leave(token, t_ns)
+        self._ended(t_ns)
         return t_ns
 
-    def _start(self, task: Task, t_ns: int, first: int, last: int, blockable: bool) -> Steps:
-        kvm = self._kvm
-        parts = chunks(kvm.stage2, first, last)
-        entry = yield from self._lock(task, t_ns)
-        self.in_progress += 1
-        end = yield from reach(kvm.env, entry + kvm.costs.unmap.bookkeeping_ns)
-        for number, (low, high) in enumerate(parts):
-            if not kvm.stage2.attached:
-                break
-            end = kvm.unmap_chunk(task.cpu.id, end, low, high)
-            task.cpu.atomic(entry, end)
-            if number + 1 == len(parts):
-                break
-            end = yield from reach(kvm.env, end)
-            if blockable and kvm.lock_break(task.cpu, end):
-                kvm.mmu_lock.release(end)
-                task.cpu.context_switch(end)
-                end = entry = yield from self._lock(task, end + kvm.costs.ageing.resched_ns)
-        yield from reach(kvm.env, end)
-        kvm.mmu_lock.release(end)
-        task.cpu.enter_kernel(end)
-        return end
+    def _ended(self, t_ns: int) -> None:
+        self._active -= 1
+        if not self._active and self._idle is not None:
+            waiting, self._idle = self._idle, None
+            waiting._ok = True
+            waiting._value = t_ns
+            env = self._kvm.env
+            env.schedule(waiting, delay=max(0, t_ns - int(env.now)))
 
-    def _lock(self, task: Task, t_ns: int) -> Steps:
-        """Take the lock for as long as it takes; returns at the time of entry."""
-        env = self._kvm.env
-        t_ns = yield from reach(env, t_ns)
-        task.cpu.spin(t_ns)
-        grant = self._kvm.mmu_lock.write(t_ns, task.cpu.id, RANGE_START, lambda at: (OPEN, at))
-        return (yield from reach(env, (yield from acquired(grant))))
+    def _start(self, task: Task, t_ns: int, first: int, last: int, blockable: bool) -> Steps:
+        def begin(entry_ns: int) -> int:
+            self.in_progress += 1
+            return entry_ns + self._kvm.costs.unmap.bookkeeping_ns
+
+        return unmap_range(self._kvm, task, t_ns, first, last, RANGE_START, begin, blockable)
 
     def _end(
         self, task: Task, t_ns: int, first: int, last: int, leaving: CacheLine | None
@@ -162,6 +175,50 @@ class MmuNotifier:
         t_ns = yield from acquired(kvm.mmu_lock.write(t_ns, task.cpu.id, RANGE_END, section))
         task.cpu.enter_kernel(t_ns)
         return t_ns
+
+
+def unmap_range(
+    kvm: Kvm,
+    task: Task,
+    t_ns: int,
+    first: int,
+    last: int,
+    site: int,
+    begin: Callable[[int], int],
+    blockable: bool = True,
+) -> Steps:
+    """Take ``mmu_lock`` for write at ``site`` and unmap the leaves ``first`` up to ``last``.
+
+    ``begin`` is called once with the time of entry and returns when the walk starts. Between the
+    chunks of a blockable walk the lock may be dropped (``stage2_apply_range``). Returns the end.
+    """
+    parts = chunks(kvm.stage2, first, last)
+    entry = yield from _lock(kvm, task, t_ns, site)
+    end = yield from reach(kvm.env, begin(entry))
+    for number, (low, high) in enumerate(parts):
+        if not kvm.stage2.attached:
+            break
+        end = kvm.unmap_chunk(task.cpu.id, end, low, high)
+        task.cpu.atomic(entry, end)
+        if number + 1 == len(parts):
+            break
+        end = yield from reach(kvm.env, end)
+        if blockable and kvm.lock_break(task.cpu, end):
+            kvm.mmu_lock.release(end)
+            task.cpu.context_switch(end)
+            end = entry = yield from _lock(kvm, task, end + kvm.costs.ageing.resched_ns, site)
+    yield from reach(kvm.env, end)
+    kvm.mmu_lock.release(end)
+    task.cpu.enter_kernel(end)
+    return end
+
+
+def _lock(kvm: Kvm, task: Task, t_ns: int, site: int) -> Steps:
+    """Take the lock for as long as it takes; returns at the time of entry."""
+    t_ns = yield from reach(kvm.env, t_ns)
+    task.cpu.spin(t_ns)
+    grant = kvm.mmu_lock.write(t_ns, task.cpu.id, site, lambda at: (OPEN, at))
+    return (yield from reach(kvm.env, (yield from acquired(grant))))
 
 
 def unmap_walk(kvm: Kvm, first: int, last: int, t_ns: int) -> tuple[UnmapWalk, int]:

@@ -121,6 +121,7 @@ class Recorder:
             "vcpu_wall_ns": round(float(np.mean(walls))),
             "faults": sum(vcpu.fault.faults for vcpu in vcpus),
             "fault_retries": sum(vcpu.fault.retries for vcpu in vcpus),
+            "user_exits": sum(vcpu.fault.user_exits for vcpu in vcpus),
             **_passes_summary(passes),
             **self._lock_summary(world),
             "grace_periods": len(self.grace_periods),

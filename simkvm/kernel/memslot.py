@@ -1,0 +1,106 @@
+"""The memory slot of a guest deleted, created and moved (``KVM_SET_USER_MEMORY_REGION``).
+
+Source: virt/kvm/kvm_main.c (``kvm_set_memslot``, ``kvm_swap_active_memslots``), v6.12, and
+arch/arm64/kvm/mmu.c (``kvm_arch_flush_shadow_memslot``). Delete and move mark the slot invalid,
+unmap all of it under ``mmu_lock``, and then put the new slots in place; so each swaps the active
+slots twice, and create once. A swap waits for the invalidations that are active, then for every
+vCPU that may still read the old slots (an expedited grace period of ``kvm->srcu``).
+
+No notifier call is involved: nothing counts as in progress and the sequence does not move. A
+fault that still saw the slot was waited for and is undone by the unmapping; one that sees it
+invalid or gone is MMIO, which goes to user space. The host's own mappings stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any, Final
+
+from simpy import Event
+
+from simkvm.kernel.kvm import Refusal
+from simkvm.kernel.mmu_notifier import unmap_range
+from simkvm.kernel.sites import MEMSLOT
+from simkvm.kernel.task import Task, reach
+
+if TYPE_CHECKING:
+    from simkvm.kernel.kvm import Kvm
+
+Steps = Generator[Event, Any, int]
+
+#: How long an expedited grace period spins before it looks at its readers again
+#: (``SRCU_DEFAULT_RETRY_CHECK_DELAY``, kernel/rcu/srcutree.c, v6.12).
+RETRY_CHECK_NS: Final = 5_000
+
+
+class MemslotUpdate:
+    """What ``task`` does to the slot of ``kvm``."""
+
+    def __init__(self, kvm: Kvm, task: Task) -> None:
+        self._kvm = kvm
+        self._task = task
+        self._refusal = Refusal(0, kvm.leaves, reads=True)
+        self.grace_periods = 0
+
+    def delete(self, t_ns: int) -> Steps:
+        """Delete the slot; returns when that is done."""
+        t_ns = yield from self._invalidate(t_ns)
+        return (yield from self._swap(t_ns, self._gone))
+
+    def create(self, t_ns: int) -> Steps:
+        """Create it again where it was."""
+        return (yield from self._swap(t_ns, self._there))
+
+    def move(self, t_ns: int) -> Steps:
+        """Move it by a multiple of the largest block; the guest's accesses follow it."""
+        t_ns = yield from self._invalidate(t_ns)
+        return (yield from self._swap(t_ns, self._there))
+
+    # -- what a swap puts in place ------------------------------------------------------------
+
+    def _invalid(self) -> None:
+        self._kvm.memslot_valid = False
+        self._kvm.refusals.append(self._refusal)
+
+    def _gone(self) -> None:
+        self._kvm.memslot = False
+
+    def _there(self) -> None:
+        self._kvm.memslot = self._kvm.memslot_valid = True
+        self._kvm.refusals.remove(self._refusal)
+
+    # -- steps --------------------------------------------------------------------------------
+
+    def _invalidate(self, t_ns: int) -> Steps:
+        """Nobody may use the slot any more; then unmap it (``kvm_invalidate_memslot``)."""
+        kvm = self._kvm
+        t_ns = yield from self._swap(t_ns, self._invalid)
+        return (
+            yield from unmap_range(
+                kvm, self._task, t_ns, 0, kvm.leaves, MEMSLOT, lambda entry_ns: entry_ns
+            )
+        )
+
+    def _swap(self, t_ns: int, becomes: Callable[[], None]) -> Steps:
+        kvm, cpu = self._kvm, self._task.cpu
+        t_ns = yield from reach(kvm.env, t_ns)
+        while (active := kvm.notifier.idle()) is not None:
+            cpu.sleep(t_ns)
+            ended: int = yield active
+            t_ns = max(t_ns, ended + kvm.costs.wakeup_ns)
+            cpu.enter_kernel(t_ns)
+            t_ns = yield from reach(kvm.env, t_ns)
+        becomes()
+        return (yield from self._synchronize_srcu_expedited(t_ns))
+
+    def _synchronize_srcu_expedited(self, t_ns: int) -> Steps:
+        """Wait for the faults in flight; without any it takes two wake-ups of the worker."""
+        kvm, cpu = self._kvm, self._task.cpu
+        self.grace_periods += 1
+        inside = [(vcpu, vcpu.fault.faults) for vcpu in kvm.vcpus if vcpu.faulting]
+        cpu.sleep(t_ns)
+        t_ns = yield from reach(kvm.env, t_ns + 2 * kvm.costs.wakeup_ns)
+        while any(vcpu.faulting and vcpu.fault.faults == number for vcpu, number in inside):
+            t_ns = yield from reach(kvm.env, t_ns + RETRY_CHECK_NS)
+        cpu.enter_kernel(t_ns)
+        return t_ns
