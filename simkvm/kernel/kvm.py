@@ -103,11 +103,13 @@ class Kvm:
         self.installing: dict[int, int] = {}  # leaf table -> until when a fault installs it
         self.last_touch_ns = np.full(self.leaves, -1, np.int64)
         self.fast_last_touch = memoryview(self.last_touch_ns)  # type: ignore[arg-type]  # a buffer
+        self.page_bytes = geometry.page_bytes
         self.table_bytes = geometry.page_bytes
         self.entries = geometry.entries
         self.unmapped_pages = 0
         self.tables_allocated = 0
         self.tables_freed = 0
+        self.tables_called_back = 0  #: tables whose callback has run
         self.tables_leaked = 0
         self.collapses = 0
         self.splits = 0
@@ -149,6 +151,7 @@ class Kvm:
 
     def _rcu_callback(self, table: TableId, t_ns: int) -> int:
         cost_ns = self.table_free.callback(self, table, t_ns)
+        self.tables_called_back += 1
         self.oracle.callback_done(table, t_ns)
         return cost_ns
 
@@ -163,6 +166,7 @@ class Kvm:
         self, tables: Sequence[TableId], callback: Callable[[int], int], t_ns: int
     ) -> int:
         cost_ns = callback(t_ns)
+        self.tables_called_back += len(tables)
         for table in tables:
             self.oracle.callback_done(table, t_ns)
         return cost_ns
