@@ -134,10 +134,8 @@ class Recorder:
             "callbacks": sum(row[2] for row in self.batches),
             "callback_batches": len(self.batches),
             "callback_ns_total": callback_ns,
-            "callback_ns_per_table": callback_ns / deferred if deferred else math.nan,
-            "callback_ns_per_unmapped_gib": callback_ns / unmapped_gib
-            if unmapped_gib
-            else math.nan,
+            "callback_ns_per_table": callback_ns / done if done else math.nan,
+            "callback_ns_per_unmapped_gib": callback_ns / gone_gib if gone_gib else math.nan,
             "tables_leaked": sum(kvm.tables_leaked for kvm in world.kvms),
             "collapses": sum(kvm.collapses for kvm in world.kvms),
             "splits": sum(kvm.splits for kvm in world.kvms),
