@@ -9,9 +9,17 @@ import numpy as np
 from simkvm.contenders.balloon import Balloon
 from simkvm.contenders.contender import Contender
 from simkvm.contenders.dirty_log import DirtyLog
+from simkvm.contenders.fork import Fork
 from simkvm.contenders.free_page_reporting import FreePageReporting
 from simkvm.contenders.khugepaged import Khugepaged
+from simkvm.contenders.ksm import Ksm
 from simkvm.contenders.madvise_dontneed import MadviseDontneed
+from simkvm.contenders.memslot import Memslot
+from simkvm.contenders.migration import Compaction, Migration
+from simkvm.contenders.mprotect import Mprotect
+from simkvm.contenders.numa_balancing import NumaBalancing
+from simkvm.contenders.oom_reaper import OomReaper
+from simkvm.contenders.pre_fault import PreFault
 from simkvm.contenders.thp_split import ThpSplit
 from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.task import Task
@@ -23,6 +31,15 @@ KINDS: dict[str, Any] = {
     "dirty_log": DirtyLog,
     "khugepaged": Khugepaged,
     "thp_split": ThpSplit,
+    "ksm": Ksm,
+    "migration": Migration,
+    "compaction": Compaction,
+    "numa_balancing": NumaBalancing,
+    "mprotect": Mprotect,
+    "fork": Fork,
+    "oom_reaper": OomReaper,
+    "memslot": Memslot,
+    "pre_fault": PreFault,
 }
 
 

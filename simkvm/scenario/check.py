@@ -191,6 +191,9 @@ def _contender(scenario: Scenario, contender: Contender, keys: Keys) -> Iterator
         elif size > guest.memory_bytes:
             message = f"{exact_size(size)} is more than the guest's memory"
             yield Problem((*keys, name), f"{message}, {exact_size(guest.memory_bytes)}")
+    if contender.pages_only and guest.mapping != guest.page_size:
+        message = f"works on pages, {contender.guest} is mapped by {exact_size(guest.mapping)}"
+        yield Problem((*keys, "kind"), message)
     for name, message in contender.complaints():
         yield Problem((*keys, name), message)
 
