@@ -8,8 +8,10 @@ import numpy as np
 
 from simkvm.contenders.balloon import Balloon
 from simkvm.contenders.contender import Contender
+from simkvm.contenders.dirty_log import DirtyLog
 from simkvm.contenders.fork import Fork
 from simkvm.contenders.free_page_reporting import FreePageReporting
+from simkvm.contenders.khugepaged import Khugepaged
 from simkvm.contenders.ksm import Ksm
 from simkvm.contenders.madvise_dontneed import MadviseDontneed
 from simkvm.contenders.memslot import Memslot
@@ -18,6 +20,7 @@ from simkvm.contenders.mprotect import Mprotect
 from simkvm.contenders.numa_balancing import NumaBalancing
 from simkvm.contenders.oom_reaper import OomReaper
 from simkvm.contenders.pre_fault import PreFault
+from simkvm.contenders.thp_split import ThpSplit
 from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.task import Task
 
@@ -25,6 +28,9 @@ KINDS: dict[str, Any] = {
     "madvise_dontneed": MadviseDontneed,
     "free_page_reporting": FreePageReporting,
     "balloon": Balloon,
+    "dirty_log": DirtyLog,
+    "khugepaged": Khugepaged,
+    "thp_split": ThpSplit,
     "ksm": Ksm,
     "migration": Migration,
     "compaction": Compaction,

@@ -19,7 +19,7 @@ from simpy import Event
 
 from simkvm.contenders.contender import Contender, Steps
 from simkvm.kernel import mmap_lock
-from simkvm.kernel.fault import FaultPath
+from simkvm.kernel.fault_sized import fault_path
 from simkvm.kernel.sites import PRE_FAULT
 from simkvm.kernel.stage2 import VALID
 from simkvm.kernel.task import Task, acquired, reach
@@ -43,6 +43,9 @@ class NoGuest:
         """It was not."""
         return t_ns - self._enter_ns
 
+    def forget_translations(self) -> None:
+        """There are none."""
+
 
 class PreFault(Contender):
     """Maps the first ``range`` bytes, from ``start`` on."""
@@ -51,7 +54,7 @@ class PreFault(Contender):
         super().__init__(kvm, task, rng)
         self._spec = spec
         costs = kvm.costs.fault
-        self._fault = FaultPath(kvm, NoGuest(costs.enter_ns), task)
+        self._fault = fault_path(kvm, NoGuest(costs.enter_ns), task)
         self._lookup_ns = costs.exit_ns - costs.enter_ns  # what is not the exit itself
         leaf = kvm.stage2.leaf_bytes
         self._last = kvm.leaves if spec.range is None else -(-spec.range // leaf)

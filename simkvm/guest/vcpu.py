@@ -24,8 +24,7 @@ from simpy.events import NORMAL
 from simkvm.guest.patterns import Chunk
 from simkvm.kernel import mmap_lock
 from simkvm.kernel.cpu import Cpu
-from simkvm.kernel.fault import FaultPath
-from simkvm.kernel.sites import FAULT
+from simkvm.kernel.fault_sized import fault_path
 from simkvm.kernel.stage2 import AF, VALID, WRITE
 from simkvm.kernel.task import Task
 
@@ -45,7 +44,7 @@ class Vcpu:
         self.index = index
         self.cpu = cpu
         self.task = Task(f"{kvm.name}/vcpu{index}", cpu)
-        self.fault = FaultPath(kvm, self, self.task)
+        self.fault = fault_path(kvm, self, self.task)
         self._env = kvm.env
         self._chunks = chunks
         self._touch_ns = kvm.costs.touch_ns
@@ -82,7 +81,7 @@ class Vcpu:
         """The vCPU thread: fault after fault until the pattern ends or the VM dies."""
         env, fault = self._env, self.fault
         queue, numbers = env._queue, env._eid
-        take, locked, cpu_id = fault.take_lock, fault.locked, self.cpu.id
+        take = fault.take
         arrival = _certain(env)
         kvm, host = self.kvm, self.kvm.host
         next_ns = self.enter(0) if self._load() else 0
@@ -117,7 +116,7 @@ class Vcpu:
                 rest = fault.install(t_ns)
                 if rest is not None:
                     t_ns = yield from rest
-            grant = take(t_ns, cpu_id, FAULT, locked)
+            grant = take(t_ns)
             if isinstance(grant, int):
                 self.next_ns = next_ns = grant
             else:
@@ -347,6 +346,10 @@ class Vcpu:
             self._wake_at(moved)
         self.next_ns = moved
         self.cpu.enter_guest(t_ns, self._exit_ns)
+
+    def forget_translations(self) -> None:
+        """An invalidation emptied the TLB; mappings stay, and what is touched again refills it."""
+        self._tags.fill(-1)
 
     def _refill_ns(self) -> int:
         """The TLB is empty: what filling it again costs the guest."""

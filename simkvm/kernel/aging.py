@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from simpy import Environment, Event
 
 from simkvm.kernel.aging_call import CALLS, Pass
@@ -129,6 +130,8 @@ class AgeingWalk:
         if not len(leaves):
             kvm.host.unlock(t_ns)
             return t_ns, 0
+        if kvm.host.huge[table]:
+            return (yield from self._huge_page(t_ns, leaves, report))
         report.scanned += len(leaves)
         by_host = leaves[(kvm.host.state[leaves] & YOUNG) != 0]
         kvm.host.state[leaves] &= np.uint8(~YOUNG & 0xFF)
@@ -144,6 +147,28 @@ class AgeingWalk:
         young = young[(kvm.host.state[young] & OWN) != 0]  # an unmap may have come meanwhile
         report.young += len(young)
         moved = kvm.host.lru.promote(young)
+        kvm.host.unlock(t_ns)
+        self.task.cpu.enter_kernel(t_ns)
+        return t_ns, moved
+
+    def _huge_page(
+        self, t_ns: int, leaves: NDArray[np.int64], report: Pass
+    ) -> Generator[Event, Any, tuple[int, int]]:
+        """A huge page in a table's place: one entry, and one folio of all ``leaves``."""
+        kvm, first, last = self.kvm, int(leaves[0]), int(leaves[-1]) + 1
+        report.scanned += 1
+        young = bool((kvm.host.state[first:last] & YOUNG).any())
+        kvm.host.state[first:last] &= np.uint8(~YOUNG & 0xFF)
+        if kvm.notifier.listening:
+            token = kvm.notifier.srcu.enter(t_ns)
+            t_ns, used = yield from self._call.ask_huge(t_ns, first, last, report)
+            kvm.notifier.srcu.leave(token, t_ns)
+            young = young or used
+        t_ns = yield from reach(self.env, t_ns)
+        moved = 0
+        if young:
+            report.young += 1
+            moved = kvm.host.lru.promote(leaves[(kvm.host.state[leaves] & OWN) != 0])
         kvm.host.unlock(t_ns)
         self.task.cpu.enter_kernel(t_ns)
         return t_ns, moved

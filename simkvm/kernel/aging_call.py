@@ -77,6 +77,34 @@ class AgeingCall:
         """
         raise NotImplementedError
 
+    def ask_huge(
+        self, t_ns: int, first: int, last: int, report: Pass
+    ) -> Generator[Event, Any, tuple[int, bool]]:
+        """Age the huge page that one PMD maps: one call over its leaves ``first`` up to ``last``.
+
+        Where stage 2 maps it by pages the call visits each of them. Returns when it is done, and
+        whether the guest used any.
+        """
+        kvm, costs = self.kvm, self.costs
+        report.calls += 1
+        busy_ns = costs.walk_ns + (kvm.stage2.leaf_visits(first, last) - 1) * costs.visit_ns
+        used = False
+
+        def section(at_ns: int) -> tuple[int, int]:
+            nonlocal used
+            used = kvm.stage2.attached and bool(kvm.stage2.young(first, last).any())
+            kvm.stage2.leaf.entries[first:last] &= np.uint8(~AF & 0xFF)
+            promoted_ns = costs.promote_ns if used else 0
+            return busy_ns, at_ns + busy_ns + promoted_ns + costs.scan_ns
+
+        t_ns = yield from reach(self.env, t_ns + costs.call_ns)
+        if self.lock == "none":
+            tables = kvm.path_at(first, t_ns)
+            kvm.oracle.walk(Walk(self.task.name, tables, t_ns, busy_ns, busy_ns, 1))
+            return section(t_ns)[1], used
+        lock = kvm.mmu_lock.write if self.lock == "write" else kvm.mmu_lock.read
+        return (yield from acquired(lock(t_ns, self.task.cpu.id, AGE, section))), used
+
 
 class Blind(AgeingCall):
     """Ask nobody."""
@@ -89,6 +117,12 @@ class Blind(AgeingCall):
         """Only the scan itself costs time."""
         end = yield from reach(self.env, t_ns + len(leaves) * self.costs.scan_ns)
         return end, leaves[:0]
+
+    def ask_huge(
+        self, t_ns: int, first: int, last: int, report: Pass
+    ) -> Generator[Event, Any, tuple[int, bool]]:
+        """As :meth:`ask`."""
+        return (yield from reach(self.env, t_ns + self.costs.scan_ns)), False
 
 
 class PerFolio(AgeingCall):

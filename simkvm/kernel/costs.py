@@ -19,6 +19,7 @@ class FaultCosts:
     exit_ns: int  #: exit, SRCU and memslot look-up: up to taking ``mmap_lock``
     vma_ns: int  #: look-up of the VMA under ``mmap_lock``
     gup_hit_ns: int  #: resolving a host page that is there
+    relax_hit_ns: int  #: the same for a fault that only changes rights
     gup_zero_ns: int  #: installing the zero page for a read
     gup_alloc_ns: int  #: allocating, clearing and installing a host page (or block)
     gup_copy_ns: int  #: replacing the zero page for a write
@@ -76,6 +77,7 @@ class TakerCosts:
     pte_ns: int  #: changing one host entry in place
     ksm_scan_ns: int  #: one page: checksum and search
     migrate_ns: int  #: one leaf, its unmapping apart
+    migrate_huge_ns: int  #: one huge page that stands for a whole table of leaves
     isolate_ns: int  #: what compaction adds for a page: finding it, and a place for it
 
 
@@ -94,6 +96,8 @@ class Costs:
     tlbi_ns: int
     tlbi_all_ns: int
     tlbi_service_ns: int
+    split_entry_ns: int
+    copy_page_ns: int
     touch_ns: int
     tlb_entries: int
     tlb_refill_ns: int
@@ -112,10 +116,12 @@ class Costs:
             ageing=_ageing(machine),
             unmap=_unmap(machine),
             free=_free(machine),
-            takers=_takers(machine, leaf_bytes),
+            takers=_takers(machine, leaf_bytes, page_bytes),
             tlbi_ns=round(machine["tlbi_s2_page_ns"]),
             tlbi_all_ns=round(machine["tlbi_vmid_all_ns"]),
             tlbi_service_ns=round(machine["tlbi_global_service_ns"]),
+            split_entry_ns=round(machine["split_entry_ns"]),
+            copy_page_ns=round(machine["copy_4k_ns"] * page_bytes / 4096),
             touch_ns=round(machine["page_touch_ns"]),
             tlb_entries=round(machine["tlb_l2_entries"]),
             tlb_refill_ns=round(machine["tlb_miss_nested_warm_ns"]),
@@ -147,6 +153,9 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int) -> FaultCosts:
         exit_ns=round(half_exit + around),
         vma_ns=round(vma),
         gup_hit_ns=round(gup_hit),
+        relax_hit_ns=round(
+            max(0, gup_hit + machine["perm_fault_total_ns"] - machine["s2_map4k_total_ns"])
+        ),
         gup_zero_ns=round(gup_hit + zero_page),
         gup_alloc_ns=round(gup_hit + alloc),
         gup_copy_ns=round(gup_hit + alloc),
@@ -166,7 +175,7 @@ def _copied_not_cleared(machine: Machine, leaf_bytes: int) -> float:
     return (machine["copy_4k_ns"] - machine["zero_4k_ns"]) * leaf_bytes / 4096
 
 
-def _takers(machine: Machine, leaf_bytes: int) -> TakerCosts:
+def _takers(machine: Machine, leaf_bytes: int, page_bytes: int) -> TakerCosts:
     migrate = machine["migrate_4k_ns"] + (leaf_bytes / 4096 - 1) * machine["copy_4k_ns"]
     if leaf_bytes >= 2 << 20:
         migrate = machine["migrate_2m_ns"] * leaf_bytes / (2 << 20)
@@ -174,6 +183,9 @@ def _takers(machine: Machine, leaf_bytes: int) -> TakerCosts:
         pte_ns=round(machine["pte_scan_young_ns"]),
         ksm_scan_ns=round(machine["ksm_scan_ns"]),
         migrate_ns=round(migrate - machine["unmap_s1_4k_ns"]),
+        migrate_huge_ns=round(
+            machine["migrate_2m_ns"] * (page_bytes * page_bytes // 8) / (2 << 20)
+        ),
         isolate_ns=round(machine["compaction_ns"] - machine["migrate_4k_ns"]),
     )
 

@@ -19,6 +19,7 @@ from simpy import Event
 
 from simkvm.kernel.host_change import arrival, copies, usable
 from simkvm.kernel.host_memory import MIGRATION, OWN, PRESENT, WRPROTECT, YOUNG
+from simkvm.kernel.sites import FAULT
 from simkvm.kernel.stage2 import VALID, WRITE, TableId
 from simkvm.kernel.task import Task, reach
 
@@ -37,6 +38,9 @@ class Faulting(Protocol):
 
     def enter(self, t_ns: int) -> int:
         """As :meth:`mapped`, without a mapping: the fault is about to be taken again."""
+
+    def forget_translations(self) -> None:
+        """The CPU's own translations of the guest were invalidated."""
 
 
 class FaultPath:
@@ -64,6 +68,8 @@ class FaultPath:
         self._leaf = 0
         self._write = False
         self._noted_ns = 0
+        self._hit_ns = kvm.costs.fault.gup_hit_ns  #: GUP for a page that is there,
+        self._alloc_ns = kvm.costs.fault.gup_alloc_ns  #: and for one that is not
         self.faults = 0
         self.retries = 0
         self.user_exits = 0  #: faults that only user space could resolve
@@ -91,11 +97,11 @@ class FaultPath:
             self.lacking = False
             noted = self._mmap_lock.visit(self._cpu, t_ns, 2) + costs.vma_ns
             self._noted_ns = noted
-            return noted + costs.gup_hit_ns
+            return noted + self._hit_ns
         self.lacking = True
         noted = self._mmap_lock.visit(self._cpu, t_ns, 3) + costs.vma_ns
         self._noted_ns = noted
-        gup_ns = costs.gup_alloc_ns
+        gup_ns = self._alloc_ns
         if not write:
             gup_ns = costs.gup_zero_ns
         elif state:
@@ -169,27 +175,41 @@ class FaultPath:
         if self._write and copies(kvm.host, kvm.host.fast[leaf]):
             t_ns = yield from kvm.notifier.invalidate(self._task, t_ns, leaf, leaf + 1)
             t_ns = yield from reach(self._env, t_ns)
-        kvm.host.install(leaf, self._write)
+        self._map_in_host(leaf)
         return t_ns
+
+    def _map_in_host(self, leaf: int) -> None:
+        self._kvm.host.install(leaf, self._write)
 
     def holds_table(self, table: int, t_ns: int) -> bool:
         """Whether this fault holds the lock of host table ``table`` at ``t_ns``."""
         until = self.ptl_until_ns
         return self.ptl_table == table and until - self._costs.ptl_ns <= t_ns < until
 
-    def locked(self, entry_ns: int) -> tuple[int, int]:
-        """The section under ``mmu_lock``: returns the hold and when the host is needed next."""
-        kvm, costs, leaf = self._kvm, self._costs, self._leaf
+    def take(self, t_ns: int) -> int | Event:
+        """Take ``mmu_lock`` at ``t_ns``; returns what the lock's methods do."""
+        return self.take_lock(t_ns, self._cpu, FAULT, self.locked)
+
+    def gives_up_ns(self, entry_ns: int) -> int:
+        """How long a fault that has to be taken again holds the lock; -1 if it goes on."""
+        kvm, leaf = self._kvm, self._leaf
         notifier = kvm.notifier
-        state = self._host_state[leaf]
-        if notifier.in_progress or notifier.moved_ns > self._noted_ns or not state:
+        if notifier.in_progress or notifier.moved_ns > self._noted_ns or not self._host_state[leaf]:
             # Without a host page: zapped since the look-up, and the invalidation was noted then.
             self.retries += 1
-            return self._again(entry_ns, costs.retry_ns)
-        stage2 = kvm.stage2
-        if kvm.installing and kvm.installing.get(stage2.leaf_table(leaf), 0) > entry_ns:
+            return self._costs.retry_ns
+        if kvm.installing and kvm.installing.get(kvm.stage2.leaf_table(leaf), 0) > entry_ns:
             # Another fault is breaking or making an entry on this path.
-            return self._again(entry_ns, costs.hold_ns)
+            return self._costs.hold_ns
+        return -1
+
+    def locked(self, entry_ns: int) -> tuple[int, int]:
+        """The section under ``mmu_lock``: returns the hold and when the host is needed next."""
+        given_up_ns = self.gives_up_ns(entry_ns)
+        if given_up_ns >= 0:
+            return self._again(entry_ns, given_up_ns)
+        kvm, costs, leaf = self._kvm, self._costs, self._leaf
+        state, stage2 = self._host_state[leaf], kvm.stage2
         need = VALID | WRITE if self._write else VALID
         if self._leaf_state[leaf] & need == need:
             return self._again(entry_ns, costs.hold_ns)  # another vCPU was first
@@ -206,9 +226,8 @@ class FaultPath:
         kvm, extra_ns = self._kvm, len(made) * self._costs.table_ns
         self.cached -= len(made)
         kvm.tables_linked(made, entry_ns)
-        kvm.installing = {table: end for table, end in kvm.installing.items() if end > entry_ns}
         # An entry is locked only between breaking the old one and making the new.
-        kvm.installing[kvm.stage2.leaf_table(self._leaf)] = entry_ns + extra_ns
+        kvm.entry_locked([kvm.stage2.leaf_table(self._leaf)], entry_ns, entry_ns + extra_ns)
         return extra_ns
 
     def _again(self, entry_ns: int, hold_ns: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The host's side of guest memory: its page table, its locks and its generations.
 
-One entry a leaf: a guest backed by huge pages has huge host mappings. Source of the rules:
+One entry a leaf: a guest backed by huge pages has huge host mappings. Where leaves are pages but
+host pages may be huge, ``huge`` says which tables a huge page stands for. Source of the rules:
 mm/memory.c (``do_anonymous_page``, ``wp_page_copy``), mm/vmscan.c, v6.12.
 """
 
@@ -40,6 +41,8 @@ class HostMemory:
         self.present = [0] * (-(-leaves // entries))  #: entries present in each host table
         self.mmap_lock = CacheLine(line)
         self.lru = LruGen(leaves, two_step)
+        #: Host tables in whose place one huge page is mapped (a PMD): its pages are all present.
+        self.huge: NDArray[np.bool_] = np.zeros(len(self.present), np.bool_)
         self.aged_table = -1  #: the host table that ageing locked last
         self.left: dict[int, int] = {}  #: tables that it let go of lately -> when
         self._aged_from_ns = 0
@@ -64,8 +67,24 @@ class HostMemory:
         # A read that meets a page of the leaf's own, made meanwhile, leaves it alone.
         self.fast[leaf] = before | PRESENT | YOUNG | (OWN if own else 0)
 
+    def install_huge(self, first: int, last: int) -> None:
+        """A fault mapped huge pages over the leaves ``first`` up to ``last``, where nothing was."""
+        self.state[first:last] = PRESENT | YOUNG | OWN
+        self.lru.add_all(first, last)
+        for table in range(first // self.entries, -(-last // self.entries)):
+            self.present[table] = min(self.entries, len(self.state) - table * self.entries)
+            self.huge[table] = True
+
+    def empty(self, first: int, last: int) -> bool:
+        """Whether nothing is mapped in ``first`` up to ``last``."""
+        return not self.state[first:last].any()
+
     def zap(self, first: int, last: int) -> int:
-        """Remove what is mapped in ``first`` up to ``last``; returns how many entries that was."""
+        """Remove what is mapped in ``first`` up to ``last``; returns how many entries that was.
+
+        A huge page of which a part goes is split first (mm/huge_memory.c, ``__split_huge_pmd``).
+        """
+        self.huge[first // self.entries : -(-last // self.entries)] = False
         if last - first == 1 and self.fast[first] == PRESENT | (self.fast[first] & YOUNG):
             self.fast[first] = 0  # a zero page about to be copied, the commonest of all
             self.present[first // self.entries] -= 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,6 +13,7 @@ from simpy import Environment, Event
 from simkvm.kernel import table_free
 from simkvm.kernel.costs import Costs, FreeCosts
 from simkvm.kernel.cpu import Cpu
+from simkvm.kernel.dirty_log import DirtyLog
 from simkvm.kernel.geometry import Geometry
 from simkvm.kernel.host_memory import HostMemory
 from simkvm.kernel.mmu_notifier import MmuNotifier, Srcu, unmap_walk
@@ -52,8 +55,14 @@ class Kvm:
         tlbi: TlbiPath,
         memory: TableMemory,
         break_lock: bool,
+        block_bytes: int | None = None,
+        logged: bool = False,
     ) -> None:
+        """``block_bytes``: the size of blocks, if the guest may have them and pages as well;
+        ``logged``: whether its writes may be logged.
+        """
         memory_bytes = guest.memory or guest.vcpus * (guest.memory_per_vcpu or 0)
+        leaf_bytes = guest.mapping if block_bytes is None else guest.page_size
         self.name = name
         self.env = env
         self.kernel = kernel
@@ -62,11 +71,15 @@ class Kvm:
         self.memory = memory
         geometry = Geometry(guest.page_size, guest.ipa_bits)
         self.pages = memory_bytes // guest.page_size
-        self.leaves = memory_bytes // guest.mapping
-        self.leaf_pages = guest.mapping // guest.page_size
+        self.leaves = memory_bytes // leaf_bytes
+        self.leaf_pages = leaf_bytes // guest.page_size
+        # Pieces of a huge page that was split are folios of a page.
         self.folio_leaves = max(1, guest.folio // guest.mapping)
-        self.costs = Costs.of(machine, guest.mapping, guest.page_size)
-        self.stage2 = Stage2(geometry, guest.ipa_base, self.pages, guest.mapping)
+        self.costs = Costs.of(machine, leaf_bytes, guest.page_size)
+        self.block_faults = Costs.of(machine, block_bytes or leaf_bytes, guest.page_size).fault
+        self.sized = logged or block_bytes is not None
+        self.huge_pages = block_bytes == guest.mapping  #: the host backs it with huge pages
+        self.stage2 = Stage2(geometry, guest.ipa_base, self.pages, leaf_bytes, block_bytes)
         self.mmu_lock = QueuedRwlock(
             env, self.costs.line, self.costs.handoff_ns, self.costs.next_ns
         )
@@ -76,6 +89,8 @@ class Kvm:
         self.notifier = MmuNotifier(self, Srcu(env, self.costs.wakeup_ns))
         self.oracle = Oracle(name)
         self.table_free = table_free.POLICIES[kernel["table_free"]]()
+        self.collapse_free = table_free.COLLAPSE[kernel["collapse_free"]]()
+        self.dirty_log = DirtyLog(self, machine)
         self.deferred_tlbi = (
             kernel["unmap_tlbi"] == "deferred" and machine.tlbirange and machine.fwb
         )
@@ -88,11 +103,16 @@ class Kvm:
         self.installing: dict[int, int] = {}  # leaf table -> until when a fault installs it
         self.last_touch_ns = np.full(self.leaves, -1, np.int64)
         self.fast_last_touch = memoryview(self.last_touch_ns)  # type: ignore[arg-type]  # a buffer
+        self.page_bytes = geometry.page_bytes
         self.table_bytes = geometry.page_bytes
         self.entries = geometry.entries
-        self.unmapped_leaves = 0
+        self.unmapped_pages = 0
         self.tables_allocated = 0
         self.tables_freed = 0
+        self.tables_called_back = 0  #: tables whose callback has run
+        self.tables_leaked = 0
+        self.collapses = 0
+        self.splits = 0
         self.alive = True  #: vCPUs may run
         self.memslot = True  #: the memory lies in a slot that the notifier finds,
         self.memslot_valid = True  #: and a vCPU too
@@ -130,7 +150,42 @@ class Kvm:
         self.rcu.call_rcu(t_ns, cpu, partial(self._rcu_callback, table))
 
     def _rcu_callback(self, table: TableId, t_ns: int) -> int:
-        return self.table_free.callback(self, table, t_ns)
+        cost_ns = self.table_free.callback(self, table, t_ns)
+        self.tables_called_back += 1
+        self.oracle.callback_done(table, t_ns)
+        return cost_ns
+
+    def call_rcu_for(
+        self, t_ns: int, cpu: int, tables: Sequence[TableId], callback: Callable[[int], int]
+    ) -> None:
+        """Leave ``tables`` to one ``callback`` on ``cpu``, which returns what it costs."""
+        self.memory.deferred(t_ns, len(tables) * self.table_bytes)
+        self.rcu.call_rcu(t_ns, cpu, partial(self._subtree_callback, tables, callback))
+
+    def _subtree_callback(
+        self, tables: Sequence[TableId], callback: Callable[[int], int], t_ns: int
+    ) -> int:
+        cost_ns = callback(t_ns)
+        self.tables_called_back += len(tables)
+        for table in tables:
+            self.oracle.callback_done(table, t_ns)
+        return cost_ns
+
+    def leaked(self, table: TableId, t_ns: int) -> None:
+        """``table`` waited for a callback that forgot it: its page is lost from ``t_ns`` on."""
+        self.tables_leaked += 1
+        self.memory.leaked(t_ns, self.table_bytes)
+
+    def entry_locked(self, tables: Iterable[int], from_ns: int, until_ns: int) -> None:
+        """Faults in these leaf tables meet an entry that is being changed, up to ``until_ns``."""
+        kept = {table: end for table, end in self.installing.items() if end > from_ns}
+        self.installing = kept | dict.fromkeys(tables, until_ns)
+
+    def maps_blocks(self, leaf: int) -> bool:
+        """Whether a fault on ``leaf`` maps a block: a huge page behind it, and no logging."""
+        first, last = self.stage2.block_span(leaf)
+        huge = self.host.huge[first // self.host.entries : -(-last // self.host.entries)]
+        return bool(huge.all()) and not self.dirty_log.logs(leaf)
 
     def refusal(self, leaf: int, write: bool) -> Refusal | None:
         """Why a fault on ``leaf`` goes to user space, if it does."""
@@ -143,6 +198,11 @@ class Kvm:
         """A fault mapped ``leaf`` at ``t_ns``: tell the vCPUs that were about to."""
         for vcpu in self.expected.pop(leaf, {}).values():
             vcpu.given(leaf, t_ns)
+
+    def block_mapped(self, first: int, last: int, t_ns: int) -> None:
+        """As :meth:`leaf_mapped`, for all leaves that a block covers."""
+        for leaf in [leaf for leaf in self.expected if first <= leaf < last]:
+            self.leaf_mapped(leaf, t_ns)
 
     # -- unmapping ----------------------------------------------------------------------------
 
@@ -171,11 +231,29 @@ class Kvm:
         for table, at_ns in zip(walk.tables, walk.unlinked_ns, strict=True):
             self.oracle.unlinked(table, t_ns + at_ns, self.stage2.entries_in(table))
             self.table_free.unlinked(self, table, t_ns + at_ns, cpu)
-        self.unmapped_leaves += walk.leaves
+        self.unmapped_pages += walk.pages * self.leaf_pages
         if self.deferred_tlbi or walk.leaves or walk.tables:
             for vcpu in self.vcpus:
                 vcpu.flushed(t_ns)
         return end
+
+    def flush_ns(self, t_ns: int, alone_ns: int | None = None) -> int:
+        """One invalidation issued at ``t_ns``: when it is done, ``alone_ns`` later at best."""
+        return self.tlbi.flush(t_ns, alone_ns)
+
+    def forget_translations(self) -> None:
+        """An invalidation empties the vCPUs' TLBs; no mapping goes."""
+        for vcpu in self.vcpus:
+            vcpu.forget_translations()
+
+    @contextmanager
+    def mappings_going(self, t_ns: int) -> Iterator[None]:
+        """Around a change that takes rights or mappings away, and translations with them."""
+        for vcpu in self.vcpus:
+            vcpu.catch_up(t_ns)
+        yield
+        for vcpu in self.vcpus:
+            vcpu.flushed(t_ns)
 
     def lock_break(self, cpu: Cpu, t_ns: int) -> bool:
         """Whether ``cond_resched_rwlock_write`` lets go at ``t_ns``.

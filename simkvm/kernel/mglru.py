@@ -36,6 +36,12 @@ class LruGen:
         self._fast[leaf] = youngest
         self.sizes[youngest] += 1
 
+    def add_all(self, first: int, last: int) -> None:
+        """As :meth:`add`, for the leaves ``first`` up to ``last`` of a huge page."""
+        youngest = self.max_seq % MAX_NR_GENS
+        self._generation[first:last] = youngest
+        self.sizes[youngest] += last - first
+
     def remove(self, leaves: NDArray[np.int64]) -> None:
         """``leaves`` (distinct, all present) were freed."""
         for generation, gone in enumerate(np.bincount(self._generation[leaves], minlength=4)):

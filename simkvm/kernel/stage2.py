@@ -5,6 +5,10 @@ the table that holds it; the page of a table has one reference from its allocati
 each counted entry, so a count of one means "empty, may be unlinked". The root is allocated with
 the VM and never freed when empty.
 
+A guest whose leaves differ in size has arrays for pages, and blocks one or two levels above. Under
+a block each page's place holds the block's flags and :data:`BLOCK`, so that who only asks what a
+page allows need not look for blocks; the block's accessed flag is set if any of its pages' is.
+
 Arrays cover the memory slot only. At ``level`` entry *i* maps guest page
 ``i << (index_bits * (3 - level))`` on; the table that holds it is table
 ``(i + phase) >> index_bits`` of that level, where the phase is what the slot's start is off a
@@ -25,6 +29,7 @@ VALID: Final = 1  #: a leaf: page or block
 AF: Final = 2  #: accessed
 WRITE: Final = 4  #: writable
 TABLE: Final = 8  #: points to a table of the next level
+BLOCK: Final = 16  #: in a leaf's place: mapped by the block above it, whose flags these are
 
 Bytes = NDArray[np.uint8]
 
@@ -62,10 +67,18 @@ class Stage2:
 
     ``pages``: guest pages of the memory slot, which begins at ``ipa_base``; ``mapping_bytes``: the
     size of the leaves that faults install. A *leaf* is counted in units of that size from the
-    start of the slot.
+    start of the slot. ``block_bytes``: the size of blocks, if there may be some beside leaves of a
+    page; the slot then has to begin at a multiple of it.
     """
 
-    def __init__(self, geometry: Geometry, ipa_base: int, pages: int, mapping_bytes: int) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        ipa_base: int,
+        pages: int,
+        mapping_bytes: int,
+        block_bytes: int | None = None,
+    ) -> None:
         self.geometry = geometry
         self.leaf_level = geometry.leaf_level(mapping_bytes)
         self._bits = geometry.index_bits
@@ -85,6 +98,9 @@ class Stage2:
         parent = self.levels.get(self.leaf_level - 1)
         self._leaf_parents = parent.fast if parent is not None else None
         self.steps = [self._step(n) for n in range(geometry.start_level, self.leaf_level)]
+        #: The level that holds blocks, and the leaves that one covers; None if all are alike.
+        self.blocks = None if block_bytes is None else self.levels[geometry.leaf_level(block_bytes)]
+        self.block_leaves = 1 if block_bytes is None else block_bytes // mapping_bytes
 
     def _level(self, number: int) -> Level:
         down = self._bits * (LAST_LEVEL - number)
@@ -168,9 +184,12 @@ class Stage2:
         entries[leaf] = VALID | AF | flags
         return made
 
-    def _grow(self, leaf: int) -> list[TableId]:
+    def _grow(self, leaf: int, bottom: int = LAST_LEVEL) -> list[TableId]:
+        """Link the tables that lack on the way to ``leaf``, down to level ``bottom``."""
         made: list[TableId] = []
         for upper, lower, down, phase in self.steps:
+            if upper.number >= bottom:
+                break
             entry = (leaf + phase) >> down
             if not upper.fast[entry] & TABLE:
                 upper.fast[entry] = TABLE
@@ -179,6 +198,148 @@ class Stage2:
                 made.append(self.identity(lower.number, entry))
         self.linked_tables += len(made)
         return made
+
+    # -- blocks among pages -------------------------------------------------------------------
+
+    def block_span(self, leaf: int) -> tuple[int, int]:
+        """The first leaf of the block that covers, or could cover, ``leaf``, and the one behind."""
+        first = leaf - leaf % self.block_leaves
+        return first, min(first + self.block_leaves, len(self.leaf.entries))
+
+    def is_block(self, leaf: int) -> bool:
+        """Whether a block maps ``leaf``."""
+        return bool(self.leaf.fast[leaf] & BLOCK)
+
+    def table_below(self, leaf: int) -> bool:
+        """Whether a table hangs where a block for ``leaf`` would."""
+        assert self.blocks is not None
+        return bool(self.blocks.fast[leaf // self.block_leaves] & TABLE)
+
+    def map_block(self, leaf: int, flags: int) -> list[TableId]:
+        """Install, where nothing hangs, the block that covers ``leaf``; returns new tables above.
+
+        New leaves are accessed; that is noted at the block's first page.
+        """
+        level = self.blocks
+        assert level is not None
+        entry = leaf // self.block_leaves
+        made = self._grow(leaf, level.number)
+        if not level.fast[entry]:
+            level.fast_counts[self.holder(level, entry)] += 1
+        self._set_block(level, entry, flags)
+        return made
+
+    def _set_block(self, level: Level, entry: int, flags: int) -> None:
+        level.fast[entry] = VALID | flags
+        first, last = self.block_span(entry * self.block_leaves)
+        self.leaf.entries[first:last] = VALID | BLOCK | flags
+        self.leaf.fast[first] |= AF
+
+    def break_block(self, leaf: int) -> None:
+        """Remove the block that maps ``leaf``."""
+        level = self.blocks
+        assert level is not None
+        entry = leaf // self.block_leaves
+        level.fast[entry] = 0
+        level.fast_counts[self.holder(level, entry)] -= 1
+        first, last = self.block_span(leaf)
+        self.leaf.entries[first:last] = 0
+
+    def fill_block(self, leaf: int) -> list[TableId]:
+        """Split the block that maps ``leaf`` into pages of the same rights; returns new tables."""
+        first, last = self.block_span(leaf)
+        flags = self.leaf.fast[leaf] & WRITE
+        self.break_block(leaf)
+        made: list[TableId] = []
+        entries = self.geometry.entries
+        for start in range(first, last, entries):
+            made += self.map_leaf(start, flags) or []
+            self.leaf.counts[self.leaf_table(start)] = min(entries, last - start)
+        self.leaf.entries[first:last] = VALID | AF | flags
+        return made
+
+    def subtree(self, leaf: int) -> tuple[list[TableId], int]:
+        """The tables where a block for ``leaf`` would hang, children first, and their entries."""
+        assert self.blocks is not None
+        first, last = self.block_span(leaf)
+        tables: list[TableId] = []
+        entries = 0
+        for upper, lower, down, phase in reversed(self.steps):
+            if upper.number < self.blocks.number:
+                break
+            low, high = (first + phase) >> down, ((last - 1 + phase) >> down) + 1
+            linked = low + np.flatnonzero(upper.entries[low:high] & TABLE)
+            tables += [self.identity(lower.number, int(table)) for table in linked]
+            entries += int(lower.counts[linked].sum())
+        return tables, entries
+
+    def collapse(self, leaf: int, flags: int) -> None:
+        """Put a block in the place of the table below which ``leaf`` is; drops the subtree."""
+        assert self.blocks is not None
+        first, last = self.block_span(leaf)
+        for upper, lower, down, phase in self.steps:
+            if upper.number < self.blocks.number:
+                continue
+            low, high = (first + phase) >> down, ((last - 1 + phase) >> down) + 1
+            self.linked_tables -= int(np.count_nonzero(upper.entries[low:high] & TABLE))
+            lower.counts[low:high] = 0
+            upper.entries[low:high] = 0
+        # The holder's count does not change: it had the table, now it has the block.
+        self._set_block(self.blocks, leaf // self.block_leaves, flags)
+
+    def allow_write(self, leaf: int) -> None:
+        """Make ``leaf``, or the block that maps it, writable."""
+        if not self.is_block(leaf):
+            self.leaf.fast[leaf] |= WRITE
+            return
+        assert self.blocks is not None
+        self.blocks.fast[leaf // self.block_leaves] |= WRITE
+        first, last = self.block_span(leaf)
+        self.leaf.entries[first:last] |= np.uint8(WRITE)
+
+    def write_protect(self, first: int, last: int) -> tuple[int, int]:
+        """Take WRITE from the leaves ``first`` up to ``last``; entries visited, and changed.
+
+        A block that the range only touches loses it as a whole. Entries are visited as in any walk
+        over leaves: all of a table, one for a block, one for what is not there.
+        """
+        changed = 0 if self.blocks is None else self._write_protect_blocks(first, last)
+        part = self.leaf.entries[first:last]
+        changed += int(np.count_nonzero(part & WRITE))
+        part &= np.uint8(~WRITE & 0xFF)
+        return self.leaf_visits(first, last), changed
+
+    def _write_protect_blocks(self, first: int, last: int) -> int:
+        assert self.blocks is not None
+        low, high = first // self.block_leaves, (last - 1) // self.block_leaves + 1
+        writable = low + np.flatnonzero(self.blocks.entries[low:high] & WRITE)
+        self.blocks.entries[writable] &= np.uint8(~WRITE & 0xFF)
+        for entry in writable.tolist():
+            begin, end = self.block_span(entry * self.block_leaves)
+            self.leaf.entries[begin:end] &= np.uint8(~WRITE & 0xFF)
+        return len(writable)
+
+    def leaf_visits(self, first: int, last: int) -> int:
+        """Entries that a walk over the leaves ``first`` up to ``last`` visits.
+
+        All of a leaf table, and one for each block or hole beside it.
+        """
+        if not self.steps:
+            return last - first
+        upper, _, down, phase = self.steps[-1]
+        low, high = (first + phase) >> down, ((last - 1 + phase) >> down) + 1
+        tables = low + np.flatnonzero(upper.entries[low:high] & TABLE)
+        begin = np.maximum((tables << down) - phase, first)
+        end = np.minimum(((tables + 1) << down) - phase, last)
+        return int((end - begin).sum()) + high - low - len(tables)
+
+    def fold_accessed(self, first: int, last: int) -> None:
+        """Note at ``first`` alone whether any of the leaves up to ``last`` was accessed."""
+        part = self.leaf.entries[first:last]
+        young = bool((part & AF).any())
+        part &= np.uint8(~AF & 0xFF)
+        if young and self.leaf.fast[first] & VALID:
+            self.leaf.fast[first] |= AF
 
     # -- ageing -------------------------------------------------------------------------------
 

@@ -11,11 +11,23 @@ Four policies of the unmap path, from the mail that started it (May 2023) and wh
 * ``free_removed_table_count_test``: the same, but a page count of one ends the callback's walk
   before it begins (message ZHfWzX04GlcNngdU@linux.dev).
 
-A new policy is a class with a ``name``, listed in :data:`POLICIES`.
+And four for a subtree that a block replaces, of which faults are the callers:
+
+* ``inline``: the tables go at once; faults held the lock for write (arm64 up to v6.1);
+* ``subtree``: one callback whatever the size; it walks all entries of the subtree, frees each table
+  and at last the subtree's root (``stage2_free_unlinked_table``, v6.12);
+* ``subtree_leak``: the same from v6.2 until commit f6a27d6dc51b: nobody dropped the root's last
+  reference;
+* ``per_table``: the subtree is walked where it is unlinked, and each table has a callback
+  (arch/x86/kvm/mmu/tdp_mmu.c, ``handle_removed_pt``).
+
+A new policy is a class with a ``name``, listed in :data:`POLICIES` or :data:`COLLAPSE`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar, Protocol
 
 from simkvm.kernel.costs import FreeCosts
@@ -39,6 +51,14 @@ class Frees(Protocol):
 
     def call_rcu(self, t_ns: int, cpu: int, table: TableId) -> None:
         """Have :meth:`callback` called after a grace period."""
+
+    def call_rcu_for(
+        self, t_ns: int, cpu: int, tables: Sequence[TableId], callback: Callable[[int], int]
+    ) -> None:
+        """Have ``callback(t)``, which frees ``tables`` and returns its cost, called after one."""
+
+    def leaked(self, table: TableId, t_ns: int) -> None:
+        """``table`` waited, and now nobody knows it any more."""
 
 
 class Inline:
@@ -119,4 +139,82 @@ TableFree = Inline | PutPageRcu | FreeRemovedTable
 POLICIES: dict[str, type[TableFree]] = {
     policy.name: policy
     for policy in (Inline, PutPageRcu, FreeRemovedTable, FreeRemovedTableCountTest)
+}
+
+
+class CollapseInline:
+    """Free a replaced subtree at once."""
+
+    name: ClassVar[str] = "inline"
+
+    def under_lock_ns(self, costs: FreeCosts, tables: int, entries: int) -> int:
+        """Work under ``mmu_lock`` for ``tables`` with room for ``entries``."""
+        return entries * costs.visit_ns + tables * costs.free_ns
+
+    def unlinked(self, guest: Frees, tables: Sequence[TableId], t_ns: int, cpu: int) -> None:
+        """The subtree ``tables``, its root last, was unlinked at ``t_ns`` by ``cpu``."""
+        for table in tables:
+            guest.table_reported_free(t_ns)
+            guest.table_freed(table, t_ns, deferred=False)
+
+
+class Subtree:
+    """One callback walks and frees the subtree, its root last."""
+
+    name: ClassVar[str] = "subtree"
+
+    def under_lock_ns(self, costs: FreeCosts, tables: int, entries: int) -> int:
+        """Work under ``mmu_lock``: queueing one callback."""
+        return costs.call_rcu_ns
+
+    def unlinked(self, guest: Frees, tables: Sequence[TableId], t_ns: int, cpu: int) -> None:
+        """The subtree ``tables``, its root last, was unlinked at ``t_ns`` by ``cpu``."""
+        guest.call_rcu_for(t_ns, cpu, tables, partial(self._callback, guest, tables))
+
+    def _callback(self, guest: Frees, tables: Sequence[TableId], t_ns: int) -> int:
+        costs = guest.free_costs
+        for table in tables[:-1]:
+            guest.table_reported_free(t_ns)
+            guest.table_freed(table, t_ns, deferred=True)
+        self._drop_root(guest, tables[-1], t_ns)
+        return len(tables) * (guest.entries * costs.visit_ns + costs.callback_ns)
+
+    def _drop_root(self, guest: Frees, root: TableId, t_ns: int) -> None:
+        guest.table_reported_free(t_ns)
+        guest.table_freed(root, t_ns, deferred=True)
+
+
+class SubtreeLeak(Subtree):
+    """As :class:`Subtree`, but the root keeps the reference from its allocation for ever."""
+
+    name: ClassVar[str] = "subtree_leak"
+
+    def _drop_root(self, guest: Frees, root: TableId, t_ns: int) -> None:
+        guest.leaked(root, t_ns)
+
+
+class PerTable:
+    """Walk the subtree at once; a callback that only frees for each of its tables."""
+
+    name: ClassVar[str] = "per_table"
+
+    def under_lock_ns(self, costs: FreeCosts, tables: int, entries: int) -> int:
+        """Work under ``mmu_lock``: each entry is frozen, each table queued."""
+        return entries * costs.visit_ns + tables * costs.call_rcu_ns
+
+    def unlinked(self, guest: Frees, tables: Sequence[TableId], t_ns: int, cpu: int) -> None:
+        """The subtree ``tables``, its root last, was unlinked at ``t_ns`` by ``cpu``."""
+        for table in reversed(tables):
+            guest.table_reported_free(t_ns)
+            guest.call_rcu_for(t_ns, cpu, [table], partial(_free, guest, table))
+
+
+def _free(guest: Frees, table: TableId, t_ns: int) -> int:
+    guest.table_freed(table, t_ns, deferred=True)
+    return guest.free_costs.callback_ns
+
+
+CollapseFree = CollapseInline | Subtree | PerTable
+COLLAPSE: dict[str, type[CollapseFree]] = {
+    policy.name: policy for policy in (CollapseInline, Subtree, SubtreeLeak, PerTable)
 }

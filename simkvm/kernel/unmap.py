@@ -34,8 +34,10 @@ class UnmapCosts:
 class UnmapWalk:
     """One walk over the leaves ``first`` up to (not including) ``last``, done on construction.
 
-    Afterwards: ``visits`` of the walker's callback, ``leaves`` removed, ``elapsed_ns`` it takes,
-    ``tables`` unlinked (children first) and, for each, ``unlinked_ns`` after the start.
+    Afterwards: ``visits`` of the walker's callback, ``leaves`` removed (a block is one), the
+    ``pages`` that they mapped in units of a leaf, ``elapsed_ns`` it takes, ``tables`` unlinked
+    (children first) and, for each, ``unlinked_ns`` after the start. A block that the range only
+    touches is removed whole.
     """
 
     stage2: Stage2
@@ -44,6 +46,7 @@ class UnmapWalk:
     costs: UnmapCosts
     visits: int = 0
     leaves: int = 0
+    pages: int = 0
     elapsed_ns: int = 0
     tables: list[TableId] = field(default_factory=list)
     unlinked_ns: list[int] = field(default_factory=list)
@@ -59,6 +62,9 @@ class UnmapWalk:
         """Walk the entries of one level that cover leaves ``first`` up to ``last``."""
         upper, lower, down, phase = self.stage2.steps[depth]
         low, high = (first + phase) >> down, ((last - 1 + phase) >> down) + 1
+        if upper is self.stage2.blocks:
+            self._among_blocks(depth, first, last)
+            return
         if depth == len(self.stage2.steps) - 1:
             if high - low == 1:
                 self._leaf_table(upper, lower, low, first, last)
@@ -66,13 +72,40 @@ class UnmapWalk:
                 self._leaf_tables(upper, lower, low, high, first, last)
             return
         for entry in range(low, high):
-            self._visit()
             if upper.fast[entry] & TABLE:
-                self.visits -= 1  # a table is not visited on the way down, only entered
-                self.elapsed_ns += self.costs.descend_ns - self.costs.visit_ns
+                # A table is not visited on the way down, only entered.
+                self.elapsed_ns += self.costs.descend_ns
                 start = (entry << down) - phase
                 self._walk(depth + 1, max(first, start), min(last, start + (1 << down)))
                 self._leave(upper, lower, entry)
+            else:
+                self._visit()
+
+    def _among_blocks(self, depth: int, first: int, last: int) -> None:
+        """As :meth:`_walk`, at the level where an entry may be a block, a table or nothing."""
+        upper, lower, down, phase = self.stage2.steps[depth]
+        for entry in range((first + phase) >> down, ((last - 1 + phase) >> down) + 1):
+            start = (entry << down) - phase
+            low, high = max(first, start), min(last, start + (1 << down))
+            if upper.fast[entry] & VALID:
+                self._visit()
+                self._remove_block(start)
+            elif depth == len(self.stage2.steps) - 1:
+                self._leaf_table(upper, lower, entry, low, high)
+            elif upper.fast[entry] & TABLE:
+                self.elapsed_ns += self.costs.descend_ns
+                self._walk(depth + 1, low, high)
+                self._leave(upper, lower, entry)
+            else:
+                self._visit()
+
+    def _remove_block(self, leaf: int) -> None:
+        leaf = max(leaf, 0)
+        first, last = self.stage2.block_span(leaf)
+        self.stage2.break_block(leaf)
+        self.leaves += 1
+        self.pages += last - first
+        self.elapsed_ns += self.costs.leaf_ns + self.costs.leaf_flush_ns
 
     def _visit(self) -> None:
         self.visits += 1
@@ -107,6 +140,7 @@ class UnmapWalk:
         lower.fast_counts[table] -= removed
         self.visits += last - first
         self.leaves += removed
+        self.pages += removed
         self.elapsed_ns += costs.descend_ns + (last - first) * costs.visit_ns
         self.elapsed_ns += removed * (costs.leaf_ns + costs.leaf_flush_ns)
         self._leave(upper, lower, table)
@@ -137,6 +171,7 @@ class UnmapWalk:
             self._unlink(upper, lower, low + int(table), int(done[table]))
         self.visits += int(overlap[linked].sum()) + len(linked)
         self.leaves += int(removed.sum())
+        self.pages += int(removed.sum())
         self.elapsed_ns = int(done[-1])
 
     def _remove_leaves(self, first: int, last: int) -> None:
@@ -149,6 +184,7 @@ class UnmapWalk:
         removed = len(gone)
         self.visits += last - first
         self.leaves += removed
+        self.pages += removed
         self.elapsed_ns += (last - first) * self.costs.visit_ns
         self.elapsed_ns += removed * (self.costs.leaf_ns + self.costs.leaf_flush_ns)
 

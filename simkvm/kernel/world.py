@@ -149,6 +149,8 @@ class World:
             self.tlbi,
             self.memory,
             break_lock=preemptible or self.kernel["lock_break"] == "build",
+            block_bytes=self.scenario.block_bytes(name),
+            logged=self.scenario.logs_writes(name),
         )
         layout = self.stream(f"{name}/layout")
         for index in range(guest.vcpus):

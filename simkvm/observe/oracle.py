@@ -68,6 +68,7 @@ class _Life:
     born_ns: int
     unlinked_ns: int = -1
     freed_ns: int = -1
+    lost: bool = False  # reported as a leak already
 
 
 @dataclass
@@ -180,10 +181,17 @@ class Oracle:
                 f"{leaves_left} leaves map pages in {first}..{last - 1} that their owner took back",
             )
 
+    def callback_done(self, table: TableId, t_ns: int) -> None:
+        """The callback that was to free ``table`` ran at ``t_ns``: nobody else knows the table."""
+        life = self._lives.get(table)
+        if life is not None and life.freed_ns < 0:
+            self._report("leak", t_ns, f"the callback did not free {name(table)}", table)
+            life.lost = True
+
     def finished(self, t_ns: int) -> None:
         """The VM is gone and no callback is left: every table must have been freed."""
         for table, life in sorted(self._lives.items()):
-            if life.freed_ns < 0:
+            if life.freed_ns < 0 and not life.lost:
                 self._report("leak", t_ns, f"nobody freed {name(table)}", table)
 
     # -- inside -------------------------------------------------------------------------------

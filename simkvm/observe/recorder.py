@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,9 @@ class Recorder:
         lengths = np.array([end - start for _, start, end, _ in self.grace_periods] or [0])
         violations = sum(kvm.oracle.total for kvm in world.kvms)
         held = timeline["deferred_bytes"]
+        callback_ns = sum(row[3] for row in self.batches)
+        done = sum(kvm.tables_called_back for kvm in world.kvms)
+        gone_gib = sum(kvm.unmapped_pages * kvm.page_bytes for kvm in world.kvms) / (1 << 30)
         return {
             "sim_ns": end_ns,
             "touches": touches,
@@ -129,6 +133,12 @@ class Recorder:
             "grace_period_p99_ns": int(np.percentile(lengths, 99, method="lower")),
             "callbacks": sum(row[2] for row in self.batches),
             "callback_batches": len(self.batches),
+            "callback_ns_total": callback_ns,
+            "callback_ns_per_table": callback_ns / done if done else math.nan,
+            "callback_ns_per_unmapped_gib": callback_ns / gone_gib if gone_gib else math.nan,
+            "tables_leaked": sum(kvm.tables_leaked for kvm in world.kvms),
+            "collapses": sum(kvm.collapses for kvm in world.kvms),
+            "splits": sum(kvm.splits for kvm in world.kvms),
             "deferred_tables_mean": time_average(
                 timeline["t_ns"], timeline["deferred_tables"], end_ns
             ),
@@ -139,7 +149,7 @@ class Recorder:
             "tables_allocated": sum(kvm.tables_allocated for kvm in world.kvms),
             "tables_freed": sum(kvm.tables_freed for kvm in world.kvms),
             "tlbi_broadcasts": world.tlbi.broadcasts,
-            "unmapped_pages": sum(kvm.unmapped_leaves * kvm.leaf_pages for kvm in world.kvms),
+            "unmapped_pages": sum(kvm.unmapped_pages for kvm in world.kvms),
             "unmap_calls": sum(contender.calls for contender in world.contenders),
             "teardown_visits": sum(teardown.visits for teardown in world.teardowns),
             "teardown_longest_ns": max((t.longest_ns for t in world.teardowns), default=0),

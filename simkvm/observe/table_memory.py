@@ -51,6 +51,10 @@ class TableMemory:
         if deferred:
             self._waiting += (t_ns, -size)
 
+    def leaked(self, t_ns: int, size: int) -> None:
+        """``size`` bytes wait no more and are not free either: nobody knows of them."""
+        self._waiting += (t_ns, -size)
+
     def timeline(self, end_ns: int) -> dict[str, Int64s]:
         """Step functions up to ``end_ns``: each value holds from its ``t_ns`` on.
 

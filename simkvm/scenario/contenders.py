@@ -18,9 +18,16 @@ MS = units.DURATION_NS["ms"]
 
 
 class ContenderModel(Model):
-    """What every contender has."""
+    """What every contender has.
 
-    pages_only: ClassVar[bool] = False  #: whether it needs a guest that is mapped by pages
+    ``resizes``: it makes the guest's leaves differ in size, so that each page needs a place of its
+    own. ``logs``: writes of the guest are logged. ``pages_only``: it needs a guest that is mapped
+    by pages.
+    """
+
+    resizes: ClassVar[bool] = False
+    logs: ClassVar[bool] = False
+    pages_only: ClassVar[bool] = False
 
     guest: str = Field(description="The guest that it works on.")
     start: Duration = Field(default=0, description="Simulated time at which it starts.")
@@ -108,6 +115,90 @@ class Balloon(ContenderModel):
     def sizes(self) -> dict[str, int]:
         """The target."""
         return {"target": self.target}
+
+
+class DirtyLog(ContenderModel):
+    """Live migration's way of finding what was written: rounds of dirty logging.
+
+    Logging is switched on for the whole slot; each round then gets the bitmap and clears it, chunk
+    by chunk; at last logging is switched off. virt/kvm/kvm_main.c, v6.12.
+    """
+
+    kind: Literal["dirty_log"] = "dirty_log"
+    logs: ClassVar[bool] = True
+    interval: Duration = Field(
+        default=units.DURATION_NS["s"] // 10,
+        description="Pause before each round (the time that a migration takes to send pages).",
+    )
+    rounds: int | None = Field(
+        default=None, ge=1, description="Rounds, then logging ends; null: to the end of the run."
+    )
+    clear_chunk: Size | None = Field(
+        default=None,
+        description="Memory that one KVM_CLEAR_DIRTY_LOG covers (QEMU: 1 GiB by default); null: "
+        "the whole slot.",
+    )
+    manual_protect: bool = Field(
+        default=True,
+        description="KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: getting the bitmap does not clear it.",
+    )
+    initially_set: bool = Field(
+        default=False,
+        description="KVM_DIRTY_LOG_INITIALLY_SET: all bits are set when logging begins, and "
+        "nothing is write-protected before its bit is cleared.",
+    )
+    eager_split_chunk: Size | None = Field(
+        default=None,
+        description="KVM_CAP_ARM_EAGER_SPLIT_CHUNK_SIZE: blocks are split this much at a time "
+        "before the guest writes to them; null: off, as by default.",
+    )
+
+    def sizes(self) -> dict[str, int]:
+        """Both chunks."""
+        chunks = {"clear_chunk": self.clear_chunk, "eager_split_chunk": self.eager_split_chunk}
+        return {name: size for name, size in chunks.items() if size is not None}
+
+    def complaints(self) -> Iterator[tuple[str, str]]:
+        """What needs manual protection."""
+        if self.initially_set and not self.manual_protect:
+            yield "initially_set", "needs manual_protect"
+        if self.clear_chunk is not None and not self.manual_protect:
+            yield "clear_chunk", "needs manual_protect: without it getting the log clears it"
+
+
+class Khugepaged(ContenderModel):
+    """khugepaged puts huge pages in the place of small ones (mm/khugepaged.c, v6.12)."""
+
+    kind: Literal["khugepaged"] = "khugepaged"
+    resizes: ClassVar[bool] = True
+    pages_to_scan: int = Field(
+        default=4096,
+        ge=1,
+        description="PTEs looked at in one go (khugepaged/pages_to_scan).",
+    )
+    scan_sleep: Duration = Field(
+        default=10 * units.DURATION_NS["s"],
+        description="Pause between two goes (khugepaged/scan_sleep_millisecs).",
+    )
+    max_ptes_none: int = Field(
+        default=511,
+        ge=0,
+        description="Pages of a huge one that may be missing (khugepaged/max_ptes_none).",
+    )
+
+
+class ThpSplit(ContenderModel):
+    """Huge pages of the host are split, as memory pressure or a partial unmap does.
+
+    mm/huge_memory.c, ``split_huge_page_to_list``, v6.12: one invalidation of the huge page.
+    """
+
+    kind: Literal["thp_split"] = "thp_split"
+    resizes: ClassVar[bool] = True
+    rate: Rate = Field(description="Huge pages split a second.")
+    order: Literal["random", "sequential"] = Field(
+        default="sequential", description="Which huge page is next."
+    )
 
 
 class Ksm(ContenderModel):
@@ -283,6 +374,9 @@ Contender = Annotated[
     | Fork
     | OomReaper
     | Memslot
-    | PreFault,
+    | PreFault
+    | DirtyLog
+    | Khugepaged
+    | ThpSplit,
     Field(discriminator="kind"),
 ]

@@ -221,3 +221,19 @@ class Scenario(Model):
         description="Whether the safety oracle should find nothing, or a violation: the run fails "
         "(exit status 1) if it is safe that was expected and a violation was found.",
     )
+
+    def block_bytes(self, guest: str) -> int | None:
+        """Size of the blocks of a guest that may have blocks and pages; None if all are alike.
+
+        A guest mapped by blocks has pages too once its writes are logged or its huge pages split;
+        one mapped by pages has blocks once khugepaged is at work.
+        """
+        spec = self.guests[guest]
+        theirs = [c for c in self.contenders.values() if c.guest == guest]
+        if spec.mapping > spec.page_size:
+            return spec.mapping if any(c.resizes or c.logs for c in theirs) else None
+        return BLOCK_BYTES[spec.page_size][0] if any(c.resizes for c in theirs) else None
+
+    def logs_writes(self, guest: str) -> bool:
+        """Whether somebody logs the guest's writes."""
+        return any(c.logs for c in self.contenders.values() if c.guest == guest)

@@ -33,6 +33,7 @@ from simkvm.units import format_count, format_duration, format_size
 
 WIDTH = 100
 TABLES_AND_RCU = "RCU and stage-2 tables"
+CALLBACKS = "What RCU callbacks do"
 MOST_VIOLATIONS = 5
 PLACE_WIDTH = 30
 QUANTITIES = ("wait", "hold")
@@ -194,7 +195,7 @@ def sweep_report(results: OneOrMany, failed: Iterable[Mapping[str, Any]] = ()) -
     if points:
         axes = list(axes_of(points).values())
         for title, columns in SWEEP_TABLES.items():
-            if title != TABLES_AND_RCU or any(map(_frees_tables, points)):
+            if title not in APPLIES or any(map(APPLIES[title], points)):
                 parts.append(_sweep_table(title, columns, points, axes))
     for failure in failed:
         place = ", ".join(f"{key}={reference_label(v)}" for key, v in failure["axes"].items())
@@ -276,6 +277,16 @@ def _figure(column: str, text: Callable[[Any], str]) -> Cell:
     return lambda result: text(summary_of(result).get(column))
 
 
+def _of_passes(column: str) -> Cell:
+    """A time about ageing passes; nothing if there was none."""
+
+    def cell(result: ResultLike) -> str:
+        summary = summary_of(result)
+        return _time(summary.get(column)) if summary.get("ageing_passes") else NOTHING
+
+    return cell
+
+
 def _at_site(site: str, quantity: str, figure: str) -> Cell:
     return lambda result: _time(site_figure([result], site, quantity, figure))
 
@@ -313,6 +324,10 @@ def _frees_tables(result: ResultLike) -> bool:
     return bool(summary.get("tables_freed") or summary.get("callbacks"))
 
 
+def _has_callbacks(result: ResultLike) -> bool:
+    return bool(summary_of(result).get("callbacks"))
+
+
 def _missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
@@ -339,9 +354,9 @@ SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("vCPU\nwall", _figure("vcpu_wall_ns", _time)),
         ("faults", _figure("faults", _count)),
         ("retries", _figure("fault_retries", _count)),
-        ("pass\nmean", _figure("ageing_pass_mean_ns", _time)),
-        ("max", _figure("ageing_pass_max_ns", _time)),
-        ("a page", _figure("ageing_ns_per_page", _time)),
+        ("pass\nmean", _of_passes("ageing_pass_mean_ns")),
+        ("max", _of_passes("ageing_pass_max_ns")),
+        ("a page", _of_passes("ageing_ns_per_page")),
         ("safety", _figure("safety", str)),
     ),
     "mmu_lock": (
@@ -361,5 +376,19 @@ SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("peak", _figure("deferred_bytes_peak", _size)),
         ("tables\nfreed", _figure("tables_freed", _count)),
     ),
+    CALLBACKS: (
+        ("call-\nbacks", _figure("callbacks", _count)),
+        ("time\nin all", _figure("callback_ns_total", _time)),
+        ("a table", _figure("callback_ns_per_table", _time)),
+        ("a GiB\nunmapped", _figure("callback_ns_per_unmapped_gib", _time)),
+        ("tables\ncollapsed", _figure("collapses", _count)),
+        ("tables\nleaked", _figure("tables_leaked", _count)),
+    ),
 }
 """The tables of a sweep: each column's header and its cell of a point."""
+
+APPLIES: dict[str, Callable[[ResultLike], bool]] = {
+    TABLES_AND_RCU: _frees_tables,
+    CALLBACKS: _has_callbacks,
+}
+"""Whether a point has something to say in a table; one that is not here is always shown."""

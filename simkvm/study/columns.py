@@ -34,7 +34,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 """The tables of a point and the columns that each has even when it is empty."""
 
 _TEXT = {"guest", "lock", "site", "mode", "quantity"}
-_FRACTION = re.compile(r"_mean(_ns)?$|_ratio$|_per_s$")
+_FRACTION = re.compile(r"_mean(_ns)?$|_ratio$|_per_s$|_per_(table|unmapped_gib)$")
 
 
 def read_table(folder: Path, name: str) -> pd.DataFrame:

@@ -41,7 +41,7 @@ def fast(spec: Scenario) -> plain.Outcome:
             for p in passes
         ],
         tables={
-            kvm.name: (kvm.tables_allocated, kvm.tables_freed, kvm.unmapped_leaves)
+            kvm.name: (kvm.tables_allocated, kvm.tables_freed, kvm.unmapped_pages)
             for kvm in world.kvms
         },
         generations={kvm.name: [int(n) for n in kvm.host.lru.sizes] for kvm in world.kvms},

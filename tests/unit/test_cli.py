@@ -305,7 +305,7 @@ def test_sweep_reports_every_point_and_keeps_it_under_the_name(here, world):
         {"kernel": "linux-7.1-lockless"},
     ]
     rows = [line.split()[0] for line in result.stdout.splitlines() if "linux-7.1" in line]
-    assert rows == world.runs * 3
+    assert rows == world.runs * 4
     assert "points" not in result.stdout
     assert "simkvm: 2 points in results/many" in result.stderr
 

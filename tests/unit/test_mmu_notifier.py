@@ -114,7 +114,7 @@ def test_the_host_pays_for_each_page_that_it_has() -> None:
     start, end = account(lab.kvm.mmu_lock.rows)
     between = end["arrival"] - start["entry"] - start["hold"] - lab.kvm.costs.ageing.call_ns
     assert between == 512 * lab.kvm.costs.unmap.host_page_ns
-    assert lab.kvm.unmapped_leaves == 512
+    assert lab.kvm.unmapped_pages == 512
     assert not lab.kvm.host.state.any()
     assert lab.kvm.host.present == [0, 0]
 

@@ -51,6 +51,7 @@ MODELS: dict[str, type[ContenderModel]] = {
     "memslot": schema.Memslot,
     "pre_fault": schema.PreFault,
 }
+SIZES = {"dirty_log", "khugepaged", "thp_split"}  #: those of tests of their own
 
 
 def spec(kind: str, **keys: Any) -> Any:
@@ -100,7 +101,7 @@ def folios(made: Bench) -> int:
 
 
 def test_every_kind_is_registered_and_ships_a_workload() -> None:
-    assert set(contenders.KINDS) == set(MODELS)
+    assert set(contenders.KINDS) == set(MODELS) | SIZES
     for kind in MODELS:
         (point,) = load.load(str(WORKLOADS / f"{kind}.yaml")).points
         (taker,) = point.scenario.contenders.values()
@@ -385,7 +386,7 @@ def test_each_mprotect_is_one_range_and_both_ways_unmap() -> None:
     finish(made)
     assert ranges(made) == 4 * [(0, 1024)]
     assert made.lab.acquisitions() == {START: 4, END: 4}
-    assert made.lab.kvm.unmapped_leaves == 1024, "nobody mapped anything in between"
+    assert made.lab.kvm.unmapped_pages == 1024, "nobody mapped anything in between"
     assert not made.lab.kvm.refusals
     assert {host(made, n) for n in range(1024)} == {PRESENT | OWN}
 

@@ -1,0 +1,94 @@
+"""What becomes of split blocks when dirty logging ends.
+
+* ``on_fault``: nothing; on arm64 the next fault that could map a block replaces the table
+  (:mod:`simkvm.kernel.fault_sized`);
+* ``zap``: x86 zaps the tables that could be blocks, under the read lock; faults map the blocks
+  (arch/x86/kvm/mmu/tdp_mmu.c, ``kvm_tdp_mmu_zap_collapsible_sptes``, v6.12);
+* ``recover``: x86 puts the huge entries back in one go (``kvm_tdp_mmu_recover_huge_pages``, v6.13).
+
+A new way is a class with a ``name``, listed in :data:`RECOVER`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from simpy import Event
+
+from simkvm.kernel.apply_range import apply_range
+from simkvm.kernel.sites import RECOVER_HUGE
+from simkvm.kernel.stage2 import WRITE
+from simkvm.kernel.task import Task, reach
+
+if TYPE_CHECKING:
+    from simkvm.kernel.kvm import Kvm
+
+Steps = Generator[Event, Any, int]
+
+
+class OnFault:
+    """Leave it to faults."""
+
+    name: ClassVar[str] = "on_fault"
+
+    def run(self, kvm: Kvm, task: Task, t_ns: int, first: int, last: int) -> Steps:
+        """Nothing to do; returns when that is done."""
+        yield from ()
+        return t_ns
+
+
+class Recover:
+    """Put blocks in the place of the tables that could be some."""
+
+    name: ClassVar[str] = "recover"
+
+    def run(self, kvm: Kvm, task: Task, t_ns: int, first: int, last: int) -> Steps:
+        """Walk the slot, then flush once if anything changed; returns when it is done."""
+        before = kvm.collapses
+
+        def step(at_ns: int, low: int, high: int) -> int:
+            return self._chunk(kvm, task.cpu.id, at_ns, low, high)
+
+        lock = "write" if kvm.kernel["mmu"] == "shadow" else "read"
+        t_ns = yield from apply_range(kvm, task, t_ns, first, last, RECOVER_HUGE, step, lock)
+        if kvm.collapses == before:
+            return t_ns
+        return (yield from reach(kvm.env, kvm.flush_ns(t_ns, kvm.costs.tlbi_all_ns)))
+
+    def _chunk(self, kvm: Kvm, cpu: int, t_ns: int, first: int, last: int) -> int:
+        if kvm.stage2.blocks is None:
+            return t_ns
+        size = kvm.stage2.block_leaves
+        t_ns += kvm.stage2.leaf_visits(first, last) * kvm.costs.unmap.visit_ns
+        for leaf in range(first - first % size, last, size):
+            if kvm.stage2.table_below(leaf) and kvm.maps_blocks(leaf):
+                t_ns = self._replace(kvm, cpu, t_ns, leaf)
+        return t_ns
+
+    def _replace(self, kvm: Kvm, cpu: int, t_ns: int, leaf: int) -> int:
+        kvm.collapses += 1
+        tables, _ = kvm.stage2.subtree(leaf)
+        with kvm.mappings_going(t_ns):
+            kvm.stage2.collapse(leaf, WRITE)
+            self._leave(kvm, leaf)
+        for table in tables:
+            kvm.oracle.unlinked(table, t_ns)
+        kvm.collapse_free.unlinked(kvm, tables, t_ns, cpu)
+        entries = len(tables) * kvm.entries
+        return t_ns + kvm.collapse_free.under_lock_ns(kvm.costs.free, len(tables), entries)
+
+    def _leave(self, kvm: Kvm, leaf: int) -> None:
+        """The block stays."""
+
+
+class Zap(Recover):
+    """Zap the tables; the next fault in each maps the block."""
+
+    name: ClassVar[str] = "zap"
+
+    def _leave(self, kvm: Kvm, leaf: int) -> None:
+        kvm.stage2.break_block(leaf)
+
+
+RECOVER: dict[str, type[OnFault | Recover]] = {way.name: way for way in (OnFault, Recover, Zap)}
