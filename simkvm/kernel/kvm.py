@@ -13,6 +13,7 @@ from simkvm.kernel.costs import Costs, FreeCosts
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.geometry import Geometry
 from simkvm.kernel.host_memory import HostMemory
+from simkvm.kernel.memslots import Memslots
 from simkvm.kernel.mmu_notifier import MmuNotifier, Srcu, unmap_walk
 from simkvm.kernel.qrwlock import QueuedRwlock
 from simkvm.kernel.rcu import Rcu
@@ -57,7 +58,8 @@ class Kvm:
         self.leaves = memory_bytes // guest.mapping
         self.leaf_pages = guest.mapping // guest.page_size
         self.folio_leaves = max(1, guest.folio // guest.mapping)
-        self.costs = Costs.of(machine, guest.mapping, guest.page_size)
+        self.memslots = Memslots(self.leaves, guest.memslots)
+        self.costs = Costs.of(machine, guest.mapping, guest.page_size, guest.memslots)
         self.stage2 = Stage2(geometry, guest.ipa_base, self.pages, guest.mapping)
         self.mmu_lock = QueuedRwlock(
             env, self.costs.line, self.costs.handoff_ns, self.costs.next_ns

@@ -112,7 +112,9 @@ class MmuNotifier:
 
     def _start(self, task: Task, t_ns: int, first: int, last: int, blockable: bool) -> Steps:
         kvm = self._kvm
-        parts = chunks(kvm.stage2, first, last)
+        slots = kvm.memslots.overlapping(first, last)
+        parts = [part for low, high in slots for part in chunks(kvm.stage2, low, high)]
+        ends = {high for _, high in slots}  # behind a slot's last chunk the lock is not offered
         entry = yield from self._lock(task, t_ns)
         self.in_progress += 1
         end = yield from reach(kvm.env, entry + kvm.costs.unmap.bookkeeping_ns)
@@ -124,7 +126,7 @@ class MmuNotifier:
             if number + 1 == len(parts):
                 break
             end = yield from reach(kvm.env, end)
-            if blockable and kvm.lock_break(task.cpu, end):
+            if blockable and high not in ends and kvm.lock_break(task.cpu, end):
                 kvm.mmu_lock.release(end)
                 task.cpu.context_switch(end)
                 end = entry = yield from self._lock(task, end + kvm.costs.ageing.resched_ns)
