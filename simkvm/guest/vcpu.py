@@ -198,6 +198,8 @@ class Vcpu:
         else:
             self.next_ns = next_ns = exit_ns + fault.exit_ns
         cpu.enter_guest(t_ns, exit_ns)
+        if fault.slotted:
+            self.next_ns = next_ns = next_ns + fault.slot_ns(self._list[position])
         if self._shared:
             self._expect(self._list[position])
         return next_ns
@@ -237,6 +239,8 @@ class Vcpu:
         if self._shared:
             self._expect(self._list[position])
         self._exit_ns = exit_ns = exit_ns + self._touch_ns
+        if self.fault.slotted:
+            exit_ns += self.fault.slot_ns(self._list[position])
         return self.fault.arrival_ns(exit_ns)
 
     def _expect(self, leaf: int) -> None:

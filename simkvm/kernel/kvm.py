@@ -16,6 +16,7 @@ from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dirty_log import DirtyLog
 from simkvm.kernel.geometry import Geometry
 from simkvm.kernel.host_memory import HostMemory
+from simkvm.kernel.memslots import Memslots
 from simkvm.kernel.mmu_notifier import MmuNotifier, Srcu, unmap_walk
 from simkvm.kernel.qrwlock import QueuedRwlock
 from simkvm.kernel.rcu import Rcu
@@ -75,8 +76,11 @@ class Kvm:
         self.leaf_pages = leaf_bytes // guest.page_size
         # Pieces of a huge page that was split are folios of a page.
         self.folio_leaves = max(1, guest.folio // guest.mapping)
-        self.costs = Costs.of(machine, leaf_bytes, guest.page_size)
-        self.block_faults = Costs.of(machine, block_bytes or leaf_bytes, guest.page_size).fault
+        self.memslots = Memslots(self.leaves, guest.memslots)
+        self.costs = Costs.of(machine, leaf_bytes, guest.page_size, guest.memslots)
+        self.block_faults = Costs.of(
+            machine, block_bytes or leaf_bytes, guest.page_size, guest.memslots
+        ).fault
         self.sized = logged or block_bytes is not None
         self.huge_pages = block_bytes == guest.mapping  #: the host backs it with huge pages
         self.stage2 = Stage2(geometry, guest.ipa_base, self.pages, leaf_bytes, block_bytes)

@@ -192,7 +192,9 @@ def unmap_range(
     ``begin`` is called once with the time of entry and returns when the walk starts. Between the
     chunks of a blockable walk the lock may be dropped (``stage2_apply_range``). Returns the end.
     """
-    parts = chunks(kvm.stage2, first, last)
+    slots = kvm.memslots.overlapping(first, last)
+    parts = [part for low, high in slots for part in chunks(kvm.stage2, low, high)]
+    ends = {high for _, high in slots}  # behind a slot's last chunk the lock is not offered
     entry = yield from _lock(kvm, task, t_ns, site)
     end = yield from reach(kvm.env, begin(entry))
     for number, (low, high) in enumerate(parts):
@@ -203,7 +205,7 @@ def unmap_range(
         if number + 1 == len(parts):
             break
         end = yield from reach(kvm.env, end)
-        if blockable and kvm.lock_break(task.cpu, end):
+        if blockable and high not in ends and kvm.lock_break(task.cpu, end):
             kvm.mmu_lock.release(end)
             task.cpu.context_switch(end)
             end = entry = yield from _lock(kvm, task, end + kvm.costs.ageing.resched_ns, site)
