@@ -133,7 +133,7 @@ class Vcpu:
         Returns when it comes to ``mmap_lock``, or, refused, when the host is needed next.
         """
         kvm, write = self.kvm, self._need_list[self._position] != VALID
-        if kvm.memslot_valid:  # else it is known to be MMIO before it comes to the lock
+        if not kvm.no_memslot(leaf):  # else it is MMIO before it comes to the lock
             t_ns = yield from mmap_lock.wait(kvm, self.task, t_ns)
         back_ns = self.fault.refused(t_ns, leaf, write)
         return (t_ns, False) if back_ns is None else (self.enter(back_ns), True)
@@ -198,6 +198,8 @@ class Vcpu:
         else:
             self.next_ns = next_ns = exit_ns + fault.exit_ns
         cpu.enter_guest(t_ns, exit_ns)
+        if fault.slotted:
+            self.next_ns = next_ns = next_ns + fault.slot_ns(self._list[position])
         if self._shared:
             self._expect(self._list[position])
         return next_ns
@@ -237,6 +239,8 @@ class Vcpu:
         if self._shared:
             self._expect(self._list[position])
         self._exit_ns = exit_ns = exit_ns + self._touch_ns
+        if self.fault.slotted:
+            exit_ns += self.fault.slot_ns(self._list[position])
         return self.fault.arrival_ns(exit_ns)
 
     def _expect(self, leaf: int) -> None:

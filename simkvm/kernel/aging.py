@@ -1,9 +1,10 @@
-"""MGLRU ageing on command: one walk of a guest's host page table, and the thread that asks for it.
+"""MGLRU ageing on command: walks of guests' host page tables, and the thread that asks for them.
 
 Source: mm/vmscan.c (``run_aging``, ``walk_mm``, ``inc_max_seq``), v6.12. The walk holds the lock of
 each host page table for all of its entries, under ``mmap_lock`` for read; it tries both and skips
 what it cannot have. For every folio it learns whether the guest used it
-(:mod:`simkvm.kernel.aging_call`), promotes what was, and opens a new generation.
+(:mod:`simkvm.kernel.aging_call`), and promotes what was. The walk of the last guest of a memcg
+opens a new generation, for all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from simpy import Environment, Event
 
 from simkvm.kernel.aging_call import CALLS, Pass
 from simkvm.kernel.host_memory import OWN, YOUNG
-from simkvm.kernel.mglru import MAX_LRU_BATCH
+from simkvm.kernel.mglru import MAX_LRU_BATCH, Lruvec
 from simkvm.kernel.task import Task, reach
 
 if TYPE_CHECKING:
@@ -28,10 +29,18 @@ Steps = Generator[Event, Any, int]
 
 
 class AgeingThread:
-    """The user that writes ageing commands to debugfs, over and over, for every guest."""
+    """The user that writes ageing commands to debugfs, over and over, for every memcg.
+
+    One command walks the memcg's mms one after the other, all of them: it is a forced scan, which
+    does not skip those that have not run since the last one (``iterate_mm_list``).
+    """
 
     def __init__(self, kvms: list[Kvm], task: Task, ageing: Ageing) -> None:
-        self._walks = [AgeingWalk(kvm, task) for kvm in kvms]
+        by_memcg: dict[Lruvec, list[AgeingWalk]] = {}  # the order of the first guest of each
+        for kvm in kvms:
+            by_memcg.setdefault(kvm.host.lru.lruvec, []).append(AgeingWalk(kvm, task))
+        self._memcgs = list(by_memcg.values())
+        self._walks = [walk for walks in self._memcgs for walk in walks]
         self._task = task
         self._ageing = ageing
         self.passes: list[Pass] = []
@@ -51,10 +60,8 @@ class AgeingThread:
             if not wanted():
                 break
             cpu.enter_kernel(t_ns)
-            for walk in self._walks:
-                if walk.kvm.notifier.subscribed or walk.kvm.alive:
-                    self.passes.append((yield from walk.run(t_ns)))
-                    t_ns = self.passes[-1].end_ns
+            for walks in self._memcgs:
+                t_ns = yield from self._command(t_ns, walks)
             t_ns += cpu.take_stolen()
             rounds += 1
             if ageing.interval:
@@ -66,9 +73,22 @@ class AgeingThread:
                 t_ns += costs.switch_ns
         cpu.sleep(t_ns)
 
+    def _command(self, t_ns: int, walks: list[AgeingWalk]) -> Steps:
+        """One ageing command (``run_aging``) for the memcg of ``walks``; returns its end."""
+        left = len(walks)
+        walked = False
+        for walk in walks:
+            left -= 1
+            if walk.kvm.notifier.subscribed or walk.kvm.alive:
+                self.passes.append((yield from walk.run(t_ns, opens=left == 0)))
+                t_ns, walked = self.passes[-1].end_ns, True
+            elif left == 0 and walked:
+                t_ns = yield from walk.open_generation(t_ns)
+        return t_ns
+
 
 class AgeingWalk:
-    """Walks one guest's host page table and advances its generations."""
+    """Walks one guest's host page table and advances the generations of its memcg."""
 
     def __init__(self, kvm: Kvm, task: Task) -> None:
         self.kvm = kvm
@@ -79,8 +99,11 @@ class AgeingWalk:
         #: Tables in one upper entry: the walk may stop and be resumed only after each.
         self._tables_a_pud = kvm.stage2.geometry.entries if kvm.leaf_pages == 1 else 1
 
-    def run(self, t_ns: int) -> Generator[Event, Any, Pass]:
-        """One pass from ``t_ns`` on (``lru_gen`` command ``+``, which scans everything)."""
+    def run(self, t_ns: int, opens: bool = True) -> Generator[Event, Any, Pass]:
+        """One pass from ``t_ns`` on (``lru_gen`` command ``+``, which scans everything).
+
+        ``opens``: it ends the memcg's list, so it opens the new generation (``inc_max_seq``).
+        """
         kvm, costs = self.kvm, self._costs
         report = Pass(kvm.name, t_ns)
         promoted = 0
@@ -99,10 +122,16 @@ class AgeingWalk:
                 promoted += moved
         kvm.host.mmap_lock.post(self.task.cpu.id, t_ns)
         t_ns = yield from reach(self.env, t_ns + costs.lru_lock_ns + costs.resched_ns)
-        t_ns += kvm.host.lru.inc_max_seq() * costs.folio_move_ns
-        report.end_ns = t_ns = yield from reach(self.env, t_ns)
+        if opens:
+            t_ns = yield from self.open_generation(t_ns)
+        report.end_ns = t_ns
         kvm.unpin(t_ns)
         return report
+
+    def open_generation(self, t_ns: int) -> Steps:
+        """``inc_max_seq`` of the memcg's lruvec, which first moves the oldest folios up."""
+        moved = self.kvm.host.lru.lruvec.inc_max_seq()
+        return (yield from reach(self.env, t_ns + moved * self._costs.folio_move_ns))
 
     def _resched(self, t_ns: int, flush: bool) -> Steps:
         """Between upper entries: give ``mmap_lock`` back if enough was promoted."""
@@ -135,7 +164,8 @@ class AgeingWalk:
         report.scanned += len(leaves)
         by_host = leaves[(kvm.host.state[leaves] & YOUNG) != 0]
         kvm.host.state[leaves] &= np.uint8(~YOUNG & 0xFF)
-        token = kvm.notifier.srcu.enter(t_ns) if kvm.notifier.listening else None
+        heard = kvm.notifier.hears(int(leaves[0]), int(leaves[-1]) + 1)
+        token = kvm.notifier.srcu.enter(t_ns) if heard else None
         if token is None:
             t_ns, by_guest = t_ns + len(leaves) * self._costs.scan_ns, leaves[:0]
         else:
@@ -159,7 +189,7 @@ class AgeingWalk:
         report.scanned += 1
         young = bool((kvm.host.state[first:last] & YOUNG).any())
         kvm.host.state[first:last] &= np.uint8(~YOUNG & 0xFF)
-        if kvm.notifier.listening:
+        if kvm.notifier.hears(first, last):
             token = kvm.notifier.srcu.enter(t_ns)
             t_ns, used = yield from self._call.ask_huge(t_ns, first, last, report)
             kvm.notifier.srcu.leave(token, t_ns)

@@ -163,7 +163,8 @@ class PerFolio(AgeingCall):
     def _locked_call(self, t_ns: int, run: Leaves, found: list[Leaves]) -> Steps:
         """One call that begins at ``t_ns``; returns when it is over and the run scanned."""
         kvm, costs = self.kvm, self.costs
-        hold_ns = costs.walk_ns + (len(run) - 1) * costs.visit_ns
+        walks = 1 + kvm.memslots.crossed(int(run[0]), int(run[-1]) + 1)
+        hold_ns = walks * costs.walk_ns + (len(run) - walks) * costs.visit_ns
 
         def section(entry_ns: int) -> tuple[int, int]:
             young = run[:0]
@@ -260,8 +261,10 @@ class PerFolio(AgeingCall):
         kvm, costs = self.kvm, self.costs
         found: list[Leaves] = []
         walk_ns = costs.walk_ns + (size - 1) * costs.visit_ns
+        again_ns = costs.walk_ns - costs.visit_ns  # a run in two memslots is walked twice
+        starts = _run_starts(leaves, size)
         period_ns = costs.call_ns + walk_ns + size * costs.scan_ns
-        edges = _run_starts(leaves, size)[::MIN_LRU_BATCH].tolist()
+        edges = starts[::MIN_LRU_BATCH].tolist()
         for number, low in enumerate(edges):
             batch = leaves[low : edges[number + 1] if number + 1 < len(edges) else None]
             calls = min(MIN_LRU_BATCH, runs - number * MIN_LRU_BATCH)
@@ -269,6 +272,9 @@ class PerFolio(AgeingCall):
             further = len(batch) - calls  # leaves of a run behind its first
             busy_ns = calls * (costs.call_ns + costs.walk_ns) + further * costs.visit_ns
             busy_ns += len(batch) * costs.scan_ns
+            if size > 1:
+                here = starts[number * MIN_LRU_BATCH :][:calls] - low
+                busy_ns += kvm.memslots.crossed_by(batch, here) * again_ns
             tables = kvm.path_at(int(batch[0]), t_ns)
             kvm.oracle.walk(
                 Walk(self.task.name, tables, t_ns + costs.call_ns, period_ns, walk_ns, calls)
@@ -327,7 +333,8 @@ class Bitmap(AgeingCall):
         kvm, costs = self.kvm, self.costs
         span = int(window[-1] - window[0]) + 1
         start = t_ns + costs.call_ns
-        busy_ns = costs.walk_ns + (span - 1) * costs.visit_ns
+        walks = 1 + kvm.memslots.crossed(int(window[0]), int(window[-1]) + 1)
+        busy_ns = walks * costs.walk_ns + (span - walks) * costs.visit_ns
         report.calls += 1
         tables = kvm.path_at(int(window[0]), start)
         kvm.oracle.walk(Walk(self.task.name, tables, start, busy_ns, busy_ns, 1))

@@ -16,6 +16,7 @@ from simkvm.scenario.machine import Machine
 class FaultCosts:
     """The path of one stage-2 fault around the walk (arch/arm64/kvm/mmu.c, ``user_mem_abort``)."""
 
+    slot_miss_ns: int  #: searching the tree if the memslot is not the one that the vCPU used last
     exit_ns: int  #: exit, SRCU and memslot look-up: up to taking ``mmap_lock``
     vma_ns: int  #: look-up of the VMA under ``mmap_lock``
     gup_hit_ns: int  #: resolving a host page that is there
@@ -105,15 +106,21 @@ class Costs:
     switch_ns: int
 
     @classmethod
-    def of(cls, machine: Machine, leaf_bytes: int, page_bytes: int) -> Costs:
-        """Costs for leaves of ``leaf_bytes`` in a guest whose host pages have ``page_bytes``."""
+    def of(cls, machine: Machine, leaf_bytes: int, page_bytes: int, memslots: int = 1) -> Costs:
+        """Costs for leaves of ``leaf_bytes`` in a guest whose host pages have ``page_bytes``.
+
+        Memslots hang in two balanced trees, by address of the host and of the guest
+        (``struct kvm_memslots``, v6.12): the machine's look-up is one of a single slot, and each
+        further level costs as much again.
+        """
+        deeper_ns = (memslots.bit_length() - 1) * machine["memslot_lookup_ns"]
         line = LineCosts.of(machine)
         return cls(
             line=line,
             handoff_ns=round(machine["lock_handoff_ns"]),
             next_ns=round(machine["c2c_same_ns"]),
-            fault=_fault(machine, line, leaf_bytes),
-            ageing=_ageing(machine),
+            fault=_fault(machine, line, leaf_bytes, deeper_ns),
+            ageing=_ageing(machine, deeper_ns),
             unmap=_unmap(machine),
             free=_free(machine),
             takers=_takers(machine, leaf_bytes, page_bytes),
@@ -130,7 +137,7 @@ class Costs:
         )
 
 
-def _fault(machine: Machine, line: LineCosts, leaf_bytes: int) -> FaultCosts:
+def _fault(machine: Machine, line: LineCosts, leaf_bytes: int, deeper_ns: float) -> FaultCosts:
     half_exit = machine["exit_roundtrip_ns"] / 2
     around = machine["memslot_lookup_ns"] + machine["srcu_ns"]
     vma = machine["mmap_lock_vma_lookup_ns"]
@@ -150,6 +157,7 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int) -> FaultCosts:
     elif leaf_bytes > 4096:
         alloc += machine["zero_4k_ns"] * (leaf_bytes / 4096 - 1)
     return FaultCosts(
+        slot_miss_ns=round(deeper_ns),
         exit_ns=round(half_exit + around),
         vma_ns=round(vma),
         gup_hit_ns=round(gup_hit),
@@ -190,11 +198,14 @@ def _takers(machine: Machine, leaf_bytes: int, page_bytes: int) -> TakerCosts:
     )
 
 
-def _ageing(machine: Machine) -> AgeingCosts:
+def _ageing(machine: Machine, deeper_ns: float) -> AgeingCosts:
     return AgeingCosts(
         scan_ns=round(machine["pte_scan_old_ns"]),
         call_ns=round(
-            machine["notifier_call_ns"] + machine["srcu_ns"] + machine["memslot_lookup_ns"]
+            machine["notifier_call_ns"]
+            + machine["srcu_ns"]
+            + machine["memslot_lookup_ns"]
+            + deeper_ns
         ),
         walk_ns=round(machine["age_walk_ns"]),
         visit_ns=round(machine["stage2_leaf_visit_ns"]),

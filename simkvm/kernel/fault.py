@@ -61,6 +61,9 @@ class FaultPath:
         self._mmap_lock = kvm.host.mmap_lock
         self._host_state = kvm.host.fast
         self._leaf_state = kvm.stage2.leaf.fast
+        self._slots = kvm.memslots
+        self.slotted = len(kvm.memslots) > 1
+        self._slot = 0  #: memslot that this vCPU used last (``last_used_slot``)
         self.cached = 0  #: table pages in the memory cache
         self.lacking = False  #: whether the host page has to be installed
         self.ptl_table = -1  #: host table whose lock the fault in flight takes,
@@ -80,6 +83,10 @@ class FaultPath:
             return exit_ns + self.exit_ns + (CACHE_CAPACITY - self.cached) * self._costs.object_ns
         return exit_ns + self.exit_ns
 
+    def slot_ns(self, leaf: int) -> int:
+        """What finding the memslot of ``leaf`` takes if this vCPU did not use it last."""
+        return 0 if self._slots.of(leaf) == self._slot else self._costs.slot_miss_ns
+
     def look_up(self, t_ns: int, leaf: int, write: bool) -> int:
         """From ``mmap_lock``, reached at ``t_ns``, to a host page; returns when ``mmu_lock`` is.
 
@@ -88,6 +95,8 @@ class FaultPath:
         """
         kvm, costs = self._kvm, self._costs
         self.faults += 1
+        if self.slotted:
+            self._slot = self._slots.of(leaf)
         if self.cached < self.cache_minimum:
             self.cached = CACHE_CAPACITY
         self._leaf = leaf

@@ -16,6 +16,7 @@ from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dirty_log import DirtyLog
 from simkvm.kernel.geometry import Geometry
 from simkvm.kernel.host_memory import HostMemory
+from simkvm.kernel.memslots import Memslots
 from simkvm.kernel.mmu_notifier import MmuNotifier, Srcu, unmap_walk
 from simkvm.kernel.qrwlock import QueuedRwlock
 from simkvm.kernel.rcu import Rcu
@@ -75,8 +76,11 @@ class Kvm:
         self.leaf_pages = leaf_bytes // guest.page_size
         # Pieces of a huge page that was split are folios of a page.
         self.folio_leaves = max(1, guest.folio // guest.mapping)
-        self.costs = Costs.of(machine, leaf_bytes, guest.page_size)
-        self.block_faults = Costs.of(machine, block_bytes or leaf_bytes, guest.page_size).fault
+        self.memslots = Memslots(self.leaves, guest.memslots)
+        self.costs = Costs.of(machine, leaf_bytes, guest.page_size, guest.memslots)
+        self.block_faults = Costs.of(
+            machine, block_bytes or leaf_bytes, guest.page_size, guest.memslots
+        ).fault
         self.sized = logged or block_bytes is not None
         self.huge_pages = block_bytes == guest.mapping  #: the host backs it with huge pages
         self.stage2 = Stage2(geometry, guest.ipa_base, self.pages, leaf_bytes, block_bytes)
@@ -114,8 +118,6 @@ class Kvm:
         self.collapses = 0
         self.splits = 0
         self.alive = True  #: vCPUs may run
-        self.memslot = True  #: the memory lies in a slot that the notifier finds,
-        self.memslot_valid = True  #: and a vCPU too
         self.refusals: list[Refusal] = []
         self._pins = 0
         self._unpinned: Event | None = None
@@ -193,6 +195,11 @@ class Kvm:
             if refusal.first <= leaf < refusal.last and (write or refusal.reads):
                 return refusal
         return None
+
+    def no_memslot(self, leaf: int) -> bool:
+        """Whether ``leaf`` lies in a memslot that is invalid or gone."""
+        refusal = self.refusal(leaf, write=False)
+        return refusal is not None and refusal.reads
 
     def leaf_mapped(self, leaf: int, t_ns: int) -> None:
         """A fault mapped ``leaf`` at ``t_ns``: tell the vCPUs that were about to."""

@@ -88,10 +88,9 @@ class MmuNotifier:
         self._active = 0  #: invalidations that began and have not ended, whether they hold or wait
         self._idle: Event | None = None
 
-    @property
-    def listening(self) -> bool:
-        """Whether what happens to the memory reaches KVM: subscribed, and in a memory slot."""
-        return self.subscribed and self._kvm.memslot
+    def hears(self, first: int, last: int) -> bool:
+        """Whether KVM hears of these leaves: subscribed, and a memslot that is there has some."""
+        return self.subscribed and self._kvm.memslots.there(first, last)
 
     def idle(self) -> Event | None:
         """None if no invalidation is active, else the event of the last one's end.
@@ -123,7 +122,7 @@ class MmuNotifier:
         kvm = self._kvm
         if change is None:
             change = kvm.zap_host
-        if not self.listening:
+        if not self.hears(first, last):
             t_ns = change(t_ns, first, last)
             if leaving is not None:
                 leaving.post(task.cpu.id, t_ns)
@@ -192,7 +191,9 @@ def unmap_range(
     ``begin`` is called once with the time of entry and returns when the walk starts. Between the
     chunks of a blockable walk the lock may be dropped (``stage2_apply_range``). Returns the end.
     """
-    parts = chunks(kvm.stage2, first, last)
+    slots = [s for s in kvm.memslots.overlapping(first, last) if kvm.memslots.there(*s)]
+    parts = [part for low, high in slots for part in chunks(kvm.stage2, low, high)]
+    ends = {high for _, high in slots}  # behind a slot's last chunk the lock is not offered
     entry = yield from _lock(kvm, task, t_ns, site)
     end = yield from reach(kvm.env, begin(entry))
     for number, (low, high) in enumerate(parts):
@@ -203,7 +204,7 @@ def unmap_range(
         if number + 1 == len(parts):
             break
         end = yield from reach(kvm.env, end)
-        if blockable and kvm.lock_break(task.cpu, end):
+        if blockable and high not in ends and kvm.lock_break(task.cpu, end):
             kvm.mmu_lock.release(end)
             task.cpu.context_switch(end)
             end = entry = yield from _lock(kvm, task, end + kvm.costs.ageing.resched_ns, site)

@@ -12,11 +12,13 @@ import numpy as np
 from simpy import Environment, Event, Process
 
 from simkvm import contenders
+from simkvm.contenders.contender import Contender
 from simkvm.guest import patterns
 from simkvm.guest.vcpu import Vcpu
 from simkvm.kernel.aging import AgeingThread
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.kvm import Kvm
+from simkvm.kernel.mglru import Lruvec
 from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
 from simkvm.kernel.task import Task
 from simkvm.kernel.teardown import Teardown
@@ -25,7 +27,9 @@ from simkvm.observe.record import Record
 from simkvm.observe.recorder import SAMPLES, Recorder
 from simkvm.observe.table_memory import TableMemory
 from simkvm.scenario.errors import InputError
+from simkvm.scenario.groups import every_guest, meant
 from simkvm.scenario.kernel import KernelVariant
+from simkvm.scenario.leaf_sizes import block_bytes, logs_writes
 from simkvm.scenario.machine import Machine
 from simkvm.scenario.schema import Guest, Scenario
 
@@ -59,17 +63,20 @@ class World:
         self.cpus = self._cpus()
         self.rcu = self._rcu()
         self._free_cpus = iter(self.cpus)
-        self.kvms = [self._guest(name, guest) for name, guest in scenario.guests.items()]
+        guests = every_guest(scenario)
+        self.kvms = [self._guest(name, guest) for name, guest in guests.items()]
+        self._charge(guests)
         self.ageing: AgeingThread | None = None
         if scenario.ageing is not None:
             task = Task("ageing", next(self._free_cpus))
             self.ageing = AgeingThread(self.kvms, task, scenario.ageing)
         by_name = {kvm.name: kvm for kvm in self.kvms}
         self.contenders = [
-            contenders.build(
-                by_name[spec.guest], Task(name, next(self._free_cpus)), self.stream(name), spec
-            )
+            contender
             for name, spec in scenario.contenders.items()
+            for contender in self._contender(
+                name, spec, [by_name[guest] for guest in meant(scenario, spec.guest)]
+            )
         ]
         self.teardowns = [
             Teardown(
@@ -78,7 +85,7 @@ class World:
                 guest.teardown.order,
                 guest.teardown.at,
             )
-            for name, guest in scenario.guests.items()
+            for name, guest in guests.items()
             if guest.teardown is not None
         ]
         self._running = sum(len(kvm.vcpus) for kvm in self.kvms) + len(self.teardowns)
@@ -100,7 +107,7 @@ class World:
     def _cpus(self) -> list[Cpu]:
         host, machine = self.scenario.host, self.machine
         number = host.cpus or machine.cores
-        vcpus = sum(guest.vcpus for guest in self.scenario.guests.values())
+        vcpus = sum(guest.vcpus for guest in every_guest(self.scenario).values())
         per_node = -(-machine.cores // machine.nodes)
         return [
             Cpu(n, n // per_node, nohz_full=host.nohz_full == "vcpus" and n < vcpus)
@@ -139,6 +146,8 @@ class World:
 
     def _guest(self, name: str, guest: Guest) -> Kvm:
         preemptible = self.scenario.host.preemption in ("full", "lazy")
+        scenario = self.scenario
+        theirs = [c for c in scenario.contenders.values() if name in meant(scenario, c.guest)]
         kvm = Kvm(
             name,
             guest,
@@ -149,8 +158,8 @@ class World:
             self.tlbi,
             self.memory,
             break_lock=preemptible or self.kernel["lock_break"] == "build",
-            block_bytes=self.scenario.block_bytes(name),
-            logged=self.scenario.logs_writes(name),
+            block_bytes=block_bytes(guest, theirs),
+            logged=logs_writes(theirs),
         )
         layout = self.stream(f"{name}/layout")
         for index in range(guest.vcpus):
@@ -168,6 +177,22 @@ class World:
             kvm.vcpus.append(Vcpu(kvm, index, next(self._free_cpus), chunks))
         return kvm
 
+    def _charge(self, guests: dict[str, Guest]) -> None:
+        """Put guests of one memcg on one lruvec."""
+        lruvecs: dict[str, Lruvec] = {}
+        for kvm in self.kvms:
+            memcg = guests[kvm.name].memcg
+            if memcg is not None:
+                lruvecs.setdefault(memcg, kvm.host.lru.lruvec).add(kvm.host.lru)
+
+    def _contender(self, name: str, spec: Any, kvms: list[Kvm]) -> list[Contender]:
+        """A thread: one contender, or one for each guest that it serves in turn."""
+        task = Task(name, next(self._free_cpus))
+        if len(kvms) == 1:
+            return [contenders.build(kvms[0], task, self.stream(name), spec)]
+        streams = [self.stream(f"{name}/{kvm.name}") for kvm in kvms]
+        return contenders.build_in_turn(kvms, task, streams, spec)
+
     # -- running ------------------------------------------------------------------------------
 
     def run(self) -> Record:
@@ -182,7 +207,7 @@ class World:
             self._running += 1
             self._until_done(self.ageing.run(self._vcpus_run))
         for contender in self.contenders:
-            env.process(contender.run())
+            env.process(contender.thread())
         env.process(self._samples())
         env.run(self._over if duration is None else duration)
         end_ns = duration if duration is not None else self._end_ns()

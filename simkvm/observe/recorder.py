@@ -51,7 +51,7 @@ class Recorder:
         for kvm in world.kvms:
             for vcpu in kvm.vcpus:
                 vcpu.catch_up(end_ns)
-            self.absorb(world, everything=True)
+        self.absorb(world, everything=True)
         passes = world.ageing.passes if world.ageing else []
         timeline = world.memory.timeline(end_ns)
         timeline["deferred_tables"] = timeline["deferred_bytes"] // min(

@@ -7,7 +7,7 @@ here and in :data:`Contender`, its thread in ``simkvm/contenders/``, a line in t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -29,7 +29,10 @@ class ContenderModel(Model):
     logs: ClassVar[bool] = False
     pages_only: ClassVar[bool] = False
 
-    guest: str = Field(description="The guest that it works on.")
+    guest: str = Field(
+        description="The guest that it works on. The name of a group of guests (count) means all: "
+        "one thread that serves them in turn, its rate shared equally; NAME07 means that one."
+    )
     start: Duration = Field(default=0, description="Simulated time at which it starts.")
 
     def sizes(self) -> dict[str, int]:
@@ -39,6 +42,18 @@ class ContenderModel(Model):
     def complaints(self) -> Iterator[tuple[str, str]]:
         """(key, what is wrong) for what two of its own keys tell together."""
         yield from ()
+
+    def share(self, number: int, guests: int) -> Self:
+        """What guest ``number`` of ``guests`` gets of a thread that serves them in turn.
+
+        A ``rate`` is that of the thread, so each guest's calls are rarer and begin one call later
+        than its neighbour's; everything else is the same for each.
+        """
+        rate = getattr(self, "rate", None)
+        if rate is None:
+            return self
+        later_ns = int(number * units.DURATION_NS["s"] / rate)
+        return self.model_copy(update={"rate": rate / guests, "start": self.start + later_ns})
 
 
 class MadviseDontneed(ContenderModel):
@@ -329,9 +344,10 @@ class OomReaper(ContenderModel):
 
 
 class Memslot(ContenderModel):
-    """The memory slot is deleted and created again, or moved (KVM_SET_USER_MEMORY_REGION)."""
+    """A memslot is deleted and created again, or moved (KVM_SET_USER_MEMORY_REGION)."""
 
     kind: Literal["memslot"] = "memslot"
+    slot: int = Field(default=0, ge=0, description="Which of the guest's memslots.")
     operation: Literal["delete", "move"] = Field(
         default="delete",
         description="delete: delete, pause, create; move: both in one call, the guest follows.",

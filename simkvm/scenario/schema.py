@@ -114,6 +114,14 @@ def _folio(data: dict[str, int]) -> int:
 class Guest(Model):
     """One virtual machine: its vCPUs, its memory, how that is mapped and how it is used."""
 
+    count: int = Field(
+        default=1,
+        ge=1,
+        le=4096,
+        description="Identical guests of this kind. Above 1 they are called NAME0, NAME1... (with "
+        "as many digits as the last needs), each with its own mmu_lock, tables and random streams; "
+        "NAME then stands for all of them.",
+    )
     vcpus: int = Field(default=1, ge=1, le=4096, description="Virtual CPUs (selftests: -v).")
     memory: Size | None = Field(
         default=None, description="Memory of the guest; give this or memory_per_vcpu."
@@ -146,6 +154,18 @@ class Guest(Model):
         default_factory=_folio,
         description="Size of the host folios behind the memory, a power-of-two multiple of "
         "page_size; it is `mapping` if that is a block. Default: mapping.",
+    )
+    memslots: int = Field(
+        default=1,
+        ge=1,
+        le=32764,
+        description="Equal memslots that the memory is cut into (selftests: -x, -s; at most "
+        "KVM_USER_MEM_SLOTS of x86). A look-up goes a level deeper each time they double.",
+    )
+    memcg: Name | None = Field(
+        default=None,
+        description="Memory cgroup of the VMM. Guests that name the same one share its lruvec, and "
+        "an ageing command walks them all before it opens a generation; null: each has its own.",
     )
     access: Access = Field(description="What each vCPU touches.")
     teardown: Teardown | None = Field(
@@ -221,19 +241,3 @@ class Scenario(Model):
         description="Whether the safety oracle should find nothing, or a violation: the run fails "
         "(exit status 1) if it is safe that was expected and a violation was found.",
     )
-
-    def block_bytes(self, guest: str) -> int | None:
-        """Size of the blocks of a guest that may have blocks and pages; None if all are alike.
-
-        A guest mapped by blocks has pages too once its writes are logged or its huge pages split;
-        one mapped by pages has blocks once khugepaged is at work.
-        """
-        spec = self.guests[guest]
-        theirs = [c for c in self.contenders.values() if c.guest == guest]
-        if spec.mapping > spec.page_size:
-            return spec.mapping if any(c.resizes or c.logs for c in theirs) else None
-        return BLOCK_BYTES[spec.page_size][0] if any(c.resizes for c in theirs) else None
-
-    def logs_writes(self, guest: str) -> bool:
-        """Whether somebody logs the guest's writes."""
-        return any(c.logs for c in self.contenders.values() if c.guest == guest)
