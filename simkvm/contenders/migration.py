@@ -66,10 +66,9 @@ class PageMover(Contender):
 
     def _batch(self, t_ns: int, folios: list[int]) -> Steps:
         """Unmap all, then move all (``migrate_folio_unmap``, ``migrate_folio_move``)."""
-        kvm, costs = self.kvm, self.kvm.costs
+        kvm = self.kvm
         gone = []
-        for first in (folio * self._folio for folio in folios):
-            last = min(first + self._folio, kvm.leaves)
+        for first, last in map(self._span, folios):
             t_ns = yield from reach(kvm.env, t_ns)
             if not (kvm.host.state[first:last] & OWN).any():
                 continue
@@ -77,10 +76,24 @@ class PageMover(Contender):
             t_ns = yield from self.invalidate(t_ns, first, last, self._depart)
             gone.append((first, last))
         for first, last in gone:
-            t_ns = yield from reach(kvm.env, t_ns + (last - first) * costs.takers.migrate_ns)
+            t_ns = yield from reach(kvm.env, t_ns + self._copy_ns(first, last))
             host_change.arrive(kvm.host, kvm.env, first, last, t_ns)
         self.moved += len(gone)
-        return t_ns + costs.ageing.resched_ns
+        return t_ns + kvm.costs.ageing.resched_ns
+
+    def _span(self, folio: int) -> tuple[int, int]:
+        """The leaves of a folio; of a huge page, if one is mapped there."""
+        host, first = self.kvm.host, folio * self._folio
+        table = first // host.entries
+        if host.huge[table]:
+            return table * host.entries, min((table + 1) * host.entries, self.kvm.leaves)
+        return first, min(first + self._folio, self.kvm.leaves)
+
+    def _copy_ns(self, first: int, last: int) -> int:
+        takers = self.kvm.costs.takers
+        if last - first == self.kvm.host.entries > self._folio:
+            return takers.migrate_huge_ns
+        return (last - first) * takers.migrate_ns
 
 
 class Migration(PageMover):

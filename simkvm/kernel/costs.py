@@ -78,6 +78,7 @@ class TakerCosts:
     pte_ns: int  #: changing one host entry in place
     ksm_scan_ns: int  #: one page: checksum and search
     migrate_ns: int  #: one leaf, its unmapping apart
+    migrate_huge_ns: int  #: one huge page that stands for a whole table of leaves
     isolate_ns: int  #: what compaction adds for a page: finding it, and a place for it
 
 
@@ -122,7 +123,7 @@ class Costs:
             ageing=_ageing(machine, deeper_ns),
             unmap=_unmap(machine),
             free=_free(machine),
-            takers=_takers(machine, leaf_bytes),
+            takers=_takers(machine, leaf_bytes, page_bytes),
             tlbi_ns=round(machine["tlbi_s2_page_ns"]),
             tlbi_all_ns=round(machine["tlbi_vmid_all_ns"]),
             tlbi_service_ns=round(machine["tlbi_global_service_ns"]),
@@ -182,7 +183,7 @@ def _copied_not_cleared(machine: Machine, leaf_bytes: int) -> float:
     return (machine["copy_4k_ns"] - machine["zero_4k_ns"]) * leaf_bytes / 4096
 
 
-def _takers(machine: Machine, leaf_bytes: int) -> TakerCosts:
+def _takers(machine: Machine, leaf_bytes: int, page_bytes: int) -> TakerCosts:
     migrate = machine["migrate_4k_ns"] + (leaf_bytes / 4096 - 1) * machine["copy_4k_ns"]
     if leaf_bytes >= 2 << 20:
         migrate = machine["migrate_2m_ns"] * leaf_bytes / (2 << 20)
@@ -190,6 +191,9 @@ def _takers(machine: Machine, leaf_bytes: int) -> TakerCosts:
         pte_ns=round(machine["pte_scan_young_ns"]),
         ksm_scan_ns=round(machine["ksm_scan_ns"]),
         migrate_ns=round(migrate - machine["unmap_s1_4k_ns"]),
+        migrate_huge_ns=round(
+            machine["migrate_2m_ns"] * (page_bytes * page_bytes // 8) / (2 << 20)
+        ),
         isolate_ns=round(machine["compaction_ns"] - machine["migrate_4k_ns"]),
     )
 

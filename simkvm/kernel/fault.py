@@ -139,8 +139,8 @@ class FaultPath:
         self.user_exits += 1
         if not refusal.reads:  # found out by GUP, not from the memory slots
             t_ns = self._mmap_lock.visit(self._cpu, t_ns, 3) + costs.vma_ns + costs.gup_hit_ns
-            if self.cached < self.cache_minimum:
-                self.cached = CACHE_CAPACITY
+        if self.cached < self.cache_minimum:
+            self.cached = CACHE_CAPACITY
         t_ns += costs.user_ns
         self._task.cpu.enter_user(t_ns - costs.user_ns, t_ns)
         return t_ns + costs.enter_ns

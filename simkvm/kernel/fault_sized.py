@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from simpy import Event
 
 from simkvm.kernel.fault import Faulting, FaultPath
-from simkvm.kernel.host_memory import OWN
+from simkvm.kernel.host_change import settle_huge
+from simkvm.kernel.host_memory import OWN, WRPROTECT
 from simkvm.kernel.sites import FAULT, PERMISSION_FAULT
 from simkvm.kernel.stage2 import AF, VALID, WRITE
 from simkvm.kernel.task import Task
@@ -72,6 +73,7 @@ class SizedFaultPath(FaultPath):
             host.install_huge(*span)
         else:
             super()._map_in_host(leaf)
+            settle_huge(host, leaf, self._write)
 
     # -- under mmu_lock -----------------------------------------------------------------------
 
@@ -127,8 +129,13 @@ class SizedFaultPath(FaultPath):
 
     def _writable(self, leaf: int, write: bool) -> int:
         """Under logging a page that is only read is mapped read-only, so that a write shows."""
-        own = self._host_state[leaf] & OWN  # else the zero page, or a read met nothing of its own
+        state = self._host_state[leaf]
+        own = state & OWN and state < WRPROTECT  # else the zero page, or one that is shared
         return WRITE if own and (write or not self._kvm.dirty_log.logs(leaf)) else 0
+
+    def _block_writable(self, leaf: int) -> int:
+        first, last = self._kvm.stage2.block_span(leaf)
+        return 0 if (self._kvm.host.state[first:last] & WRPROTECT).any() else WRITE
 
     def _map_page(self, t_ns: int, leaf: int, write: bool) -> int:
         kvm, stage2 = self._kvm, self._kvm.stage2
@@ -149,7 +156,7 @@ class SizedFaultPath(FaultPath):
     def _map_block(self, t_ns: int, leaf: int) -> int:
         kvm, stage2 = self._kvm, self._kvm.stage2
         end_ns = t_ns + kvm.block_faults.hold_ns
-        made = stage2.map_block(leaf, WRITE)
+        made = stage2.map_block(leaf, self._block_writable(leaf))
         if made:
             end_ns += self._linked(made, t_ns)
         kvm.entry_locked(self._leaf_tables(leaf), t_ns, end_ns)
@@ -162,7 +169,7 @@ class SizedFaultPath(FaultPath):
         kvm.collapses += 1
         tables, _ = stage2.subtree(leaf)
         made_ns = kvm.flush_ns(t_ns + kvm.block_faults.hold_ns, alone_ns=kvm.costs.tlbi_all_ns)
-        stage2.collapse(leaf, WRITE)
+        stage2.collapse(leaf, self._block_writable(leaf))
         kvm.entry_locked(self._leaf_tables(leaf), t_ns, made_ns)
         for table in tables:
             kvm.oracle.unlinked(table, made_ns)

@@ -8,6 +8,8 @@ They differ in what the guest's next fault finds in the host's own table:
 * merged (KSM's second step): one page that many share, never to be written;
 * a migration entry: whoever comes waits until the page has moved.
 
+A huge page of which only a part changes is split first, as the kernel does.
+
 Every change works on the leaves ``first`` up to ``last`` at once and returns how many entries it
 changed: what each costs is for the caller to say.
 """
@@ -51,6 +53,15 @@ def copies(host: HostMemory, state: int) -> bool:
     return bool(state & WRPROTECT) and host.children > 0
 
 
+def settle_huge(host: HostMemory, leaf: int, write: bool) -> None:
+    """A fault has settled ``leaf``: if a huge page is mapped there, all of that is settled."""
+    table = leaf // host.entries
+    if host.huge[table]:
+        first = table * host.entries
+        flags = PROT_NONE | WRPROTECT if write else PROT_NONE
+        host.state[first : first + host.entries] &= np.uint8(~flags & 0xFF)
+
+
 # -- changes ----------------------------------------------------------------------------------
 
 
@@ -61,10 +72,11 @@ def write_protect(host: HostMemory, first: int, last: int) -> int:
 
 def make_writable(host: HostMemory, first: int, last: int) -> int:
     """Give it back (``MM_CP_TRY_CHANGE_WRITABLE``: exclusive anonymous pages)."""
+    _split(host, first, last)
     state = host.state[first:last]
     there = (state & (OWN | WRPROTECT)) == (OWN | WRPROTECT)
     state[there] &= np.uint8(~WRPROTECT & 0xFF)
-    return int(np.count_nonzero(there))
+    return _entries(host, first + np.flatnonzero(there))
 
 
 def make_prot_none(host: HostMemory, first: int, last: int) -> int:
@@ -76,10 +88,11 @@ def make_prot_none(host: HostMemory, first: int, last: int) -> int:
 
 
 def _mark(host: HostMemory, first: int, last: int, mask: int, flag: int) -> int:
+    _split(host, first, last)
     state = host.state[first:last]
     there = (state & mask) == (OWN | PRESENT)
     state[there] |= np.uint8(flag)
-    return int(np.count_nonzero(there))
+    return _entries(host, first + np.flatnonzero(there))
 
 
 def merge(host: HostMemory, first: int, last: int) -> int:
@@ -96,11 +109,12 @@ def merge(host: HostMemory, first: int, last: int) -> int:
 
 def depart(host: HostMemory, first: int, last: int) -> int:
     """Put migration entries in the place of pages of their own (``try_to_migrate``)."""
+    _split(host, first, last)
     there = first + np.flatnonzero(host.state[first:last] & OWN)
     host.lru.remove(there)
     host.state[there] = MIGRATION
     _count(host, there, -1)
-    return len(there)
+    return _entries(host, there)
 
 
 def arrive(host: HostMemory, env: Environment, first: int, last: int, t_ns: int) -> int:
@@ -127,6 +141,21 @@ def arrival(host: HostMemory, env: Environment, leaf: int) -> Event:
     moved = Event(env)
     host.arrivals.setdefault(leaf, []).append(moved)
     return moved
+
+
+def _split(host: HostMemory, first: int, last: int) -> None:
+    """A huge page that ``first`` up to ``last`` covers only in part is mapped by pages."""
+    entries, end = host.entries, len(host.state)
+    for table in {first // entries, (last - 1) // entries}:
+        if first > table * entries or last < min((table + 1) * entries, end):
+            host.huge[table] = False
+
+
+def _entries(host: HostMemory, leaves: NDArray[np.int64]) -> int:
+    """Entries of the host's table that map ``leaves``: a huge page has one."""
+    tables = leaves // host.entries
+    huge = host.huge[tables]
+    return int(np.count_nonzero(~huge)) + len(np.unique(tables[huge]))
 
 
 def _count(host: HostMemory, leaves: NDArray[np.int64], step: int) -> None:

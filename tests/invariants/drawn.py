@@ -29,13 +29,19 @@ SHAPES = [
 ]
 
 
-def scenarios(safe: bool = True, teardown: bool | None = None) -> st.SearchStrategy[Scenario]:
-    """One guest and whatever disturbs it for some milliseconds; ``teardown``: with its end."""
-    return st.integers(0, 2**32).map(lambda number: drawn(Random(number), safe, teardown))
+def scenarios(
+    safe: bool = True, teardown: bool | None = None, takers: bool = False
+) -> st.SearchStrategy[Scenario]:
+    """One guest and whatever disturbs it for some milliseconds; ``teardown``: with its end.
+
+    ``takers``: what disturbs it does more than drop memory.
+    """
+    return st.integers(0, 2**32).map(lambda number: drawn(Random(number), safe, teardown, takers))
 
 
-def drawn(dice: Random, safe: bool, teardown: bool | None) -> Scenario:
+def drawn(dice: Random, safe: bool, teardown: bool | None, takers: bool = False) -> Scenario:
     """The scenario that ``dice`` gives."""
+    disturb = taker if takers else contender
     page, leaf, memory = dice.choice(SHAPES)
     folio = leaf if leaf > page else page * dice.choice([1, 1, 4, 16])
     memory = max(folio, memory - memory % folio)
@@ -43,13 +49,13 @@ def drawn(dice: Random, safe: bool, teardown: bool | None) -> Scenario:
         teardown = dice.random() < 0.4
     end = {"order": dice.choice(["process_exit", "close_vm"]), "at": dice.randrange(DURATION)}
     pace = {"interval": dice.choice([0, 0, 300 * US]), "start": dice.randrange(MS)}
-    vcpus, takers = dice.randint(1, 4), dice.choice([0, 1, 1, 2])
+    vcpus, disturbers = dice.randint(1, 4), dice.choice([0, 1, 1, 2]) + takers
     return scenario(
         seed=dice.randrange(100),
         machine=dice.choice(["ampere-altra-80c", "graviton3-64c"]),
         kernel=kernel(dice, safe),
         host={
-            "cpus": vcpus + 1 + takers + dice.choice([0, 3]),
+            "cpus": vcpus + 1 + disturbers + dice.choice([0, 3]),
             "hz": dice.choice([250, 1000, 1000]),
             "preemption": dice.choice(["none", "full"]),
             "nohz_full": dice.choice(["none", "none", "vcpus"]),
@@ -65,7 +71,7 @@ def drawn(dice: Random, safe: bool, teardown: bool | None) -> Scenario:
             "teardown": end if teardown else None,
         },
         ageing=pace if dice.random() < 0.8 else None,
-        contenders={f"c{number}": contender(dice, memory, page, leaf) for number in range(takers)},
+        contenders={f"c{n}": disturb(dice, memory, page, leaf) for n in range(disturbers)},
         ties=dice.choice(["fifo", "fifo", "shuffle"]),
     )
 
@@ -125,3 +131,33 @@ def contender(dice: Random, memory: int, page: int, leaf: int) -> dict[str, Any]
         "idle": dice.choice([0, 500 * US]),
         "batch": 2,
     }
+
+
+def taker(dice: Random, memory: int, page: int, leaf: int) -> dict[str, Any]:
+    """One that changes host pages in another way, or the memory slot, or maps ahead."""
+    part = min(memory, leaf * dice.choice([1, 7, 64, 600]))
+    kinds: list[dict[str, Any]] = [
+        {"kind": "migration", "range": part, "batch": dice.choice([1, 64, 512]), "interval": MS},
+        {"kind": "compaction", "pages": dice.choice([5, 70]), "interval": 500 * US},
+        {"kind": "numa_balancing", "scan_size": part, "period": 300 * US, "delay": 0},
+        {"kind": "mprotect", "range": part, "read_only": 200 * US, "writable": 400 * US},
+        {"kind": "fork", "child": dice.choice([0, 300 * US]), "interval": MS},
+        {"kind": "memslot", "operation": dice.choice(["delete", "move"]), "interval": MS},
+        {"kind": "memslot", "pause": 300 * US},
+        {"kind": "pre_fault", "populated": dice.random() < 0.5, "call": dice.choice([None, part])},
+    ]
+    if leaf == page:
+        kinds += 3 * [
+            {
+                "kind": "ksm",
+                "sleep": 50 * US,
+                "duplicates": dice.choice([0.1, 0.9]),
+                "copies": dice.choice([2, 30]),
+                "smart_scan": dice.random() < 0.5,
+            }
+        ]
+    if dice.random() < 0.15:
+        kinds = [{"kind": "oom_reaper", "delay": dice.choice([0, MS])}]
+    if dice.random() < 0.25:
+        return contender(dice, memory, page, leaf)
+    return {"guest": "vm0", "start": dice.randrange(2 * MS), **dice.choice(kinds)}

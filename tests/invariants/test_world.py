@@ -88,6 +88,12 @@ def test_every_rule_holds_while_a_vm_is_torn_down(spec: Scenario) -> None:
     every_rule_holds(spec)
 
 
+@settings(max_examples=24, phases=[Phase.generate])
+@given(drawn.scenarios(takers=True))
+def test_every_rule_holds_whatever_takes_the_lock(spec: Scenario) -> None:
+    every_rule_holds(spec)
+
+
 def ending(at: int) -> Scenario:
     """A VM closed while its one host table is aged without the lock, its root freed in release."""
     return scenario(
