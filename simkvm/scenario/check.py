@@ -144,7 +144,7 @@ def _memslots(guest: Guest, keys: Keys) -> Iterator[Problem]:
     """Slots are equal and, like the selftests' (memstress.c), leave nothing over."""
     unit, name = max((guest.page_size, "page_size"), (guest.mapping, "mapping"))
     size, rest = divmod(guest.memory_bytes, guest.memslots)
-    if rest or size % unit:
+    if guest.memslots > 1 and (rest or size % unit):
         memory, each = exact_size(guest.memory_bytes), exact_size(unit)
         message = f"{memory} cannot be cut into {guest.memslots} slots that are equal multiples"
         yield Problem((*keys, "memslots"), f"{message} of {name}, {each}")
