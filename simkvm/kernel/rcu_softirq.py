@@ -158,7 +158,7 @@ class Invocation:
         return t_ns
 
     def _invoke(self, data: RcuData, t_ns: int) -> int:
-        _, callback, index = data.callbacks.take()
+        _, callback, index, _ = data.callbacks.take()
         data.taken += 1
         cost_ns = callback(t_ns) if index == ALONE else callback(t_ns, index)
         return t_ns + self._costs.callback_invoke_ns + cost_ns
