@@ -47,7 +47,10 @@ class Cpu:
     ``stolen_ns``: softirq time not yet collected by the actor that it was taken from.
     """
 
-    __slots__ = ("_extended", "_quiet", "_told", "id", "node", "nohz_full", "offloaded", "stolen_ns")
+    __slots__ = (
+        *("_extended", "_quiet", "_told"),
+        *("id", "node", "nohz_full", "offloaded", "stolen_ns"),
+    )
 
     def __init__(
         self, cpu_id: int, node: int = 0, nohz_full: bool = False, offloaded: bool = False

@@ -68,6 +68,9 @@ class Kvm:
         self.notifier = MmuNotifier(self, Srcu(env, self.costs.wakeup_ns))
         self.oracle = Oracle(name)
         self.table_free = table_free.POLICIES[kernel["table_free"]]()
+        self._queue_callback = {"call_rcu": rcu.call_rcu, "call_rcu_hurry": rcu.call_rcu_hurry}[
+            kernel["table_callback"]
+        ]
         self.deferred_tlbi = (
             kernel["unmap_tlbi"] == "deferred" and machine.tlbirange and machine.fwb
         )
@@ -116,7 +119,7 @@ class Kvm:
     def call_rcu(self, t_ns: int, cpu: int, table: TableId) -> None:
         """Leave ``table`` to a callback on ``cpu``."""
         self.memory.deferred(t_ns, self.table_bytes)
-        self.rcu.call_rcu(t_ns, cpu, partial(self._rcu_callback, table))
+        self._queue_callback(t_ns, cpu, partial(self._rcu_callback, table))
 
     def _rcu_callback(self, table: TableId, t_ns: int) -> int:
         return self.table_free.callback(self, table, t_ns)

@@ -52,7 +52,7 @@ class Bypass:
             self.flush(jiffy)
             self._callbacks.append(entry)
             return True
-        old = only_lazy and self._lazy_is_old(jiffy) or not only_lazy and jiffy != self._first
+        old = self._lazy_is_old(jiffy) if only_lazy else jiffy != self._first
         self._callbacks.bypass.append(entry)
         self.lazy += lazy
         if held and (old or held >= self._config.qhimark):

@@ -202,9 +202,7 @@ class GracePeriods:
         self._scans += 1
         self.n_force_qs += 1
         self._overload = self._overload_next
-        self._overload_next = any(
-            data.length_at(t_ns) >= self._config.qovld for data in self._data
-        )
+        self._overload_next = any(data.length_at(t_ns) >= self._config.qovld for data in self._data)
         self._check_stall(t_ns)
         duration_ns = self._costs.core_ns + self._costs.fqs_scan_per_cpu_ns * len(looked_at)
         self._kthread.cpu.steal(t_ns, duration_ns)
@@ -253,7 +251,8 @@ class GracePeriods:
             data.need_heavy_qs |= heavy
             self._urge(data, t_ns)
         since_resched = jiffy - data.last_resched_jiffy
-        if data.cpu.nohz_full and (since_resched > 3 * config.jiffies_to_sched_qs or self._overload):
+        resched_age = 3 * config.jiffies_to_sched_qs
+        if data.cpu.nohz_full and (since_resched > resched_age or self._overload):
             data.last_resched_jiffy = jiffy
             self._urge(data, t_ns)
 

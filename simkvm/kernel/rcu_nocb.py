@@ -1,9 +1,10 @@
 """Offloaded callbacks, which kthreads look after (kernel/rcu/tree_nocb.h, v6.12).
 
-The callbacks of CPUs named by rcu_nocbs=, and of all nohz_full ones, wait for no tick of their CPU.
-A call on a CPU without pending callbacks wakes its rcuog kthread. That numbers them, sleeps until the
-end of the grace period that they wait for, and hands them to the rcuo kthread, which invokes all that
-are ready. What is queued meanwhile is numbered when rcuog runs again. Both run on a housekeeping CPU.
+The callbacks of CPUs named by rcu_nocbs=, and of all nohz_full ones, wait for no tick of their
+CPU. A call on a CPU without pending callbacks wakes its rcuog kthread. That numbers them, sleeps
+until the end of the grace period that they wait for, and hands them to the rcuo kthread, which
+invokes all that are ready. What is queued meanwhile is numbered when rcuog runs again. Both run on
+a housekeeping CPU.
 
 Calls are looked at in order of time but late, at the latest when rcuog would run because of one:
 until then nothing depends on them.
@@ -81,7 +82,7 @@ class Offload:
                 self._tell(data, all_done, entry[0])
 
     def _tell(self, data: RcuData, all_done: bool, t_ns: int) -> None:
-        """Wake rcuog, now or later, if the call at ``t`` makes it necessary (call_rcu_nocb_wake)."""
+        """Wake rcuog, now or later, if the call at ``t`` needs it (call_rcu_nocb_wake)."""
         if all_done:
             data.qlen_last_fqs_check = data.length
             if data.bypass.lazy and data.bypass.only_lazy:

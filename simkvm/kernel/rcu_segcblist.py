@@ -7,8 +7,8 @@ and advancing cost the same for one callback and for a hundred thousand.
 Callers compute ahead, so a callback may carry a time that has not come. It stays outside the
 segments until the CPU looks at a later time.
 
-An offloaded CPU has a bypass list beside the segments (``nocb_bypass``): callbacks in it are younger
-than all in the segments, and belong to none until they are flushed into NEXT.
+An offloaded CPU has a bypass list beside the segments (``nocb_bypass``): callbacks in it are
+younger than all in the segments, and belong to none until they are flushed into NEXT.
 """
 
 from __future__ import annotations

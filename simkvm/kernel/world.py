@@ -102,8 +102,9 @@ class World:
         number = host.cpus or machine.cores
         vcpus = sum(guest.vcpus for guest in self.scenario.guests.values())
         per_node = -(-machine.cores // machine.nodes)
+        first = {"none": 0, "vcpus": vcpus, "all": number}  # vCPUs have the lowest numbers
         return [
-            Cpu(n, n // per_node, nohz_full=host.nohz_full == "vcpus" and n < vcpus)
+            Cpu(n, n // per_node, n < first[host.nohz_full], n < first[host.rcu.nocbs])
             for n in range(number)
         ]
 
@@ -111,11 +112,12 @@ class World:
         host, machine = self.scenario.host, self.machine
         config = RcuConfig(
             hz=host.hz,
-            preemptible=host.preemption in ("full", "lazy"),
+            preemptible=host.preemptible_rcu,
             nr_cpu_ids=machine.cores,
             blimit=host.rcu.blimit,
             qhimark=host.rcu.qhimark,
             qlowmark=host.rcu.qlowmark,
+            lazy=host.rcu.lazy,
         )
         costs = RcuCosts(
             call_rcu_ns=round(machine["call_rcu_ns"]),
@@ -138,7 +140,6 @@ class World:
             kvm.oracle.grace_period(start_ns, end_ns)
 
     def _guest(self, name: str, guest: Guest) -> Kvm:
-        preemptible = self.scenario.host.preemption in ("full", "lazy")
         kvm = Kvm(
             name,
             guest,
@@ -148,7 +149,7 @@ class World:
             self.rcu,
             self.tlbi,
             self.memory,
-            break_lock=preemptible or self.kernel["lock_break"] == "build",
+            break_lock=self.scenario.host.preemptible or self.kernel["lock_break"] == "build",
         )
         layout = self.stream(f"{name}/layout")
         for index in range(guest.vcpus):
