@@ -32,7 +32,7 @@ class Bypass:
         self._callbacks = callbacks
         self._config = config
         self._first = 0  # when the oldest of the list came, or the list was flushed
-        self._last = 0  # jiffy of the last call
+        self._last = -1  # jiffy of the last call
         self._count = 0  # calls in that jiffy, and what earlier ones left over
         self.lazy = 0  #: lazy callbacks in the list (lazy_len)
 

@@ -18,36 +18,36 @@ from simkvm.scenario.kernel import (
 # Policies in columns, in the order of POLICIES. A change here is a change of what is simulated.
 PINNED = {
     "linux-6.4": (
-        "read inline blind write clear_flush_young per_leaf build in_release single direct "
-        "broadcast vmid"
-    ),
-    "linux-6.4-yuzhao-v2": (
-        "read put_page_rcu bitmap none look_around per_leaf build after_unregister single direct "
-        "broadcast vmid"
-    ),
-    "linux-6.4-upton": (
-        "read free_removed_table bitmap none look_around per_leaf build after_unregister single "
+        "read inline call_rcu blind write clear_flush_young per_leaf build in_release single "
         "direct broadcast vmid"
     ),
+    "linux-6.4-yuzhao-v2": (
+        "read put_page_rcu call_rcu bitmap none look_around per_leaf build after_unregister "
+        "single direct broadcast vmid"
+    ),
+    "linux-6.4-upton": (
+        "read free_removed_table call_rcu bitmap none look_around per_leaf build after_unregister "
+        "single direct broadcast vmid"
+    ),
     "linux-6.4-upton-count-test": (
-        "read free_removed_table_count_test bitmap none look_around per_leaf build "
+        "read free_removed_table_count_test call_rcu bitmap none look_around per_leaf build "
         "after_unregister single direct broadcast vmid"
     ),
     "linux-6.12": (
-        "read inline per_pte write look_around deferred runtime in_release single direct "
+        "read inline call_rcu per_pte write look_around deferred runtime in_release single direct "
         "local range"
     ),
     "linux-7.1": (
-        "read inline per_folio write look_around deferred runtime in_release chunked two_step "
-        "local range"
+        "read inline call_rcu per_folio write look_around deferred runtime in_release chunked "
+        "two_step local range"
     ),
     "linux-7.1-read-locked": (
-        "read inline per_folio read look_around deferred runtime in_release chunked two_step "
-        "local range"
+        "read inline call_rcu per_folio read look_around deferred runtime in_release chunked "
+        "two_step local range"
     ),
     "linux-7.1-lockless": (
-        "read put_page_rcu per_folio none look_around deferred runtime after_unregister chunked "
-        "two_step local range"
+        "read put_page_rcu call_rcu per_folio none look_around deferred runtime after_unregister "
+        "chunked two_step local range"
     ),
 }
 RELEASED = {"linux-6.4", "linux-6.12", "linux-7.1"}
