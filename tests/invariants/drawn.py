@@ -59,6 +59,7 @@ def drawn(dice: Random, safe: bool, teardown: bool | None, takers: bool = False)
             "hz": dice.choice([250, 1000, 1000]),
             "preemption": dice.choice(["none", "full"]),
             "nohz_full": dice.choice(["none", "none", "vcpus"]),
+            "rcu": rcu(dice),
         },
         duration=DURATION,
         guest={
@@ -74,6 +75,13 @@ def drawn(dice: Random, safe: bool, teardown: bool | None, takers: bool = False)
         contenders={f"c{n}": disturb(dice, memory, page, leaf) for n in range(disturbers)},
         ties=dice.choice(["fifo", "fifo", "shuffle"]),
     )
+
+
+def rcu(dice: Random) -> dict[str, Any]:
+    """Offloaded callbacks or not; lazy ones outlast the run."""
+    nocbs = dice.choice(["none", "none", "vcpus", "all"])
+    lazy = nocbs != "none" and dice.random() < 0.3
+    return {"nocbs": nocbs, "lazy": lazy, "preemptible": dice.choice([None, True])}
 
 
 def kernel(dice: Random, safe: bool) -> dict[str, Any]:

@@ -471,6 +471,15 @@ WRONG = {
         changed(("duration: 1 s", "duration: 1 s\nhost: {rcu: {qlowmark: 10001}}")),
         "w.yaml:5:14: host.rcu.qlowmark: 10001 is above qhimark, 10000",
     ),
+    "lazy callbacks without a CPU that has them": (
+        changed(("duration: 1 s", "duration: 1 s\nhost: {rcu: {lazy: true}}")),
+        "w.yaml:5:14: host.rcu.lazy: needs an offloaded CPU: host.rcu.nocbs or host.nohz_full",
+    ),
+    "preemption without preemptible RCU": (
+        changed(("duration: 1 s", "duration: 1 s\nhost: {rcu: {preemptible: false}}")),
+        "w.yaml:5:14: host.rcu.preemptible: preemption full always has preemptible RCU "
+        "(did you mean 'true'?)",
+    ),
     "range and pages": (
         changed(("2 MiB", "6 KiB")),
         "w.yaml:18:5: contenders.drop.range: 6 KiB is not a multiple of the guest's page_size",
