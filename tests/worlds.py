@@ -206,17 +206,20 @@ def _listen_to_invalidations(notes: Journal, patch: pytest.MonkeyPatch) -> None:
 
 
 def _listen_to_rcu(notes: Journal, patch: pytest.MonkeyPatch) -> None:
-    queue, queue_many = Rcu.call_rcu, Rcu.call_rcu_many
+    queue_many = Rcu.call_rcu_many
 
-    def call_rcu(rcu: Rcu, t_ns: int, cpu_id: int, callback: Callable[[int], int]) -> int:
-        note = Callback(cpu_id, t_ns)
-        notes.callbacks.append(note)
+    def noted(queue: Callable[..., int]) -> Callable[..., int]:
+        def call_rcu(rcu: Rcu, t_ns: int, cpu_id: int, callback: Callable[[int], int]) -> int:
+            note = Callback(cpu_id, t_ns)
+            notes.callbacks.append(note)
 
-        def invoked(at_ns: int) -> int:
-            note.invoked_ns.append(at_ns)
-            return callback(at_ns)
+            def invoked(at_ns: int) -> int:
+                note.invoked_ns.append(at_ns)
+                return callback(at_ns)
 
-        return queue(rcu, t_ns, cpu_id, invoked)
+            return queue(rcu, t_ns, cpu_id, invoked)
+
+        return call_rcu
 
     def call_rcu_many(
         rcu: Rcu, times_ns: Sequence[int], cpu_id: int, callback: Callable[[int, int], int]
@@ -230,7 +233,8 @@ def _listen_to_rcu(notes: Journal, patch: pytest.MonkeyPatch) -> None:
 
         return queue_many(rcu, times_ns, cpu_id, invoked)
 
-    patch.setattr(Rcu, "call_rcu", call_rcu)
+    patch.setattr(Rcu, "call_rcu", noted(Rcu.call_rcu))
+    patch.setattr(Rcu, "call_rcu_hurry", noted(Rcu.call_rcu_hurry))
     patch.setattr(Rcu, "call_rcu_many", call_rcu_many)
 
 

@@ -1,9 +1,9 @@
 """The OOM reaper: takes all memory of a process that was killed but does not get to exit.
 
 Source: mm/oom_kill.c (``queue_oom_reaper``, ``__oom_reap_task_mm``), v6.12. The kill ends the
-threads of the vCPUs; if the process has not taken its memory down two seconds later, the reaper
-does it: one range start and end, not blockable, so that the lock is never dropped between chunks,
-however many wait for it. It only tries ``mmap_lock``: ten times, a tenth of a second apart.
+threads of the vCPUs; if the process has not taken its memory down 2 s later, the reaper does it:
+one range start and end, not blockable, so that the lock is never dropped between chunks, however
+many wait for it. It only tries ``mmap_lock``: ten times, a tenth of a second apart.
 """
 
 from __future__ import annotations

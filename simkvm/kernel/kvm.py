@@ -95,6 +95,9 @@ class Kvm:
         self.table_free = table_free.POLICIES[kernel["table_free"]]()
         self.collapse_free = table_free.COLLAPSE[kernel["collapse_free"]]()
         self.dirty_log = DirtyLog(self, machine)
+        self._queue_callback = {"call_rcu": rcu.call_rcu, "call_rcu_hurry": rcu.call_rcu_hurry}[
+            kernel["table_callback"]
+        ]
         self.deferred_tlbi = (
             kernel["unmap_tlbi"] == "deferred" and machine.tlbirange and machine.fwb
         )
@@ -149,7 +152,7 @@ class Kvm:
     def call_rcu(self, t_ns: int, cpu: int, table: TableId) -> None:
         """Leave ``table`` to a callback on ``cpu``."""
         self.memory.deferred(t_ns, self.table_bytes)
-        self.rcu.call_rcu(t_ns, cpu, partial(self._rcu_callback, table))
+        self._queue_callback(t_ns, cpu, partial(self._rcu_callback, table))
 
     def _rcu_callback(self, table: TableId, t_ns: int) -> int:
         cost_ns = self.table_free.callback(self, table, t_ns)
@@ -162,7 +165,7 @@ class Kvm:
     ) -> None:
         """Leave ``tables`` to one ``callback`` on ``cpu``, which returns what it costs."""
         self.memory.deferred(t_ns, len(tables) * self.table_bytes)
-        self.rcu.call_rcu(t_ns, cpu, partial(self._subtree_callback, tables, callback))
+        self._queue_callback(t_ns, cpu, partial(self._subtree_callback, tables, callback))
 
     def _subtree_callback(
         self, tables: Sequence[TableId], callback: Callable[[int], int], t_ns: int

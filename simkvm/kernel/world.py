@@ -109,8 +109,9 @@ class World:
         number = host.cpus or machine.cores
         vcpus = sum(guest.vcpus for guest in every_guest(self.scenario).values())
         per_node = -(-machine.cores // machine.nodes)
+        first = {"none": 0, "vcpus": vcpus, "all": number}  # vCPUs have the lowest numbers
         return [
-            Cpu(n, n // per_node, nohz_full=host.nohz_full == "vcpus" and n < vcpus)
+            Cpu(n, n // per_node, n < first[host.nohz_full], n < first[host.rcu.nocbs])
             for n in range(number)
         ]
 
@@ -118,11 +119,12 @@ class World:
         host, machine = self.scenario.host, self.machine
         config = RcuConfig(
             hz=host.hz,
-            preemptible=host.preemption in ("full", "lazy"),
+            preemptible=host.preemptible_rcu,
             nr_cpu_ids=machine.cores,
             blimit=host.rcu.blimit,
             qhimark=host.rcu.qhimark,
             qlowmark=host.rcu.qlowmark,
+            lazy=host.rcu.lazy,
         )
         costs = RcuCosts(
             call_rcu_ns=round(machine["call_rcu_ns"]),
@@ -145,7 +147,6 @@ class World:
             kvm.oracle.grace_period(start_ns, end_ns)
 
     def _guest(self, name: str, guest: Guest) -> Kvm:
-        preemptible = self.scenario.host.preemption in ("full", "lazy")
         scenario = self.scenario
         theirs = [c for c in scenario.contenders.values() if name in meant(scenario, c.guest)]
         kvm = Kvm(
@@ -157,7 +158,7 @@ class World:
             self.rcu,
             self.tlbi,
             self.memory,
-            break_lock=preemptible or self.kernel["lock_break"] == "build",
+            break_lock=scenario.host.preemptible or self.kernel["lock_break"] == "build",
             block_bytes=block_bytes(guest, theirs),
             logged=logs_writes(theirs),
         )

@@ -69,6 +69,12 @@ def _host(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Iterat
     if machine.nodes > 1 and "c2c_remote_ns" not in machine:
         message = f"{machine.nodes} nodes of {machine.name} need a c2c_remote_ns between them"
         yield Problem(("machine",), f"{message}: {machine.not_applicable['c2c_remote_ns']}")
+    if rcu.lazy and rcu.nocbs == "none" and scenario.host.nohz_full == "none":
+        message = "needs an offloaded CPU: host.rcu.nocbs or host.nohz_full"
+        yield Problem(("host", "rcu", "lazy"), message)
+    if rcu.preemptible is False and scenario.host.preemptible:
+        message = f"preemption {scenario.host.preemption} always has preemptible RCU"
+        yield Problem(("host", "rcu", "preemptible"), message, "true")
     cpus = scenario.host.cpus or machine.cores
     if cpus > machine.cores:
         message = f"{cpus} CPUs are more than the {machine.cores} cores of {machine.name}"
@@ -144,7 +150,7 @@ def _memslots(guest: Guest, keys: Keys) -> Iterator[Problem]:
     """Slots are equal and, like the selftests' (memstress.c), leave nothing over."""
     unit, name = max((guest.page_size, "page_size"), (guest.mapping, "mapping"))
     size, rest = divmod(guest.memory_bytes, guest.memslots)
-    if rest or size % unit:
+    if guest.memslots > 1 and (rest or size % unit):
         memory, each = exact_size(guest.memory_bytes), exact_size(unit)
         message = f"{memory} cannot be cut into {guest.memslots} slots that are equal multiples"
         yield Problem((*keys, "memslots"), f"{message} of {name}, {each}")

@@ -28,6 +28,10 @@ POLICIES: Final[dict[str, dict[str, str]]] = {
         "free_removed_table": "as put_page_rcu, and the callback walks the empty table first",
         "free_removed_table_count_test": "as free_removed_table, but a count of 1 skips the walk",
     },
+    "table_callback": {
+        "call_rcu": "a table's callback is lazy where the host has lazy callbacks",
+        "call_rcu_hurry": "a table's callback is never lazy",
+    },
     "ageing_call": {
         "blind": "MGLRU's page-table walk asks nobody: it sees host accesses only",
         "per_pte": "one notifier call for each present PTE",

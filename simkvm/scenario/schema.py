@@ -53,7 +53,7 @@ def _granule(value: int) -> int:
 
 
 class Rcu(Model):
-    """RCU's callback limits, as `rcutree` takes them on the kernel command line."""
+    """RCU as it is built and booted: limits of `rcutree`, offloading, lazy callbacks."""
 
     blimit: int = Field(
         default=10, ge=1, description="Callbacks invoked in one batch (rcutree.blimit, rcu/tree.c)."
@@ -68,6 +68,22 @@ class Rcu(Model):
         ge=0,
         description="Queued callbacks of one CPU below which batches shrink back "
         "(rcutree.qlowmark).",
+    )
+    nocbs: Literal["none", "vcpus", "all"] = Field(
+        default="none",
+        description="CPUs whose callbacks are left to the rcuog and rcuo kthreads (rcu_nocbs=, "
+        "rcu/tree_nocb.h): none, those that run vCPUs, or all. nohz_full CPUs always are.",
+    )
+    lazy: bool = Field(
+        default=False,
+        description="Whether call_rcu() on an offloaded CPU may sit for 10 s to save power "
+        "(CONFIG_RCU_LAZY with rcutree.enable_rcu_lazy). What the kernel's policy table_callback "
+        "says decides whether tables wait with it; needs an offloaded CPU.",
+    )
+    preemptible: bool | None = Field(
+        default=None,
+        description="Whether RCU readers can be preempted (CONFIG_PREEMPT_RCU); null: as "
+        "`preemption` says. A PREEMPT_DYNAMIC kernel booted with preempt=none has true.",
     )
 
 
@@ -90,7 +106,17 @@ class Host(Model):
         description="CPUs without ticks in guest mode (nohz_full=): none, or those that run vCPUs. "
         "Such a CPU is an extended quiescent state for RCU while in the guest.",
     )
-    rcu: Rcu = Field(default=Rcu(), description="RCU's callback limits.")
+    rcu: Rcu = Field(default=Rcu(), description="How RCU is built and booted.")
+
+    @property
+    def preemptible(self) -> bool:
+        """Whether the kernel runs preemptible (sched/core.c, preempt_model_preemptible())."""
+        return self.preemption in ("full", "lazy")
+
+    @property
+    def preemptible_rcu(self) -> bool:
+        """Whether the kernel is built with CONFIG_PREEMPT_RCU."""
+        return self.preemptible if self.rcu.preemptible is None else self.rcu.preemptible
 
 
 class Teardown(Model):

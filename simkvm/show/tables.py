@@ -16,7 +16,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from simkvm.show.distribution import site_figure
+from simkvm.scenario.groups import member_names
+from simkvm.show.distribution import site_figure, together
 from simkvm.show.points import (
     AxisOfStudy,
     OneOrMany,
@@ -71,7 +72,7 @@ def headline(result: ResultLike) -> RenderableType:
 
 def describe_guest(guest: Mapping[str, Any]) -> str:
     """One line about a guest of a resolved scenario."""
-    vcpus = int(guest.get("vcpus", 1))
+    vcpus, count = int(guest.get("vcpus", 1)), int(guest.get("count", 1))
     memory = _size_of(guest.get("memory") or guest.get("memory_per_vcpu"))
     each = "" if guest.get("memory") else " each"
     pages = f"{_size_of(guest.get('page_size', 4096))} pages"
@@ -79,7 +80,8 @@ def describe_guest(guest: Mapping[str, Any]) -> str:
     mapped = f" mapped as {_size_of(mapping)}" if mapping not in (None, page) else ""
     pattern = guest.get("access", {}).get("pattern", "?")
     plural = "vCPU" if vcpus == 1 else "vCPUs"
-    return f"{vcpus} {plural}, {memory}{each} in {pages}{mapped}, {pattern}"
+    times = f"{count} x " if count > 1 else ""
+    return f"{times}{vcpus} {plural}, {memory}{each} in {pages}{mapped}, {pattern}"
 
 
 def verdict(result: ResultLike) -> Text:
@@ -97,12 +99,12 @@ def verdict(result: ResultLike) -> Text:
 
 
 def guest_table(result: ResultLike) -> RenderableType:
-    """Touches and faults, one row a guest if there are several and samples of each."""
+    """Touches and faults, one row a guest or group if there are several and samples of each."""
     summary = summary_of(result)
     headers = ["guest", "touches", "touches/s", "faults", "retries", "vCPU wall"]
     rows = [
         [
-            "all" if len(result.scenario.get("guests", {})) > 1 else _only_guest(result),
+            "all" if len(set(_labels(result).values())) > 1 else _only_guest(result),
             _count(summary.get("touches")),
             _count(summary.get("touches_per_s")),
             _count(summary.get("faults")),
@@ -114,7 +116,7 @@ def guest_table(result: ResultLike) -> RenderableType:
 
 
 def ageing_table(result: ResultLike) -> RenderableType:
-    """Ageing passes of each guest."""
+    """Ageing passes over each guest, those over the guests of a group together."""
     passes = result.passes
     if passes.empty:
         return Group(Text("Ageing", "bold"), "  no pass was completed", "")
@@ -123,15 +125,21 @@ def ageing_table(result: ResultLike) -> RenderableType:
         *("pages\nscanned", "young", "young\nshare", "calls"),
     ]
     return titled_table(
-        "Ageing passes", headers, [_ageing_row(*group) for group in passes.groupby("guest")]
+        "Ageing passes",
+        headers,
+        [_ageing_row(*group) for group in passes.groupby(_labelled(result, passes["guest"]))],
     )
 
 
 def lock_tables(result: ResultLike) -> list[RenderableType]:
-    """Acquisitions, contention, waits and holds by call site and mode; a table a guest and lock."""
+    """Acquisitions, contention, waits and holds by call site and mode.
+
+    A table a lock and guest; the locks of the guests of a group are shown together.
+    """
     locks = result.locks
     if locks.empty:
         return [Group(Text("mmu_lock", "bold"), "  was never taken", "")]
+    label = _labelled(result, locks["guest"])
     several = locks["guest"].nunique() > 1
     headers = [
         *("site", "mode", "acqui-\nsitions", "con-\ntended"),
@@ -142,10 +150,10 @@ def lock_tables(result: ResultLike) -> list[RenderableType]:
         titled_table(
             f"{lock}{f' of {guest}' if several else ''}, by call site and mode",
             headers,
-            _lock_rows(table),
+            _lock_rows(_one_lock(result, table)),
             left=2,
         )
-        for (lock, guest), table in locks.groupby(["lock", "guest"])
+        for (lock, guest), table in locks.groupby(["lock", label])
     ]
 
 
@@ -203,25 +211,60 @@ def sweep_report(results: OneOrMany, failed: Iterable[Mapping[str, Any]] = ()) -
     return Group(*parts) if parts else Group("no finished point")
 
 
+def _labels(result: ResultLike) -> dict[str, str]:
+    """What reports call each guest: its name, or that of its group and how many there are."""
+    return {
+        member: name if (count := int(guest.get("count", 1))) == 1 else f"{name} ({count})"
+        for name, guest in result.scenario.get("guests", {}).items()
+        for member in member_names(name, int(guest.get("count", 1)))
+    }
+
+
+def _labelled(result: ResultLike, guests: pd.Series[Any]) -> pd.Series[Any]:
+    labels = _labels(result)
+    return guests.map(lambda guest: labels.get(guest, guest))
+
+
+def _one_lock(result: ResultLike, table: pd.DataFrame) -> pd.DataFrame:
+    """A row a site and mode, whether the rows are those of one guest's lock or of several."""
+    guests = set(table["guest"])
+    if len(guests) == 1:
+        return table
+    histograms = result.histograms
+    ours = histograms["guest"].isin(guests) & histograms["lock"].isin(set(table["lock"]))
+    return together(table, histograms[ours])
+
+
 def _only_guest(result: ResultLike) -> str:
-    return next(iter(result.scenario.get("guests", {})), "all")
+    return next(iter(_labels(result).values()), "all")
 
 
 def _rows_by_guest(result: ResultLike) -> list[Row]:
     series = getattr(result, "series", None)
-    if series is None or series.empty or len(result.scenario.get("guests", {})) < 2:
+    labels = _labels(result)
+    if series is None or series.empty or len(labels) < 2:
         return []
     last = series.sort_values("t_ns", kind="stable").groupby("guest", sort=False).last()
+    groups = last.groupby(last.index.map(lambda guest: labels.get(guest, guest)), sort=False)
+    rows: list[Row] = []
+    for label, members in groups:
+        if len(groups) > 1:
+            rows.append(_guest_row(str(label), {**members.sum(), "t_ns": members["t_ns"].max()}))
+        if len(members) > 1:
+            by_touches = members.sort_values("touches", kind="stable")
+            rows.append(_guest_row(f"  least: {by_touches.index[0]}", by_touches.iloc[0]))
+            rows.append(_guest_row(f"  most: {by_touches.index[-1]}", by_touches.iloc[-1]))
+    return rows
+
+
+def _guest_row(name: str, sample: Mapping[str, Any] | pd.Series[Any]) -> Row:
     return [
-        [
-            str(guest),
-            _count(row["touches"]),
-            _count(row["touches"] / (row["t_ns"] / 1e9)) if row["t_ns"] else NOTHING,
-            _count(row["faults"]),
-            _count(row["retries"]),
-            NOTHING,
-        ]
-        for guest, row in last.iterrows()
+        name,
+        _count(sample["touches"]),
+        _count(sample["touches"] / (sample["t_ns"] / 1e9)) if sample["t_ns"] else NOTHING,
+        _count(sample["faults"]),
+        _count(sample["retries"]),
+        NOTHING,
     ]
 
 

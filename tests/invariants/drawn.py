@@ -16,6 +16,11 @@ from simkvm.scenario.kernel import POLICIES, kernel_names, load_kernel
 from simkvm.scenario.schema import Scenario
 
 KERNELS = [name for name in kernel_names() if load_kernel(name).arch == "arm64"]
+#: Of each policy, the values that an arm64 kernel can have.
+VALUES = {
+    policy: [value for value in values if any(load_kernel(k)[policy] == value for k in KERNELS)]
+    for policy, values in POLICIES.items()
+}
 DEFERRED = [value for value in POLICIES["table_free"] if value != "inline"]
 DURATION = 8 * MS
 
@@ -59,6 +64,7 @@ def drawn(dice: Random, safe: bool, teardown: bool | None, takers: bool = False)
             "hz": dice.choice([250, 1000, 1000]),
             "preemption": dice.choice(["none", "full"]),
             "nohz_full": dice.choice(["none", "none", "vcpus"]),
+            "rcu": rcu(dice),
         },
         duration=DURATION,
         guest={
@@ -76,11 +82,18 @@ def drawn(dice: Random, safe: bool, teardown: bool | None, takers: bool = False)
     )
 
 
+def rcu(dice: Random) -> dict[str, Any]:
+    """Offloaded callbacks or not; lazy ones outlast the run."""
+    nocbs = dice.choice(["none", "none", "vcpus", "all"])
+    lazy = nocbs != "none" and dice.random() < 0.3
+    return {"nocbs": nocbs, "lazy": lazy, "preemptible": dice.choice([None, True])}
+
+
 def kernel(dice: Random, safe: bool) -> dict[str, Any]:
     """A shipped kernel with some policies changed; if not ``safe``, lock-free and freed at once."""
     base = dice.choice(KERNELS)
     changes = {
-        policy: dice.choice([*values]) for policy, values in POLICIES.items() if dice.random() < 0.3
+        policy: dice.choice(values) for policy, values in VALUES.items() if dice.random() < 0.3
     }
     made = load_kernel({"base": base, "set": changes})
     if made["ageing_call"] == "bitmap" or not safe:

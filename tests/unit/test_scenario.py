@@ -204,7 +204,7 @@ WRONG = {
     ),
     "unlike any key": (
         changed(("vcpus: 2", "colour: 2")),
-        f"{GUEST}.colour: unknown key, expected one of vcpus, memory, memory_per_vcpu, page_size",
+        f"{GUEST}.colour: unknown key, expected one of count, vcpus, memory, memory_per_vcpu, ",
     ),
     "required key misspelled": (
         changed(("    access:", "    acess:")),
@@ -245,8 +245,8 @@ WRONG = {
         "w.yaml:12:1: ageing: expects a mapping, not '5 ms'",
     ),
     "list for a mapping": (
-        changed(("duration: 1 s", "duration: 1 s\nhost: [{hz: 100}, {hz: 250}]")),
-        "w.yaml:5:1: host: expects a mapping, not a list",
+        changed(("duration: 1 s", "duration: 1 s\nhost: [{hz: 100}, 250]")),
+        "w.yaml:5:19: host: expects a mapping, not 250",
     ),
     "guests as a list": ("name: a\nguests: []\n", "w.yaml:1:1: machine: is missing"),
     "no guests": (
@@ -470,6 +470,15 @@ WRONG = {
     "marks of RCU": (
         changed(("duration: 1 s", "duration: 1 s\nhost: {rcu: {qlowmark: 10001}}")),
         "w.yaml:5:14: host.rcu.qlowmark: 10001 is above qhimark, 10000",
+    ),
+    "lazy callbacks without a CPU that has them": (
+        changed(("duration: 1 s", "duration: 1 s\nhost: {rcu: {lazy: true}}")),
+        "w.yaml:5:14: host.rcu.lazy: needs an offloaded CPU: host.rcu.nocbs or host.nohz_full",
+    ),
+    "preemption without preemptible RCU": (
+        changed(("duration: 1 s", "duration: 1 s\nhost: {rcu: {preemptible: false}}")),
+        "w.yaml:5:14: host.rcu.preemptible: preemption full always has preemptible RCU "
+        "(did you mean 'true'?)",
     ),
     "range and pages": (
         changed(("2 MiB", "6 KiB")),
