@@ -444,6 +444,12 @@ def test_a_range_in_two_p4ds_is_two_invalidations() -> None:
     assert len(made.calls) == 4
 
 
+def test_a_huge_page_that_is_protected_in_part_is_split() -> None:
+    made = huge("mprotect", range=2 * MIB + 64 * KIB, cycles=1)
+    finish(made)
+    assert made.lab.kvm.host.huge.tolist() == [True, False]
+
+
 def test_while_read_only_reads_map_and_writes_go_to_user_space_until_they_succeed() -> None:
     made = bench("mprotect", range=64 * KIB, read_only=3 * MS, cycles=1)
     lab = made.lab
