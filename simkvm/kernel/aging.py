@@ -9,14 +9,16 @@ what it cannot have. For every folio it learns whether the guest used it
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 import numpy as np
 from simpy import Environment, Event
 
 from simkvm.kernel.aging_call import CALLS, Pass
+from simkvm.kernel.folio_referenced import FolioReferenced
 from simkvm.kernel.host_memory import OWN, YOUNG
 from simkvm.kernel.mglru import MAX_LRU_BATCH
+from simkvm.kernel.page_idle import PageIdle
 from simkvm.kernel.task import Task, reach
 
 if TYPE_CHECKING:
@@ -26,11 +28,24 @@ if TYPE_CHECKING:
 Steps = Generator[Event, Any, int]
 
 
+class AgeingMethod(Protocol):
+    """A way to age one guest that a user can ask for, by the ``name`` of ``ageing.method``."""
+
+    name: ClassVar[str]
+
+    def __init__(self, kvm: Kvm, task: Task) -> None: ...
+
+    def run(self, t_ns: int) -> Generator[Event, Any, Pass]:
+        """One pass over the guest from ``t_ns`` on."""
+        ...
+
+
 class AgeingThread:
-    """The user that writes ageing commands to debugfs, over and over, for every guest."""
+    """The user that asks for ageing, over and over, for every guest."""
 
     def __init__(self, kvms: list[Kvm], task: Task, ageing: Ageing) -> None:
-        self._walks = [AgeingWalk(kvm, task) for kvm in kvms]
+        self._kvms = kvms
+        self._methods = [METHODS[ageing.method](kvm, task) for kvm in kvms]
         self._task = task
         self._ageing = ageing
         self.passes: list[Pass] = []
@@ -41,8 +56,8 @@ class AgeingThread:
         A pass is finished once begun, but none begins any more when nobody ``wanted`` it: the
         selftest's thread looks for the end of the vCPUs between two commands.
         """
-        env, cpu, ageing = self._walks[0].env, self._task.cpu, self._ageing
-        costs = self._walks[0].kvm.costs
+        env, cpu, ageing = self._kvms[0].env, self._task.cpu, self._ageing
+        costs = self._kvms[0].costs
         t_ns = ageing.start
         rounds = 0
         while ageing.passes is None or rounds < ageing.passes:
@@ -50,9 +65,9 @@ class AgeingThread:
             if not wanted():
                 break
             cpu.enter_kernel(t_ns)
-            for walk in self._walks:
-                if walk.kvm.notifier.subscribed or walk.kvm.alive:
-                    self.passes.append((yield from walk.run(t_ns)))
+            for kvm, method in zip(self._kvms, self._methods, strict=True):
+                if kvm.notifier.subscribed or kvm.alive:
+                    self.passes.append((yield from method.run(t_ns)))
                     t_ns = self.passes[-1].end_ns
             t_ns += cpu.take_stolen()
             rounds += 1
@@ -67,7 +82,13 @@ class AgeingThread:
 
 
 class AgeingWalk:
-    """Walks one guest's host page table and advances its generations."""
+    """Walks one guest's host page table and advances its generations.
+
+    Where the CPU does not set accessed flags the walk is switched off (``arch_has_hw_pte_young``):
+    the command only opens a new generation.
+    """
+
+    name: ClassVar[str] = "lru_gen"
 
     def __init__(self, kvm: Kvm, task: Task) -> None:
         self.kvm = kvm
@@ -82,8 +103,19 @@ class AgeingWalk:
         """One pass from ``t_ns`` on (``lru_gen`` command ``+``, which scans everything)."""
         kvm, costs = self.kvm, self._costs
         report = Pass(kvm.name, t_ns)
+        if kvm.walks_page_tables:
+            kvm.pin()
+            t_ns = yield from self._walk(t_ns, report)
+        t_ns = yield from reach(self.env, t_ns + costs.lru_lock_ns + costs.resched_ns)
+        t_ns += kvm.host.lru.inc_max_seq() * costs.folio_move_ns
+        report.end_ns = t_ns = yield from reach(self.env, t_ns)
+        if kvm.walks_page_tables:
+            kvm.unpin(t_ns)
+        return report
+
+    def _walk(self, t_ns: int, report: Pass) -> Steps:
+        kvm = self.kvm
         promoted = 0
-        kvm.pin()
         t_ns = yield from reach(self.env, t_ns)
         t_ns = kvm.host.mmap_lock.visit(self.task.cpu.id, t_ns, 1)
         t_ns = yield from reach(self.env, t_ns)
@@ -95,11 +127,7 @@ class AgeingWalk:
                 t_ns, moved = yield from self._table(t_ns, table, report)
                 promoted += moved
         kvm.host.mmap_lock.post(self.task.cpu.id, t_ns)
-        t_ns = yield from reach(self.env, t_ns + costs.lru_lock_ns + costs.resched_ns)
-        t_ns += kvm.host.lru.inc_max_seq() * costs.folio_move_ns
-        report.end_ns = t_ns = yield from reach(self.env, t_ns)
-        kvm.unpin(t_ns)
-        return report
+        return t_ns
 
     def _resched(self, t_ns: int, flush: bool) -> Steps:
         """Between upper entries: give ``mmap_lock`` back if enough was promoted."""
@@ -145,3 +173,11 @@ class AgeingWalk:
         kvm.host.unlock(t_ns)
         self.task.cpu.enter_kernel(t_ns)
         return t_ns, moved
+
+
+METHODS: Final[dict[str, type[AgeingMethod]]] = {
+    "lru_gen": AgeingWalk,
+    "page_idle": PageIdle,
+    "folio_referenced": FolioReferenced,
+}
+"""Ways to age a guest, by what ``ageing.method`` calls them."""
