@@ -1,8 +1,8 @@
 """Ageing by reverse map: one folio at a time, from the folio to its entries.
 
 Source: mm/rmap.c (``rmap_walk``, ``page_vma_mapped_walk``), v6.12. Who wants to know about one
-folio finds the mapping, waits for the lock of the host's page table, and asks at each entry; between
-two folios it holds nothing. :data:`~simkvm.kernel.aging.METHODS` lists who does.
+folio finds the mapping, waits for the lock of the host's page table, and asks at each entry;
+between two folios it holds nothing. :data:`~simkvm.kernel.aging.METHODS` lists who does.
 """
 
 from __future__ import annotations
