@@ -39,6 +39,8 @@ WINDOW: Final = 256  #: touches looked ahead at once, doubled while none of them
 class Vcpu:
     """One vCPU of ``kvm``, on ``cpu``, that touches what ``chunks`` yields."""
 
+    lacks_flag = False  #: whether the next fault, as planned, is for want of the accessed flag
+
     def __init__(self, kvm: Kvm, index: int, cpu: Cpu, chunks: Iterator[Chunk]) -> None:
         self.kvm = kvm
         self.index = index
@@ -73,6 +75,7 @@ class Vcpu:
         self._sleeper = _certain(self._env)
         self.process: Process | None = None
         self.touches = 0
+        self.access_faults = 0  #: access-flag faults: with a hardware flag there are none
         self.finished_ns = DONE
 
     # -- the process --------------------------------------------------------------------------
@@ -102,12 +105,15 @@ class Vcpu:
             if position == len(self._list):
                 next_ns = self.enter(next_ns) if self._load() else next_ns
                 continue
+            if self.lacks_flag:
+                next_ns = yield from self.set_flag(next_ns)
+                continue
             leaf = self._list[position]
             if kvm.refusals or host.mmap_writer is not None:
                 next_ns, refused = yield from self._hindered(next_ns, leaf)
                 if refused:
                     continue
-            t_ns = fault.look_up(next_ns, leaf, self._need_list[position] != VALID)
+            t_ns = fault.look_up(next_ns, leaf, self._need_list[position] & WRITE != 0)
             if queue and t_ns >= queue[0][0]:
                 arrival.callbacks = []  # nobody else ever sees it: the same one every time
                 heappush(queue, (t_ns, NORMAL, next(numbers), arrival))
@@ -316,6 +322,13 @@ class Vcpu:
         last[-1] = True
         last[:-1] = first[1:]
         tags[slots[last]] = pages[last]
+
+    def set_flag(self, t_ns: int) -> Generator[Event, Any, int]:
+        """An access-flag fault: see :class:`simkvm.guest.software_af.SoftwareAfVcpu`."""
+        raise NotImplementedError
+
+    def cleared(self, leaves: NDArray[np.int64], t_ns: int) -> None:
+        """Ageing cleared the accessed flags of ``leaves``: the hardware will set them again."""
 
     def given(self, leaf: int, t_ns: int) -> None:
         """Another vCPU mapped ``leaf`` at ``t_ns``: a fault planned there may not be one."""

@@ -35,6 +35,16 @@ class FaultCosts:
 
 
 @dataclass(frozen=True)
+class AccessFaultCosts:
+    """An access-flag fault (arch/arm64/kvm/mmu.c, ``handle_access_fault``)."""
+
+    exit_ns: int  #: exit, SRCU and memslot look-up: up to ``mmu_lock``
+    hold_ns: int  #: one walk that sets the flag
+    enter_ns: int  #: from the unlock to the guest's next instruction
+    lock_ns: int  #: what taking the lock costs a CPU that had it last
+
+
+@dataclass(frozen=True)
 class AgeingCosts:
     """The page-table walk of MGLRU (mm/vmscan.c) and the notifier call it makes."""
 
@@ -46,6 +56,8 @@ class AgeingCosts:
     folio_move_ns: int  #: moving one folio up when the oldest generation is emptied
     resched_ns: int  #: a ``cond_resched`` that does not switch
     lru_lock_ns: int  #: taking and releasing the lruvec lock
+    rmap_ns: int  #: finding the one mapping of a folio and locking its table
+    cmpxchg_ns: int  #: between the load and the compare-and-swap of a walk without lock
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,7 @@ class Costs:
     handoff_ns: int
     next_ns: int
     fault: FaultCosts
+    access_fault: AccessFaultCosts
     ageing: AgeingCosts
     unmap: UnmapStepCosts
     free: FreeCosts
@@ -120,6 +133,7 @@ class Costs:
             handoff_ns=round(machine["lock_handoff_ns"]),
             next_ns=round(machine["c2c_same_ns"]),
             fault=_fault(machine, line, leaf_bytes, deeper_ns),
+            access_fault=_access_fault(machine, line),
             ageing=_ageing(machine, deeper_ns),
             unmap=_unmap(machine),
             free=_free(machine),
@@ -198,6 +212,15 @@ def _takers(machine: Machine, leaf_bytes: int, page_bytes: int) -> TakerCosts:
     )
 
 
+def _access_fault(machine: Machine, line: LineCosts) -> AccessFaultCosts:
+    enter = round(machine["exit_roundtrip_ns"] / 2)
+    before = machine["exit_roundtrip_ns"] / 2 + machine["memslot_lookup_ns"] + machine["srcu_ns"]
+    hold = round(machine["af_fault_total_ns"]) - round(before) - enter - line.same_ns
+    # Without an exit to pay for, the walk is the least there is.
+    least = round(machine["age_walk_ns"] + machine["stage2_cmpxchg_ns"])
+    return AccessFaultCosts(round(before), max(hold, least), enter, line.same_ns)
+
+
 def _ageing(machine: Machine, deeper_ns: float) -> AgeingCosts:
     return AgeingCosts(
         scan_ns=round(machine["pte_scan_old_ns"]),
@@ -213,6 +236,8 @@ def _ageing(machine: Machine, deeper_ns: float) -> AgeingCosts:
         folio_move_ns=round(machine["folio_move_ns"]),
         resched_ns=round(machine["cond_resched_ns"]),
         lru_lock_ns=round(2 * machine["atomic_uncontended_ns"]),
+        rmap_ns=round(machine["rmap_check_single_ns"]),
+        cmpxchg_ns=round(machine["stage2_cmpxchg_ns"]),
     )
 
 

@@ -223,6 +223,8 @@ class FaultPath:
         if self._leaf_state[leaf] & need == need:
             return self._again(entry_ns, costs.hold_ns)  # another vCPU was first
         hold = costs.hold_ns
+        if kvm.races is not None:
+            kvm.leaf_changes(leaf, entry_ns + hold)
         made = stage2.map_leaf(leaf, WRITE if state & OWN and state < WRPROTECT else 0)
         if made:
             hold += self._linked(made, entry_ns)

@@ -8,9 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from simpy import Environment, Event
 
 from simkvm.kernel import table_free
+from simkvm.kernel.cmpxchg_race import CmpxchgRaces
 from simkvm.kernel.costs import Costs, FreeCosts
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dirty_log import DirtyLog
@@ -20,9 +22,10 @@ from simkvm.kernel.memslots import Memslots
 from simkvm.kernel.mmu_notifier import MmuNotifier, Srcu, unmap_walk
 from simkvm.kernel.qrwlock import QueuedRwlock
 from simkvm.kernel.rcu import Rcu
-from simkvm.kernel.stage2 import Stage2, TableId
+from simkvm.kernel.stage2 import AF, VALID, Stage2, TableId
 from simkvm.kernel.tlb import TlbiPath
 from simkvm.kernel.unmap import UnmapCosts
+from simkvm.kernel.young_notifier import YoungCalls
 from simkvm.observe.oracle import Oracle
 from simkvm.observe.table_memory import TableMemory
 from simkvm.scenario.access import Access, Phases, Populate, Trace
@@ -102,6 +105,15 @@ class Kvm:
             kernel["unmap_tlbi"] == "deferred" and machine.tlbirange and machine.fwb
         )
         self._break_lock = break_lock
+        self.software_af = not machine.hw_af
+        #: Whether the lock-free calls of 2023 work here (``kvm_arch_has_test_clear_young``).
+        self.test_clear_young = machine.hw_af or kernel["ageing_call"] != "bitmap"
+        self.young_calls = YoungCalls()
+        self.races = (
+            CmpxchgRaces(self.costs.ageing.cmpxchg_ns) if kernel["ageing_lock"] == "none" else None
+        )
+        #: Whether MGLRU walks page tables: on arm64 host and guest have the flag, or neither.
+        self.walks_page_tables = machine.hw_af or machine.arch != "arm64"
         self.vcpus: list[Vcpu] = []
         # Shares of the memory may meet inside a block.
         self.shared = guest.vcpus > 1 and (self.leaf_pages > 1 or not _apart(guest.access))
@@ -211,6 +223,42 @@ class Kvm:
         for leaf in [leaf for leaf in self.expected if first <= leaf < last]:
             self.leaf_mapped(leaf, t_ns)
 
+    # -- ageing -------------------------------------------------------------------------------
+
+    def clear_young(self, leaves: NDArray[np.int64], t_ns: int) -> None:
+        """Ageing clears the accessed flags of ``leaves`` (distinct, young) at ``t_ns``."""
+        self.stage2.clear_young(leaves)
+        if self.software_af and len(leaves):
+            for vcpu in self.vcpus:
+                vcpu.cleared(leaves, t_ns)
+
+    def age_lockless(
+        self, leaves: NDArray[np.int64], loads_ns: NDArray[np.int64], t_ns: int
+    ) -> NDArray[np.int64]:
+        """A walk without lock from ``t_ns`` on comes by ``leaves`` at ``loads_ns``.
+
+        Clears their accessed flags; returns those that were young. One whose compare-and-swap
+        fails counts as young and stays as it is.
+        """
+        young = (self.stage2.leaf.entries[leaves] & (AF | VALID)) == (AF | VALID)
+        assert self.races is not None, "a walk without lock, in a kernel that ages under one"
+        failed = self.races.loaded(leaves, loads_ns, young)
+        self.clear_young(leaves[young & ~failed], t_ns)
+        seen: NDArray[np.int64] = leaves[young | failed]
+        return seen
+
+    def flush_vmid(self, t_ns: int) -> int:
+        """Invalidate all of the VM's translations at ``t_ns``; returns when that is done."""
+        for vcpu in self.vcpus:
+            vcpu.catch_up(t_ns)
+            vcpu.flushed(t_ns)
+        return self.tlbi.flush(t_ns, self.costs.tlbi_all_ns)
+
+    def leaf_changes(self, leaf: int, t_ns: int) -> None:
+        """A fault is going to change ``leaf`` at ``t_ns``, if it is there and young."""
+        if self.races is not None and self.stage2.test_clear_young(leaf, clear=False):
+            self.races.stored(np.array([leaf]), np.array([t_ns]))
+
     # -- unmapping ----------------------------------------------------------------------------
 
     def unmap_costs(self, t_ns: int) -> UnmapCosts:
@@ -234,7 +282,12 @@ class Kvm:
         """
         for vcpu in self.vcpus:
             vcpu.catch_up(t_ns)
+        young = first + np.flatnonzero(self.stage2.young(first, last)) if self.races else None
         walk, end = unmap_walk(self, first, last, t_ns)
+        if self.races is not None and young is not None:
+            # Stores are spread evenly over the walk.
+            order = np.arange(1, len(young) + 1)
+            self.races.stored(young, t_ns + order * walk.elapsed_ns // (len(young) + 1))
         for table, at_ns in zip(walk.tables, walk.unlinked_ns, strict=True):
             self.oracle.unlinked(table, t_ns + at_ns, self.stage2.entries_in(table))
             self.table_free.unlinked(self, table, t_ns + at_ns, cpu)

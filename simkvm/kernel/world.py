@@ -14,6 +14,7 @@ from simpy import Environment, Event, Process
 from simkvm import contenders
 from simkvm.contenders.contender import Contender
 from simkvm.guest import patterns
+from simkvm.guest.software_af import SoftwareAfVcpu
 from simkvm.guest.vcpu import Vcpu
 from simkvm.kernel.aging import AgeingThread
 from simkvm.kernel.cpu import Cpu
@@ -175,7 +176,8 @@ class World:
                 base_dir=Path(),
                 instruction_ns=1 / self.machine.ghz,
             )
-            kvm.vcpus.append(Vcpu(kvm, index, next(self._free_cpus), chunks))
+            kind = SoftwareAfVcpu if kvm.software_af else Vcpu
+            kvm.vcpus.append(kind(kvm, index, next(self._free_cpus), chunks))
         return kvm
 
     def _charge(self, guests: dict[str, Guest]) -> None:

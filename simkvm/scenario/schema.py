@@ -218,6 +218,12 @@ class Guest(Model):
 class Ageing(Model):
     """The thread that ages guests (lru_gen's "+" command, access_tracking_perf_test's loop)."""
 
+    method: Literal["lru_gen", "page_idle", "folio_referenced"] = Field(
+        default="lru_gen",
+        description='What a pass does: MGLRU\'s walk of the page table (debugfs lru_gen, "+"); '
+        "idle page tracking, which reads back and marks every page (mm/page_idle.c); or eviction's "
+        "check of every folio (mm/rmap.c, folio_referenced).",
+    )
     interval: Duration = Field(
         default=0,
         description="Pause between two passes; 0: the next starts at once, as in the selftest.",
