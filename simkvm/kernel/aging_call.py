@@ -12,8 +12,9 @@ message 20230526234435.662652-1-yuzhao@google.com, patch 10 of 10.
 ``bitmap``       windows of 64 PTEs with one call that tests and one that clears (2023 proposal)
 =============== =================================================================================
 
-``ageing_lock`` says what a call holds: ``write`` or ``read`` of ``mmu_lock``, or ``none``: only
-RCU. A new way to ask is a class with a ``name``, listed in :data:`CALLS`.
+``ageing_lock`` says what a call holds: ``write`` or ``read`` of ``mmu_lock``, ``none`` (only RCU),
+or ``rmap_bit``: one reverse-map chain after the other. A new way to ask is a class with a ``name``,
+listed in :data:`CALLS`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from simpy import Event
 
 from simkvm.kernel.mglru import MIN_LRU_BATCH
 from simkvm.kernel.qrwlock import FAST
+from simkvm.kernel.rmap import Held
 from simkvm.kernel.sites import AGE
 from simkvm.kernel.stage2 import AF, VALID
 from simkvm.kernel.task import Task, acquired, reach
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 #: Calls that have to fit before the next event for it to be worth doing them as arrays.
 WORTH: Final = 8
+WITHOUT_MMU_LOCK: Final = ("none", "rmap_bit")
 
 Leaves = NDArray[np.int64]
 Steps = Generator[Event, Any, int]
@@ -103,12 +106,12 @@ class PerFolio(AgeingCall):
         size = self.run_leaves()
         if size == 1:
             report.calls += len(leaves)
-            if self.lock == "none":
+            if self.lock in WITHOUT_MMU_LOCK:
                 return (yield from self._lockless(t_ns, leaves, len(leaves), 1))
             return (yield from self._locked_singles(t_ns, leaves))
         starts = _run_starts(leaves, size)
         report.calls += len(starts)
-        if self.lock == "none":
+        if self.lock in WITHOUT_MMU_LOCK:
             return (yield from self._lockless(t_ns, leaves, len(starts), size))
         return (yield from self._locked_runs(t_ns, np.split(leaves, starts[1:])))
 
@@ -222,7 +225,7 @@ class PerFolio(AgeingCall):
     def _lockless(
         self, t_ns: int, leaves: Leaves, runs: int, size: int
     ) -> Generator[Event, Any, tuple[int, Leaves]]:
-        """Calls under RCU only, ``runs`` of up to ``size`` leaves; an event for each 64 of them."""
+        """``runs`` calls without ``mmu_lock``, of up to ``size`` leaves; an event for 64 calls."""
         kvm, costs = self.kvm, self.costs
         found: list[Leaves] = []
         walk_ns = costs.walk_ns + (size - 1) * costs.visit_ns
@@ -235,16 +238,24 @@ class PerFolio(AgeingCall):
             further = len(batch) - calls  # leaves of a run behind its first
             busy_ns = calls * (costs.call_ns + costs.walk_ns) + further * costs.visit_ns
             busy_ns += len(batch) * costs.scan_ns
-            tables = kvm.path_at(int(batch[0]), t_ns)
-            kvm.oracle.walk(
-                Walk(self.task.name, tables, t_ns + costs.call_ns, period_ns, walk_ns, calls)
-            )
+            self._announce(batch, t_ns + costs.call_ns, period_ns, walk_ns, calls)
             young = batch[(kvm.stage2.leaf.entries[batch] & (AF | VALID)) == (AF | VALID)]
             kvm.stage2.clear_young(young)
             found.append(young)
             t_ns += busy_ns + len(young) * costs.promote_ns
         t_ns = yield from reach(self.env, t_ns)
         return t_ns, np.concatenate(found)
+
+    def _announce(
+        self, batch: Leaves, start_ns: int, period_ns: int, busy_ns: int, calls: int
+    ) -> None:
+        """Tell who has to know of the walks to come: the oracle, or who changes a chain."""
+        kvm = self.kvm
+        if self.lock == "none":
+            tables = kvm.path_at(int(batch[0]), start_ns - self.costs.call_ns)
+            kvm.oracle.walk(Walk(self.task.name, tables, start_ns, period_ns, busy_ns, calls))
+        else:
+            kvm.rmap.hold(Held(batch, start_ns, period_ns, busy_ns))
 
 
 def _run_starts(leaves: Leaves, size: int) -> Leaves:

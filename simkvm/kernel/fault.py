@@ -141,14 +141,16 @@ class FaultPath:
         kvm, costs, leaf = self._kvm, self._costs, self._leaf
         notifier = kvm.notifier
         state = self._host_state[leaf]
-        if notifier.in_progress or notifier.moved_ns > self._noted_ns or not state:
+        if not state or (
+            (notifier.in_progress or notifier.moved_ns > self._noted_ns)
+            and notifier.stale(leaf, self._noted_ns)
+        ):
             # Without a host page: zapped since the look-up, and the invalidation was noted then.
             self.retries += 1
             return self._again(entry_ns, costs.retry_ns)
         stage2 = kvm.stage2
         if kvm.installing and kvm.installing.get(stage2.leaf_table(leaf), 0) > entry_ns:
-            # Another fault is breaking or making an entry on this path.
-            return self._again(entry_ns, costs.hold_ns)
+            return self._beaten(entry_ns)
         need = VALID | WRITE if self._write else VALID
         if self._leaf_state[leaf] & need == need:
             return self._again(entry_ns, costs.hold_ns)  # another vCPU was first
@@ -169,6 +171,10 @@ class FaultPath:
         # An entry is locked only between breaking the old one and making the new.
         kvm.installing[kvm.stage2.leaf_table(self._leaf)] = entry_ns + extra_ns
         return extra_ns
+
+    def _beaten(self, entry_ns: int) -> tuple[int, int]:
+        """Another fault is breaking or making an entry on this path: leave it alone."""
+        return self._again(entry_ns, self._costs.hold_ns)
 
     def _again(self, entry_ns: int, hold_ns: int) -> tuple[int, int]:
         """Leave without a mapping; the guest runs into the same fault again, if it is one."""

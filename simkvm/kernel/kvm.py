@@ -11,14 +11,17 @@ from simpy import Environment, Event
 from simkvm.kernel import table_free
 from simkvm.kernel.costs import Costs, FreeCosts
 from simkvm.kernel.cpu import Cpu
-from simkvm.kernel.geometry import Geometry
+from simkvm.kernel.geometry import GEOMETRIES
 from simkvm.kernel.host_memory import HostMemory
+from simkvm.kernel.mmu import MMUS
 from simkvm.kernel.mmu_notifier import MmuNotifier, Srcu, unmap_walk
 from simkvm.kernel.qrwlock import QueuedRwlock
 from simkvm.kernel.rcu import Rcu
+from simkvm.kernel.remote_flush import Ipi
+from simkvm.kernel.rmap import RmapLocks
 from simkvm.kernel.stage2 import Stage2, TableId
 from simkvm.kernel.tlb import TlbiPath
-from simkvm.kernel.unmap import UnmapCosts
+from simkvm.kernel.unmap import UnmapCosts, UnmapWalk
 from simkvm.observe.oracle import Oracle
 from simkvm.observe.table_memory import TableMemory
 from simkvm.scenario.access import Access, Phases, Populate, Trace
@@ -28,6 +31,9 @@ from simkvm.scenario.schema import Guest
 
 if TYPE_CHECKING:
     from simkvm.guest.vcpu import Vcpu
+
+
+FREE = UnmapCosts(0, 0, 0, 0, 0, 0, 0)  #: of a walk whose time is accounted elsewhere
 
 
 class Kvm:
@@ -41,7 +47,7 @@ class Kvm:
         machine: Machine,
         kernel: KernelVariant,
         rcu: Rcu,
-        tlbi: TlbiPath,
+        remote_flush: TlbiPath | Ipi,
         memory: TableMemory,
         break_lock: bool,
     ) -> None:
@@ -50,14 +56,15 @@ class Kvm:
         self.env = env
         self.kernel = kernel
         self.rcu = rcu
-        self.tlbi = tlbi
+        self.remote_flush = remote_flush
         self.memory = memory
-        geometry = Geometry(guest.page_size, guest.ipa_bits)
+        geometry = GEOMETRIES[kernel.arch](guest.page_size, guest.ipa_bits)
         self.pages = memory_bytes // guest.page_size
         self.leaves = memory_bytes // guest.mapping
         self.leaf_pages = guest.mapping // guest.page_size
         self.folio_leaves = max(1, guest.folio // guest.mapping)
-        self.costs = Costs.of(machine, guest.mapping, guest.page_size)
+        self.mmu = MMUS[kernel["mmu"]](kernel, guest.rmap_chain)
+        self.costs = self.mmu.costs(Costs.of(machine, guest.mapping, guest.page_size))
         self.stage2 = Stage2(geometry, guest.ipa_base, self.pages, guest.mapping)
         self.mmu_lock = QueuedRwlock(
             env, self.costs.line, self.costs.handoff_ns, self.costs.next_ns
@@ -66,12 +73,14 @@ class Kvm:
             env, self.leaves, geometry.entries, self.costs.line, kernel["promotion"] == "two_step"
         )
         self.notifier = MmuNotifier(self, Srcu(env, self.costs.wakeup_ns))
+        self.rmap = RmapLocks()
         self.oracle = Oracle(name)
         self.table_free = table_free.POLICIES[kernel["table_free"]]()
         self.deferred_tlbi = (
             kernel["unmap_tlbi"] == "deferred" and machine.tlbirange and machine.fwb
         )
-        self._break_lock = break_lock
+        self.keep_tables = kernel["unmap_tables"] == "keep"
+        self.break_lock = break_lock  #: whether contention breaks the lock, if anything does
         self.vcpus: list[Vcpu] = []
         # Shares of the memory may meet inside a block.
         self.shared = guest.vcpus > 1 and (self.leaf_pages > 1 or not _apart(guest.access))
@@ -131,7 +140,8 @@ class Kvm:
     def unmap_costs(self, t_ns: int) -> UnmapCosts:
         """Costs of a walk that starts at ``t_ns``, by how busy the invalidation path is."""
         steps = self.costs.unmap
-        flush_ns = self.tlbi.each_ns(t_ns)
+        assert isinstance(self.remote_flush, TlbiPath)  # chunks are arm64's
+        flush_ns = self.remote_flush.each_ns(t_ns)
         return UnmapCosts(
             visit_ns=steps.visit_ns,
             descend_ns=steps.descend_ns,
@@ -159,12 +169,25 @@ class Kvm:
                 vcpu.flushed(t_ns)
         return end
 
+    def zap_leaves(self, t_ns: int, first: int, last: int) -> int:
+        """Zap the leaves ``first`` up to ``last`` at ``t_ns``; tables stay, nothing is flushed.
+
+        Returns how many there were.
+        """
+        for vcpu in self.vcpus:
+            vcpu.catch_up(t_ns)
+        removed = UnmapWalk(self.stage2, first, last, FREE, keep=True).leaves
+        if removed:
+            for vcpu in self.vcpus:
+                vcpu.unmapped(t_ns)
+        return removed
+
     def lock_break(self, cpu: Cpu, t_ns: int) -> bool:
         """Whether ``cond_resched_rwlock_write`` lets go at ``t_ns``.
 
         Nobody else runs on the CPUs of the model's actors, so only contention can ask for it.
         """
-        return self._break_lock and self.mmu_lock.contended
+        return self.break_lock and self.mmu_lock.contended
 
     def zap_host(self, t_ns: int, first: int, last: int) -> int:
         """Remove the host's mappings of these leaves from ``t_ns`` on; returns when it is done."""

@@ -3,13 +3,14 @@
 Source: virt/kvm/kvm_main.c and mm/mmu_notifier.c, v6.12. An invalidation is two calls: *start*
 takes ``mmu_lock`` for write, counts itself in progress and unmaps; then the host changes its own
 page table; *end* takes the lock for write again, moves the sequence and uncounts. A stage-2 fault
-that finds, under the lock, an invalidation in progress anywhere in the VM, or a sequence that
-moved since it looked the page up, gives up and is taken again (arm64 does not compare ranges).
+that finds, under the lock, an invalidation in progress, or a sequence that moved since it looked
+the page up, gives up and is taken again. Which invalidations count is ``fault_retry``: any of the
+VM (arm64), or those whose range the page lies in (x86).
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from simpy import Environment, Event
@@ -19,12 +20,16 @@ from simkvm.kernel.qrwlock import OPEN
 from simkvm.kernel.sites import RANGE_END, RANGE_START
 from simkvm.kernel.stage2 import VALID
 from simkvm.kernel.task import Task, acquired, reach
+from simkvm.kernel.tlb import TlbiPath
 from simkvm.kernel.unmap import UnmapWalk, chunks
+from simkvm.kernel.zap_leafs import ZapLeafs
 
 if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm
 
 Steps = Generator[Event, Any, int]
+#: Task, when it got the lock, when the walk begins, first and last leaf, whether it may yield.
+Unmap = Callable[[Task, int, int, int, int, bool], Steps]
 
 
 class Srcu:
@@ -81,6 +86,34 @@ class MmuNotifier:
         self.in_progress = 0
         self.sequence = 0
         self.moved_ns = -1  #: when the sequence moved last
+        #: What the invalidations in progress cover, all that began since none was.
+        self.envelope = (0, 0)
+        self.stale = {"any": self._any_ran, "range": self._range_ran}[kvm.kernel["fault_retry"]]
+        yields = {"chunk": self._by_chunk, "entry": ZapLeafs(kvm, self._lock).run}
+        self._unmap: Unmap = yields[kvm.kernel["unmap_yield"]]
+
+    # -- who gives up -------------------------------------------------------------------------
+
+    def _any_ran(self, leaf: int, noted_ns: int) -> bool:
+        """``mmu_invalidate_retry``: whether any invalidation runs, or ended since ``noted_ns``."""
+        return self.in_progress > 0 or self.moved_ns > noted_ns
+
+    def _range_ran(self, leaf: int, noted_ns: int) -> bool:
+        """``mmu_invalidate_retry_gfn``: as :meth:`_any_ran`, but one that runs has to cover
+        ``leaf``. Of one that ended the range is not known any more.
+        """
+        low, high = self.envelope
+        return (self.in_progress > 0 and low <= leaf < high) or self.moved_ns > noted_ns
+
+    def _begin(self, first: int, last: int) -> None:
+        """``kvm_mmu_invalidate_begin`` and ``_range_add``: the envelope grows until none runs."""
+        self.in_progress += 1
+        low, high = self.envelope
+        if self.in_progress > 1:
+            first, last = min(low, first), max(high, last)
+        self.envelope = (first, last)
+
+    # -- an invalidation ----------------------------------------------------------------------
 
     def invalidate(
         self,
@@ -112,10 +145,23 @@ class MmuNotifier:
 
     def _start(self, task: Task, t_ns: int, first: int, last: int, blockable: bool) -> Steps:
         kvm = self._kvm
-        parts = chunks(kvm.stage2, first, last)
         entry = yield from self._lock(task, t_ns)
-        self.in_progress += 1
+        self._begin(first, last)
         end = yield from reach(kvm.env, entry + kvm.costs.unmap.bookkeeping_ns)
+        end = yield from self._unmap(task, entry, end, first, last, blockable)
+        yield from reach(kvm.env, end)
+        kvm.mmu_lock.release(end)
+        task.cpu.enter_kernel(end)
+        return end
+
+    def _by_chunk(
+        self, task: Task, entry: int, end: int, first: int, last: int, blockable: bool
+    ) -> Steps:
+        """``stage2_apply_range``: chunk by chunk from ``end`` on, under the lock had since
+        ``entry``; returns when the last one is done, with the lock held.
+        """
+        kvm = self._kvm
+        parts = chunks(kvm.stage2, first, last)
         for number, (low, high) in enumerate(parts):
             if not kvm.stage2.attached:
                 break
@@ -128,9 +174,6 @@ class MmuNotifier:
                 kvm.mmu_lock.release(end)
                 task.cpu.context_switch(end)
                 end = entry = yield from self._lock(task, end + kvm.costs.ageing.resched_ns)
-        yield from reach(kvm.env, end)
-        kvm.mmu_lock.release(end)
-        task.cpu.enter_kernel(end)
         return end
 
     def _lock(self, task: Task, t_ns: int) -> Steps:
@@ -166,10 +209,11 @@ class MmuNotifier:
 
 def unmap_walk(kvm: Kvm, first: int, last: int, t_ns: int) -> tuple[UnmapWalk, int]:
     """One chunk's walk that starts at ``t_ns``: what it did, and when it is done."""
-    walk = UnmapWalk(kvm.stage2, first, last, kvm.unmap_costs(t_ns))
+    walk = UnmapWalk(kvm.stage2, first, last, kvm.unmap_costs(t_ns), kvm.keep_tables)
     end = t_ns + walk.elapsed_ns
     flushes = len(walk.tables) + (1 if kvm.deferred_tlbi else walk.leaves)
-    kvm.tlbi.walk(end, flushes)
+    assert isinstance(kvm.remote_flush, TlbiPath)  # chunks are arm64's
+    kvm.remote_flush.walk(end, flushes)
     if kvm.deferred_tlbi:
         end += kvm.costs.tlbi_all_ns
     return walk, end

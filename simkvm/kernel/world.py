@@ -18,9 +18,9 @@ from simkvm.kernel.aging import AgeingThread
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
+from simkvm.kernel.remote_flush import FLUSHES
 from simkvm.kernel.task import Task
 from simkvm.kernel.teardown import Teardown
-from simkvm.kernel.tlb import TlbiPath
 from simkvm.observe.record import Record
 from simkvm.observe.recorder import SAMPLES, Recorder
 from simkvm.observe.table_memory import TableMemory
@@ -53,9 +53,7 @@ class World:
             self.env._eid = shuffled(self.stream("ties"))  # type: ignore[assignment]
         self.recorder = Recorder()
         self.memory = TableMemory()
-        self.tlbi = TlbiPath(
-            round(machine["tlbi_s2_page_ns"]), round(machine["tlbi_global_service_ns"])
-        )
+        self.remote_flush = FLUSHES[kernel["remote_flush"]].of(machine)
         self.cpus = self._cpus()
         self.rcu = self._rcu()
         self._free_cpus = iter(self.cpus)
@@ -146,7 +144,7 @@ class World:
             self.machine,
             self.kernel,
             self.rcu,
-            self.tlbi,
+            self.remote_flush,
             self.memory,
             break_lock=preemptible or self.kernel["lock_break"] == "build",
         )

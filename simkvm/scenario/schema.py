@@ -147,6 +147,13 @@ class Guest(Model):
         description="Size of the host folios behind the memory, a power-of-two multiple of "
         "page_size; it is `mapping` if that is a block. Default: mapping.",
     )
+    rmap_chain: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="Entries that map one page, by as many shadow roots: the length of its "
+        "reverse-map chain (x86's shadow MMU only).",
+    )
     access: Access = Field(description="What each vCPU touches.")
     teardown: Teardown | None = Field(
         default=None, description="End this VM during the run; null: it lives to the end."

@@ -154,7 +154,7 @@ class Lab:
 
     def broadcasts(self) -> int:
         """Invalidations issued so far."""
-        return self.world.tlbi.broadcasts
+        return self.world.remote_flush.broadcasts
 
     def young(self) -> int:
         """Leaves that are valid and accessed."""
