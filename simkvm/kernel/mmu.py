@@ -9,14 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 from simkvm.kernel.costs import Costs
 from simkvm.kernel.fault import FaultPath
 from simkvm.kernel.rmap import chain_ns
-from simkvm.kernel.stage2 import VALID
 from simkvm.kernel.x86_fault import ShadowFault, TdpFault
-from simkvm.kernel.zap_leafs import Walk, ZapCosts, table_walk
+from simkvm.kernel.yielding_walk import Walk
+from simkvm.kernel.zap_leafs import rmap_walk, table_walk
 from simkvm.scenario.kernel import KernelVariant
 
 if TYPE_CHECKING:
@@ -39,9 +37,7 @@ class Stage2Mmu:
 
     def walk(self, kvm: Kvm, first: int, last: int) -> Walk:
         """The steps of a zap of the leaves ``first`` up to ``last``, if it began now."""
-        unmap = kvm.costs.unmap
-        costs = ZapCosts(unmap.visit_ns, unmap.descend_ns, unmap.leaf_ns)
-        return table_walk(kvm.stage2, first, last, costs)
+        return table_walk(kvm, first, last)
 
 
 class TdpMmu(Stage2Mmu):
@@ -66,16 +62,8 @@ class ShadowMmu(Stage2Mmu):
         return replace(costs, ageing=replace(ageing, walk_ns=walk_ns, visit_ns=walk_ns))
 
     def walk(self, kvm: Kvm, first: int, last: int) -> Walk:
-        """``walk_slot_rmaps``: head after head, mapped or not; each entry of a chain is zapped."""
-        unmap, now = kvm.costs.unmap, int(kvm.env.now)
-        leaves = np.arange(first, last, dtype=np.int64)
-        valid = (kvm.stage2.leaf.entries[first:last] & VALID) != 0
-        spent = unmap.visit_ns + valid * (self.chain * unmap.leaf_ns)
-        ends = np.cumsum(spent)
-        waits = np.zeros_like(ends)
-        mapped = np.flatnonzero(valid)
-        waits[mapped] = kvm.rmap.waits_of(leaves[mapped], now + (ends - spent)[mapped])
-        return Walk(leaves, ends + np.cumsum(waits), last)
+        """Page by page, along the chains."""
+        return rmap_walk(kvm, first, last)
 
 
 MMUS: dict[str, type[Stage2Mmu]] = {mmu.name: mmu for mmu in (Stage2Mmu, TdpMmu, ShadowMmu)}

@@ -20,7 +20,7 @@ from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
 from simkvm.kernel.remote_flush import FLUSHES
 from simkvm.kernel.task import Task
-from simkvm.kernel.teardown import Teardown
+from simkvm.kernel.zap_roots import TEARDOWNS
 from simkvm.observe.record import Record
 from simkvm.observe.recorder import SAMPLES, Recorder
 from simkvm.observe.table_memory import TableMemory
@@ -70,7 +70,7 @@ class World:
             for name, spec in scenario.contenders.items()
         ]
         self.teardowns = [
-            Teardown(
+            TEARDOWNS[kernel["teardown_walk"]](
                 by_name[name],
                 Task(f"{name}/teardown", by_name[name].vcpus[0].cpu),
                 guest.teardown.order,
