@@ -12,8 +12,9 @@ message 20230526234435.662652-1-yuzhao@google.com, patch 10 of 10.
 ``bitmap``       windows of 64 PTEs with one call that tests and one that clears (2023 proposal)
 =============== =================================================================================
 
-``ageing_lock`` says what a call holds: ``write`` or ``read`` of ``mmu_lock``, or ``none``: only
-RCU. A new way to ask is a class with a ``name``, listed in :data:`CALLS`.
+``ageing_lock`` says what a call holds: ``write`` or ``read`` of ``mmu_lock``, ``none`` (only RCU),
+or ``rmap_bit``: one reverse-map chain after the other. A new way to ask is a class with a ``name``,
+listed in :data:`CALLS`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from simpy import Event
 
 from simkvm.kernel.mglru import MIN_LRU_BATCH
 from simkvm.kernel.qrwlock import FAST
+from simkvm.kernel.rmap import WITHOUT_MMU_LOCK, Held
 from simkvm.kernel.sites import AGE
 from simkvm.kernel.stage2 import AF, VALID
 from simkvm.kernel.task import Task, acquired, reach
@@ -142,7 +144,7 @@ class PerFolio(AgeingCall):
         size = self.run_leaves()
         starts = run_starts(leaves, size)
         report.calls += len(starts)
-        if self.lock == "none":
+        if self.lock in WITHOUT_MMU_LOCK:
             self.kvm.young_calls.lockless += len(starts)
             return (yield from self._lockless(t_ns, leaves, starts, size))
         if self.felt:
@@ -272,7 +274,7 @@ class PerFolio(AgeingCall):
     def _lockless(
         self, t_ns: int, leaves: Leaves, starts: Leaves, size: int
     ) -> Generator[Event, Any, tuple[int, Leaves]]:
-        """Calls under RCU only, for runs of up to ``size`` leaves; an event for each 64 of them."""
+        """Calls without ``mmu_lock``, for runs of up to ``size`` leaves; an event for 64 calls."""
         kvm, costs = self.kvm, self.costs
         found: list[Leaves] = []
         walk_ns = costs.walk_ns + (size - 1) * costs.visit_ns
@@ -289,10 +291,7 @@ class PerFolio(AgeingCall):
             busy_ns += len(batch) * costs.scan_ns
             if size > 1:
                 busy_ns += kvm.memslots.crossed_by(batch, began) * again_ns
-            tables = kvm.path_at(int(batch[0]), t_ns)
-            kvm.oracle.walk(
-                Walk(self.task.name, tables, t_ns + costs.call_ns, period_ns, walk_ns, calls)
-            )
+            self._announce(batch, t_ns + costs.call_ns, period_ns, walk_ns, calls)
             young = kvm.age_lockless(batch, t_ns + self._offsets_ns(len(batch), began), t_ns)
             found.append(young)
             t_ns += busy_ns + len(young) * costs.promote_ns
@@ -311,6 +310,17 @@ class PerFolio(AgeingCall):
             + first * costs.scan_ns
         )
         return at_ns
+
+    def _announce(
+        self, batch: Leaves, start_ns: int, period_ns: int, busy_ns: int, calls: int
+    ) -> None:
+        """Tell who has to know of the walks to come: the oracle, or who changes a chain."""
+        kvm = self.kvm
+        if self.lock == "none":
+            tables = kvm.path_at(int(batch[0]), start_ns - self.costs.call_ns)
+            kvm.oracle.walk(Walk(self.task.name, tables, start_ns, period_ns, busy_ns, calls))
+        else:
+            kvm.rmap.hold(Held(batch, start_ns, period_ns, busy_ns))
 
 
 def run_starts(leaves: Leaves, size: int) -> Leaves:

@@ -107,7 +107,7 @@ class Costs:
     unmap: UnmapStepCosts
     free: FreeCosts
     takers: TakerCosts
-    tlbi_ns: int
+    tlbi_ns: int  #: broadcasts of arm64; 0 where there are none
     tlbi_all_ns: int
     tlbi_service_ns: int
     split_entry_ns: int
@@ -138,11 +138,9 @@ class Costs:
             unmap=_unmap(machine),
             free=_free(machine),
             takers=_takers(machine, leaf_bytes, page_bytes),
-            tlbi_ns=round(machine["tlbi_s2_page_ns"]),
-            tlbi_all_ns=round(machine["tlbi_vmid_all_ns"]),
-            tlbi_service_ns=round(machine["tlbi_global_service_ns"]),
             split_entry_ns=round(machine["split_entry_ns"]),
             copy_page_ns=round(machine["copy_4k_ns"] * page_bytes / 4096),
+            **_tlbi(machine),
             touch_ns=round(machine["page_touch_ns"]),
             tlb_entries=round(machine["tlb_l2_entries"]),
             tlb_refill_ns=round(machine["tlb_miss_nested_warm_ns"]),
@@ -151,17 +149,34 @@ class Costs:
         )
 
 
+def _tlbi(machine: Machine) -> dict[str, int]:
+    names = {
+        "tlbi_ns": "tlbi_s2_page_ns",
+        "tlbi_all_ns": "tlbi_vmid_all_ns",
+        "tlbi_service_ns": "tlbi_global_service_ns",
+    }
+    if machine.arch == "x86":
+        return dict.fromkeys(names, 0)
+    return {cost: round(machine[name]) for cost, name in names.items()}
+
+
 def _fault(machine: Machine, line: LineCosts, leaf_bytes: int, deeper_ns: float) -> FaultCosts:
     half_exit = machine["exit_roundtrip_ns"] / 2
     around = machine["memslot_lookup_ns"] + machine["srcu_ns"]
     vma = machine["mmap_lock_vma_lookup_ns"]
+    atomics = 4  # two on each of mmap_lock and mmu_lock
+    lock_of_gup = header = 0.0
+    if machine.arch == "x86":  # fast GUP looks up no VMA; GUP's slow path takes mmap_lock
+        vma, atomics, lock_of_gup = 0, 2, line.same_ns
+        header = machine["slab_alloc_or_free_ns"]  # each table has a struct kvm_mmu_page
     clean = machine["dcache_clean_4k_ns"] * leaf_bytes / 4096
     if leaf_bytes >= 2 << 20:
         clean = machine["dcache_clean_2m_ns"] * leaf_bytes / (2 << 20)
     hold = machine["fault_hold_ns"]
-    parts = 2 * half_exit + around + vma + hold + machine["dcache_clean_4k_ns"] + 4 * line.same_ns
+    parts = 2 * half_exit + around + vma + hold + machine["dcache_clean_4k_ns"]
+    parts += atomics * line.same_ns
     gup_hit = machine["s2_map4k_total_ns"] - parts
-    alloc = machine["s2_fault4k_alloc_total_ns"] - machine["s2_map4k_total_ns"]
+    alloc = machine["s2_fault4k_alloc_total_ns"] - machine["s2_map4k_total_ns"] - lock_of_gup
     clear = machine["zero_4k_ns"] + machine["page_alloc_free_ns"]
     zero_page = alloc - clear
     if leaf_bytes >= 2 << 20:
@@ -188,7 +203,7 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int, deeper_ns: float)
         retry_ns=round(machine["retry_check_ns"]),
         enter_ns=round(half_exit),
         user_ns=round(machine["exit_to_user_ns"] - machine["exit_roundtrip_ns"]),
-        object_ns=round(machine["zero_4k_ns"] + machine["page_alloc_free_ns"]),
+        object_ns=round(machine["zero_4k_ns"] + machine["page_alloc_free_ns"] + header),
     )
 
 

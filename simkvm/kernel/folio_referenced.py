@@ -23,7 +23,7 @@ from simpy import Event
 from simkvm.kernel.aging_call import CALLS, Leaves, Pass
 from simkvm.kernel.host_memory import OWN, YOUNG
 from simkvm.kernel.mglru import MIN_LRU_BATCH
-from simkvm.kernel.rmap import Answer, RmapAgeing
+from simkvm.kernel.rmap_walk import Answer, RmapAgeing
 from simkvm.kernel.task import Task, reach
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from simpy import Event
 
 from simkvm.kernel.aging_call import Leaves, Pass
 from simkvm.kernel.host_memory import IDLE, OWN, YOUNG
-from simkvm.kernel.rmap import Answer, RmapAgeing
+from simkvm.kernel.rmap_walk import Answer, RmapAgeing
 from simkvm.kernel.task import reach
 
 WORD: Final = 64  #: pages in one word of the bitmap

@@ -1,94 +1,98 @@
-"""Ageing by reverse map: one folio at a time, from the folio to its entries.
+"""Reverse-map chains of x86's shadow MMU: which entries map a guest page.
 
-Source: mm/rmap.c (``rmap_walk``, ``page_vma_mapped_walk``), v6.12. Who wants to know about one
-folio finds the mapping, waits for the lock of the host's page table, and asks at each entry;
-between two folios it holds nothing. :data:`~simkvm.kernel.aging.METHODS` lists who does.
+Source: arch/x86/kvm/mmu/mmu.c (``struct pte_list_desc``, ``pte_list_add``, ``__kvm_rmap_lock``,
+``kvm_rmap_age_gfn_range``), v6.12 and v6.15. Each page and level has a head. A single entry is kept
+in the head itself, more of them in chunks of 14. To age a page is to walk its chain: no table is
+descended, each entry is a cache miss of its own.
+
+Since v6.15 an ageing walk holds a bit of the head instead of ``mmu_lock``. Nobody else walks the
+chain then, and whoever adds or removes an entry, under ``mmu_lock``, waits for the bit. An empty
+chain is not locked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from typing import Final, NamedTuple
 
 import numpy as np
-from simpy import Event
+from numpy.typing import NDArray
 
-from simkvm.kernel.aging_call import Leaves, Pass
-from simkvm.kernel.host_memory import OWN
-from simkvm.kernel.task import Task, reach
-from simkvm.kernel.young_notifier import YoungNotifier
+PTE_LIST_EXT: Final = 14  #: entries in a chunk of a chain
+HEADS: Final = 3  #: heads looked at for one page: of 4 KiB, 2 MiB and 1 GiB mappings
 
-if TYPE_CHECKING:
-    from simkvm.kernel.kvm import Kvm
+#: Values of ``ageing_lock`` that do without ``mmu_lock``.
+WITHOUT_MMU_LOCK: Final = ("none", "rmap_bit")
 
-Answer = Generator[Event, Any, tuple[int, bool]]
+Leaves = NDArray[np.int64]
 
 
-class RmapAgeing:
-    """Asks about folios of one guest, for ``task``. Subclasses say what is asked at each entry."""
+def chain_ns(length: int, miss_ns: int, visit_ns: int) -> int:
+    """What walking the chains of one page costs, ``length`` entries in all.
 
-    def __init__(self, kvm: Kvm, task: Task) -> None:
-        self.kvm = kvm
-        self.task = task
-        self.costs = kvm.costs.ageing
-        self.notifier = YoungNotifier(kvm, task)
+    The head and each entry and chunk are misses; heads of the larger levels are shared by
+    neighbours and stay near.
+    """
+    chunks = -(-length // PTE_LIST_EXT) if length > 1 else 0
+    return (1 + length + chunks) * miss_ns + (HEADS - 1) * visit_ns
 
-    def open_generation(self, t_ns: int) -> Generator[Event, Any, int]:
-        """The end of a memcg's passes opens no generation: only MGLRU's walk does."""
-        yield from ()
-        return t_ns
 
-    def at_entry(self, t_ns: int, leaf: int, report: Pass) -> Answer:
-        """One present entry, its table locked: returns when it is done and whether it was young."""
-        raise NotImplementedError
+class Held(NamedTuple):
+    """Chains of ``leaves`` (ascending), locked one after the other.
 
-    def folios(self, leaves: Leaves) -> Iterator[Leaves]:
-        """Cut ``leaves``, in order, into the folios that they map."""
-        if len(leaves):
-            others = np.diff(leaves // self.kvm.folio_leaves) != 0
-            yield from np.split(leaves, np.flatnonzero(others) + 1)
+    That of leaf number *k* is locked for ``busy_ns`` from ``start_ns + k * period_ns`` on.
+    """
 
-    def check(self, t_ns: int, folio: Leaves, report: Pass) -> Answer:
-        """One walk over the entries of ``folio``, all of one host table, from ``t_ns`` on."""
-        kvm, cpu = self.kvm, self.task.cpu
-        table = int(folio[0]) // kvm.host.entries
-        kvm.pin()
-        t_ns = yield from self._lock(t_ns + self.costs.rmap_ns, table)
-        token = kvm.notifier.srcu.enter(t_ns) if kvm.notifier.listening else None
-        young = False
-        for leaf in folio.tolist():
-            if kvm.host.fast[leaf] & OWN:  # an unmap may have come meanwhile
-                t_ns, used = yield from self.at_entry(t_ns, leaf, report)
-                young |= used
-        if token is not None:
-            kvm.notifier.srcu.leave(token, t_ns)
-        t_ns = yield from reach(kvm.env, t_ns)
-        kvm.host.unlock(t_ns)
-        cpu.enter_kernel(t_ns)
-        kvm.unpin(t_ns)
-        return t_ns, young
+    leaves: Leaves
+    start_ns: int
+    period_ns: int
+    busy_ns: int
 
-    def _lock(self, t_ns: int, table: int) -> Generator[Event, Any, int]:
-        """Wait for the lock of host table ``table``; a fault may be installing an entry."""
-        kvm = self.kvm
-        t_ns = yield from reach(kvm.env, t_ns)
-        while until_ns := self.faults_until(t_ns, table):
-            t_ns = yield from reach(kvm.env, until_ns)
-        kvm.host.lock_for_ageing(table, t_ns)
-        self.task.cpu.spin(t_ns)
-        for vcpu in kvm.vcpus:
-            vcpu.catch_up(t_ns)
-        return t_ns
+    @property
+    def end_ns(self) -> int:
+        """When the last one is let go."""
+        return self.start_ns + (len(self.leaves) - 1) * self.period_ns + self.busy_ns
 
-    def faults_until(self, t_ns: int, table: int) -> int:
-        """When the last of the faults that want or have host table ``table`` now is done; or 0."""
-        faults = [vcpu.fault for vcpu in self.kvm.vcpus]
-        return max((f.ptl_until_ns for f in faults if f.holds_table(table, t_ns)), default=0)
+    def wait_ns(self, leaf: int, t_ns: int) -> int:
+        """How long somebody waits for the chain of ``leaf`` at ``t_ns``."""
+        place = int(np.searchsorted(self.leaves, leaf))
+        if place == len(self.leaves) or self.leaves[place] != leaf:
+            return 0
+        locked_ns = self.start_ns + place * self.period_ns
+        return locked_ns + self.busy_ns - t_ns if 0 <= t_ns - locked_ns < self.busy_ns else 0
 
-    def ask(self, t_ns: int, leaf: int, report: Pass, flush: bool = False) -> Answer:
-        """One notifier call about ``leaf``: when it is over, and whether the guest used it."""
-        if not self.kvm.notifier.listening:
-            return t_ns, False
-        report.calls += 1
-        t_ns, young = yield from self.notifier.clear(t_ns, leaf, leaf + 1, flush)
-        return t_ns, bool(len(young))
+
+class RmapLocks:
+    """The bit locks of one guest's chains, as ageing walks have planned to hold them."""
+
+    def __init__(self) -> None:
+        self._held: deque[Held] = deque()
+        self.waits = 0
+
+    def hold(self, held: Held) -> None:
+        """An ageing walk will hold these chains; it tells when it begins."""
+        while self._held and self._held[0].end_ns <= held.start_ns:
+            self._held.popleft()
+        self._held.append(held)
+
+    def wait_ns(self, leaf: int, t_ns: int) -> int:
+        """How long whoever changes the chain of ``leaf`` at ``t_ns`` waits for its bit."""
+        waited = max((held.wait_ns(leaf, t_ns) for held in self._held), default=0)
+        self.waits += waited > 0
+        return waited
+
+    def waits_of(self, leaves: Leaves, begins_ns: Leaves) -> Leaves:
+        """What a walk that comes to each of ``leaves`` at ``begins_ns`` waits for its chain.
+
+        A wait puts off those behind it; that is left out, one is shorter than a step of the walk.
+        """
+        waits = np.zeros(len(leaves), np.int64)
+        for held in self._held:
+            if not len(leaves) or held.end_ns <= begins_ns[0] or held.start_ns > begins_ns[-1]:
+                continue
+            _, mine, theirs = np.intersect1d(leaves, held.leaves, return_indices=True)
+            into = begins_ns[mine] - held.start_ns - theirs * held.period_ns
+            met = (into >= 0) & (into < held.busy_ns)
+            waits[mine[met]] = held.busy_ns - into[met]
+        self.waits += int(np.count_nonzero(waits))
+        return waits

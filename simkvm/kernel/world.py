@@ -21,9 +21,9 @@ from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.mglru import Lruvec
 from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
+from simkvm.kernel.remote_flush import FLUSHES
 from simkvm.kernel.task import Task
-from simkvm.kernel.teardown import Teardown
-from simkvm.kernel.tlb import TlbiPath
+from simkvm.kernel.zap_roots import TEARDOWNS
 from simkvm.observe.record import Record
 from simkvm.observe.recorder import SAMPLES, Recorder
 from simkvm.observe.table_memory import TableMemory
@@ -58,9 +58,7 @@ class World:
             self.env._eid = shuffled(self.stream("ties"))  # type: ignore[assignment]
         self.recorder = Recorder()
         self.memory = TableMemory()
-        self.tlbi = TlbiPath(
-            round(machine["tlbi_s2_page_ns"]), round(machine["tlbi_global_service_ns"])
-        )
+        self.remote_flush = FLUSHES[kernel["remote_flush"]].of(machine)
         self.cpus = self._cpus()
         self.rcu = self._rcu()
         self._free_cpus = iter(self.cpus)
@@ -80,7 +78,7 @@ class World:
             )
         ]
         self.teardowns = [
-            Teardown(
+            TEARDOWNS[kernel["teardown_walk"]](
                 by_name[name],
                 Task(f"{name}/teardown", by_name[name].vcpus[0].cpu),
                 guest.teardown.order,
@@ -157,7 +155,7 @@ class World:
             self.machine,
             self.kernel,
             self.rcu,
-            self.tlbi,
+            self.remote_flush,
             self.memory,
             break_lock=scenario.host.preemptible or self.kernel["lock_break"] == "build",
             block_bytes=block_bytes(guest, theirs),

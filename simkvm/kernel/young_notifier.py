@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from simpy import Event
 
 from simkvm.kernel.qrwlock import OPEN
+from simkvm.kernel.rmap import WITHOUT_MMU_LOCK, Held
 from simkvm.kernel.sites import AGE
 from simkvm.kernel.task import Task, acquired, reach
 from simkvm.observe.oracle import Walk
@@ -63,7 +64,7 @@ class YoungNotifier:
         ``flush``: ask for ``clear_flush_young``. Returns when the call is over, and who was young.
         """
         t_ns = yield from reach(self.kvm.env, t_ns + self._costs.call_ns)
-        if self._lock == "none" and not self._falls_back:
+        if self._lock in WITHOUT_MMU_LOCK and not self._falls_back:
             return self._lockless(t_ns, first, last)
         return (yield from self._locked(t_ns, first, last, flush or self._always_flush))
 
@@ -103,7 +104,11 @@ class YoungNotifier:
         kvm, costs = self.kvm, self._costs
         leaves = np.arange(first, last, dtype=np.int64)
         walk_ns = costs.walk_ns + (last - first - 1) * costs.visit_ns
-        kvm.oracle.walk(Walk(self.task.name, kvm.path_at(first, t_ns), t_ns, walk_ns, walk_ns, 1))
+        if self._lock == "none":
+            tables = kvm.path_at(first, t_ns)
+            kvm.oracle.walk(Walk(self.task.name, tables, t_ns, walk_ns, walk_ns, 1))
+        else:
+            kvm.rmap.hold(Held(leaves, t_ns, walk_ns, walk_ns))
         kvm.young_calls.lockless += 1
         loads_ns = t_ns + costs.walk_ns + (leaves - first) * costs.visit_ns
         return t_ns + walk_ns, kvm.age_lockless(leaves, loads_ns, t_ns)

@@ -193,6 +193,13 @@ class Guest(Model):
         description="Memory cgroup of the VMM. Guests that name the same one share its lruvec, and "
         "an ageing command walks them all before it opens a generation; null: each has its own.",
     )
+    rmap_chain: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="Entries that map one page, by as many shadow roots: the length of its "
+        "reverse-map chain (x86's shadow MMU only).",
+    )
     access: Access = Field(description="What each vCPU touches.")
     teardown: Teardown | None = Field(
         default=None, description="End this VM during the run; null: it lives to the end."
