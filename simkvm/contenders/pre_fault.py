@@ -19,7 +19,6 @@ from simpy import Event
 
 from simkvm.contenders.contender import Contender, Steps
 from simkvm.kernel import mmap_lock
-from simkvm.kernel.fault_sized import fault_path
 from simkvm.kernel.sites import PRE_FAULT
 from simkvm.kernel.stage2 import VALID
 from simkvm.kernel.task import Task, acquired, reach
@@ -54,7 +53,7 @@ class PreFault(Contender):
         super().__init__(kvm, task, rng)
         self._spec = spec
         costs = kvm.costs.fault
-        self._fault = fault_path(kvm, NoGuest(costs.enter_ns), task)
+        self._fault = kvm.fault_path(kvm, NoGuest(costs.enter_ns), task)
         self._lookup_ns = costs.exit_ns - costs.enter_ns  # what is not the exit itself
         leaf = kvm.stage2.leaf_bytes
         self._last = kvm.leaves if spec.range is None else -(-spec.range // leaf)

@@ -10,15 +10,17 @@ opens a new generation, for all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from simpy import Environment, Event
 
 from simkvm.kernel.aging_call import CALLS, Pass
+from simkvm.kernel.folio_referenced import FolioReferenced
 from simkvm.kernel.host_memory import OWN, YOUNG
 from simkvm.kernel.mglru import MAX_LRU_BATCH, Lruvec
+from simkvm.kernel.page_idle import PageIdle
 from simkvm.kernel.task import Task, reach
 
 if TYPE_CHECKING:
@@ -28,19 +30,41 @@ if TYPE_CHECKING:
 Steps = Generator[Event, Any, int]
 
 
-class AgeingThread:
-    """The user that writes ageing commands to debugfs, over and over, for every memcg.
+class AgeingMethod(Protocol):
+    """A way to age one guest that a user can ask for, by the ``name`` of ``ageing.method``."""
 
-    One command walks the memcg's mms one after the other, all of them: it is a forced scan, which
-    does not skip those that have not run since the last one (``iterate_mm_list``).
+    name: ClassVar[str]
+
+    def __init__(self, kvm: Kvm, task: Task) -> None: ...
+
+    def run(self, t_ns: int, opens: bool = True) -> Generator[Event, Any, Pass]:
+        """One pass over the guest from ``t_ns`` on; ``opens``: it is the last of its memcg."""
+        ...
+
+    def open_generation(self, t_ns: int) -> Steps:
+        """What the last pass over a memcg ends with; returns when it is done."""
+        ...
+
+    @property
+    def kvm(self) -> Kvm:
+        """The guest."""
+        ...
+
+
+class AgeingThread:
+    """The user that asks for ageing, over and over, for every memcg.
+
+    One lru_gen command walks the memcg's mms one after the other, all of them: it is a forced scan,
+    which does not skip those that have not run since the last one (``iterate_mm_list``).
     """
 
     def __init__(self, kvms: list[Kvm], task: Task, ageing: Ageing) -> None:
-        by_memcg: dict[Lruvec, list[AgeingWalk]] = {}  # the order of the first guest of each
+        method = METHODS[ageing.method]
+        by_memcg: dict[Lruvec, list[AgeingMethod]] = {}  # the order of the first guest of each
         for kvm in kvms:
-            by_memcg.setdefault(kvm.host.lru.lruvec, []).append(AgeingWalk(kvm, task))
+            by_memcg.setdefault(kvm.host.lru.lruvec, []).append(method(kvm, task))
         self._memcgs = list(by_memcg.values())
-        self._walks = [walk for walks in self._memcgs for walk in walks]
+        self._kvms = kvms
         self._task = task
         self._ageing = ageing
         self.passes: list[Pass] = []
@@ -51,8 +75,8 @@ class AgeingThread:
         A pass is finished once begun, but none begins any more when nobody ``wanted`` it: the
         selftest's thread looks for the end of the vCPUs between two commands.
         """
-        env, cpu, ageing = self._walks[0].env, self._task.cpu, self._ageing
-        costs = self._walks[0].kvm.costs
+        env, cpu, ageing = self._kvms[0].env, self._task.cpu, self._ageing
+        costs = self._kvms[0].costs
         t_ns = ageing.start
         rounds = 0
         while ageing.passes is None or rounds < ageing.passes:
@@ -73,7 +97,7 @@ class AgeingThread:
                 t_ns += costs.switch_ns
         cpu.sleep(t_ns)
 
-    def _command(self, t_ns: int, walks: list[AgeingWalk]) -> Steps:
+    def _command(self, t_ns: int, walks: list[AgeingMethod]) -> Steps:
         """One ageing command (``run_aging``) for the memcg of ``walks``; returns its end."""
         left = len(walks)
         walked = False
@@ -88,7 +112,13 @@ class AgeingThread:
 
 
 class AgeingWalk:
-    """Walks one guest's host page table and advances the generations of its memcg."""
+    """Walks one guest's host page table and advances the generations of its memcg.
+
+    Where the CPU does not set accessed flags the walk is switched off (``arch_has_hw_pte_young``):
+    the command only opens a new generation.
+    """
+
+    name: ClassVar[str] = "lru_gen"
 
     def __init__(self, kvm: Kvm, task: Task) -> None:
         self.kvm = kvm
@@ -106,8 +136,20 @@ class AgeingWalk:
         """
         kvm, costs = self.kvm, self._costs
         report = Pass(kvm.name, t_ns)
+        if kvm.walks_page_tables:
+            kvm.pin()
+            t_ns = yield from self._walk(t_ns, report)
+        t_ns = yield from reach(self.env, t_ns + costs.lru_lock_ns + costs.resched_ns)
+        if opens:
+            t_ns = yield from self.open_generation(t_ns)
+        report.end_ns = t_ns
+        if kvm.walks_page_tables:
+            kvm.unpin(t_ns)
+        return report
+
+    def _walk(self, t_ns: int, report: Pass) -> Steps:
+        kvm = self.kvm
         promoted = 0
-        kvm.pin()
         t_ns = yield from reach(self.env, t_ns)
         t_ns = kvm.host.mmap_lock.visit(self.task.cpu.id, t_ns, 1)
         t_ns = yield from reach(self.env, t_ns)
@@ -121,12 +163,7 @@ class AgeingWalk:
                 t_ns, moved = yield from self._table(t_ns, table, report)
                 promoted += moved
         kvm.host.mmap_lock.post(self.task.cpu.id, t_ns)
-        t_ns = yield from reach(self.env, t_ns + costs.lru_lock_ns + costs.resched_ns)
-        if opens:
-            t_ns = yield from self.open_generation(t_ns)
-        report.end_ns = t_ns
-        kvm.unpin(t_ns)
-        return report
+        return t_ns
 
     def open_generation(self, t_ns: int) -> Steps:
         """``inc_max_seq`` of the memcg's lruvec, which first moves the oldest folios up."""
@@ -202,3 +239,11 @@ class AgeingWalk:
         kvm.host.unlock(t_ns)
         self.task.cpu.enter_kernel(t_ns)
         return t_ns, moved
+
+
+METHODS: Final[dict[str, type[AgeingMethod]]] = {
+    "lru_gen": AgeingWalk,
+    "page_idle": PageIdle,
+    "folio_referenced": FolioReferenced,
+}
+"""Ways to age a guest, by what ``ageing.method`` calls them."""

@@ -35,6 +35,16 @@ class FaultCosts:
 
 
 @dataclass(frozen=True)
+class AccessFaultCosts:
+    """An access-flag fault (arch/arm64/kvm/mmu.c, ``handle_access_fault``)."""
+
+    exit_ns: int  #: exit, SRCU and memslot look-up: up to ``mmu_lock``
+    hold_ns: int  #: one walk that sets the flag
+    enter_ns: int  #: from the unlock to the guest's next instruction
+    lock_ns: int  #: what taking the lock costs a CPU that had it last
+
+
+@dataclass(frozen=True)
 class AgeingCosts:
     """The page-table walk of MGLRU (mm/vmscan.c) and the notifier call it makes."""
 
@@ -46,6 +56,8 @@ class AgeingCosts:
     folio_move_ns: int  #: moving one folio up when the oldest generation is emptied
     resched_ns: int  #: a ``cond_resched`` that does not switch
     lru_lock_ns: int  #: taking and releasing the lruvec lock
+    rmap_ns: int  #: finding the one mapping of a folio and locking its table
+    cmpxchg_ns: int  #: between the load and the compare-and-swap of a walk without lock
 
 
 @dataclass(frozen=True)
@@ -90,11 +102,12 @@ class Costs:
     handoff_ns: int
     next_ns: int
     fault: FaultCosts
+    access_fault: AccessFaultCosts
     ageing: AgeingCosts
     unmap: UnmapStepCosts
     free: FreeCosts
     takers: TakerCosts
-    tlbi_ns: int
+    tlbi_ns: int  #: broadcasts of arm64; 0 where there are none
     tlbi_all_ns: int
     tlbi_service_ns: int
     split_entry_ns: int
@@ -120,15 +133,14 @@ class Costs:
             handoff_ns=round(machine["lock_handoff_ns"]),
             next_ns=round(machine["c2c_same_ns"]),
             fault=_fault(machine, line, leaf_bytes, deeper_ns),
+            access_fault=_access_fault(machine, line),
             ageing=_ageing(machine, deeper_ns),
             unmap=_unmap(machine),
             free=_free(machine),
             takers=_takers(machine, leaf_bytes, page_bytes),
-            tlbi_ns=round(machine["tlbi_s2_page_ns"]),
-            tlbi_all_ns=round(machine["tlbi_vmid_all_ns"]),
-            tlbi_service_ns=round(machine["tlbi_global_service_ns"]),
             split_entry_ns=round(machine["split_entry_ns"]),
             copy_page_ns=round(machine["copy_4k_ns"] * page_bytes / 4096),
+            **_tlbi(machine),
             touch_ns=round(machine["page_touch_ns"]),
             tlb_entries=round(machine["tlb_l2_entries"]),
             tlb_refill_ns=round(machine["tlb_miss_nested_warm_ns"]),
@@ -137,17 +149,34 @@ class Costs:
         )
 
 
+def _tlbi(machine: Machine) -> dict[str, int]:
+    names = {
+        "tlbi_ns": "tlbi_s2_page_ns",
+        "tlbi_all_ns": "tlbi_vmid_all_ns",
+        "tlbi_service_ns": "tlbi_global_service_ns",
+    }
+    if machine.arch == "x86":
+        return dict.fromkeys(names, 0)
+    return {cost: round(machine[name]) for cost, name in names.items()}
+
+
 def _fault(machine: Machine, line: LineCosts, leaf_bytes: int, deeper_ns: float) -> FaultCosts:
     half_exit = machine["exit_roundtrip_ns"] / 2
     around = machine["memslot_lookup_ns"] + machine["srcu_ns"]
     vma = machine["mmap_lock_vma_lookup_ns"]
+    atomics = 4  # two on each of mmap_lock and mmu_lock
+    lock_of_gup = header = 0.0
+    if machine.arch == "x86":  # fast GUP looks up no VMA; GUP's slow path takes mmap_lock
+        vma, atomics, lock_of_gup = 0, 2, line.same_ns
+        header = machine["slab_alloc_or_free_ns"]  # each table has a struct kvm_mmu_page
     clean = machine["dcache_clean_4k_ns"] * leaf_bytes / 4096
     if leaf_bytes >= 2 << 20:
         clean = machine["dcache_clean_2m_ns"] * leaf_bytes / (2 << 20)
     hold = machine["fault_hold_ns"]
-    parts = 2 * half_exit + around + vma + hold + machine["dcache_clean_4k_ns"] + 4 * line.same_ns
+    parts = 2 * half_exit + around + vma + hold + machine["dcache_clean_4k_ns"]
+    parts += atomics * line.same_ns
     gup_hit = machine["s2_map4k_total_ns"] - parts
-    alloc = machine["s2_fault4k_alloc_total_ns"] - machine["s2_map4k_total_ns"]
+    alloc = machine["s2_fault4k_alloc_total_ns"] - machine["s2_map4k_total_ns"] - lock_of_gup
     clear = machine["zero_4k_ns"] + machine["page_alloc_free_ns"]
     zero_page = alloc - clear
     if leaf_bytes >= 2 << 20:
@@ -174,7 +203,7 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int, deeper_ns: float)
         retry_ns=round(machine["retry_check_ns"]),
         enter_ns=round(half_exit),
         user_ns=round(machine["exit_to_user_ns"] - machine["exit_roundtrip_ns"]),
-        object_ns=round(machine["zero_4k_ns"] + machine["page_alloc_free_ns"]),
+        object_ns=round(machine["zero_4k_ns"] + machine["page_alloc_free_ns"] + header),
     )
 
 
@@ -198,6 +227,15 @@ def _takers(machine: Machine, leaf_bytes: int, page_bytes: int) -> TakerCosts:
     )
 
 
+def _access_fault(machine: Machine, line: LineCosts) -> AccessFaultCosts:
+    enter = round(machine["exit_roundtrip_ns"] / 2)
+    before = machine["exit_roundtrip_ns"] / 2 + machine["memslot_lookup_ns"] + machine["srcu_ns"]
+    hold = round(machine["af_fault_total_ns"]) - round(before) - enter - line.same_ns
+    # Without an exit to pay for, the walk is the least there is.
+    least = round(machine["age_walk_ns"] + machine["stage2_cmpxchg_ns"])
+    return AccessFaultCosts(round(before), max(hold, least), enter, line.same_ns)
+
+
 def _ageing(machine: Machine, deeper_ns: float) -> AgeingCosts:
     return AgeingCosts(
         scan_ns=round(machine["pte_scan_old_ns"]),
@@ -213,6 +251,8 @@ def _ageing(machine: Machine, deeper_ns: float) -> AgeingCosts:
         folio_move_ns=round(machine["folio_move_ns"]),
         resched_ns=round(machine["cond_resched_ns"]),
         lru_lock_ns=round(2 * machine["atomic_uncontended_ns"]),
+        rmap_ns=round(machine["rmap_check_single_ns"]),
+        cmpxchg_ns=round(machine["stage2_cmpxchg_ns"]),
     )
 
 

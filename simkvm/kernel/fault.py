@@ -203,13 +203,15 @@ class FaultPath:
         """How long a fault that has to be taken again holds the lock; -1 if it goes on."""
         kvm, leaf = self._kvm, self._leaf
         notifier = kvm.notifier
-        if notifier.in_progress or notifier.moved_ns > self._noted_ns or not self._host_state[leaf]:
+        if not self._host_state[leaf] or (
+            (notifier.in_progress or notifier.moved_ns > self._noted_ns)
+            and notifier.stale(leaf, self._noted_ns)
+        ):
             # Without a host page: zapped since the look-up, and the invalidation was noted then.
             self.retries += 1
             return self._costs.retry_ns
         if kvm.installing and kvm.installing.get(kvm.stage2.leaf_table(leaf), 0) > entry_ns:
-            # Another fault is breaking or making an entry on this path.
-            return self._costs.hold_ns
+            return self._beaten_ns()
         return -1
 
     def locked(self, entry_ns: int) -> tuple[int, int]:
@@ -223,6 +225,8 @@ class FaultPath:
         if self._leaf_state[leaf] & need == need:
             return self._again(entry_ns, costs.hold_ns)  # another vCPU was first
         hold = costs.hold_ns
+        if kvm.races is not None:
+            kvm.leaf_changes(leaf, entry_ns + hold)
         made = stage2.map_leaf(leaf, WRITE if state & OWN and state < WRPROTECT else 0)
         if made:
             hold += self._linked(made, entry_ns)
@@ -238,6 +242,10 @@ class FaultPath:
         # An entry is locked only between breaking the old one and making the new.
         kvm.entry_locked([kvm.stage2.leaf_table(self._leaf)], entry_ns, entry_ns + extra_ns)
         return extra_ns
+
+    def _beaten_ns(self) -> int:
+        """Another fault is breaking or making an entry on this path: how long finding out takes."""
+        return self._costs.hold_ns
 
     def _again(self, entry_ns: int, hold_ns: int) -> tuple[int, int]:
         """Leave without a mapping; the guest runs into the same fault again, if it is one."""

@@ -19,6 +19,7 @@ from simkvm.kernel.mglru import LruGen
 PRESENT: Final = 1
 OWN: Final = 2  #: a page of its own; without it a present entry is the shared zero page
 YOUNG: Final = 4  #: the host's own accessed flag
+IDLE: Final = 8  #: marked by idle page tracking, which the end of the page ends
 # From here on what only :mod:`simkvm.kernel.host_change` makes, and a fault has to undo.
 MIGRATION: Final = 32  #: a page is on its way to another place: not present, a fault waits
 PROT_NONE: Final = 64  #: present, but the next access takes a NUMA hinting fault
@@ -120,6 +121,11 @@ class HostMemory:
         if len(self.left) >= REMEMBERED:
             self.left = {table: at for table, at in self.left.items() if at > t_ns - LOOK_BACK_NS}
         self.left[self.aged_table] = t_ns
+
+    @property
+    def contended(self) -> bool:
+        """Whether somebody waits for the lock that ageing has."""
+        return bool(self._blocked)
 
     def blocked(self, leaf: int, t_ns: int) -> int | Event | None:
         """Who took the lock of ``leaf``'s table before ``t_ns`` and holds it then.

@@ -130,6 +130,30 @@ class Rcu:
         self.call_rcu_hurry(self._now() if t_ns is None else t_ns, cpu_id, wake)
         return done
 
+    def barrier(self, t_ns: int) -> Event:
+        """Wait for every callback queued up to ``t``, now (kernel/rcu/tree.c, rcu_barrier()).
+
+        Each CPU that has callbacks gets one more behind them, which waits for no grace period of
+        its own. The event happens when the caller runs again.
+        """
+        done = self._env.event()
+        left = 0
+
+        def reached(at_ns: int) -> int:
+            nonlocal left
+            left -= 1
+            if not left:
+                at(self._env, at_ns + self._costs.wakeup_ns, done.succeed)
+            return 0
+
+        for data in self._data:
+            if data.callbacks.entrain(t_ns, reached):
+                left += 1
+                self._queued(data, t_ns)
+        if not left:
+            at(self._env, t_ns, done.succeed)
+        return done
+
     @property
     def completed(self) -> int:
         """Grace periods that have ended."""

@@ -93,6 +93,23 @@ class SegmentedCallbackList:
         else:
             self.arriving.extend(bulk)
 
+    def entrain(self, t_ns: int, callback: Callback) -> bool:
+        """Add a callback behind those queued up to ``t``, in their segment; False if none is."""
+        if self.due(t_ns):
+            self.enqueue(t_ns, callback)
+            return True
+        if not self._queue:
+            return False
+        if not self.unnumbered:
+            if self.next_ready:
+                self.next_ready += 1
+            elif self.wait:
+                self.wait += 1
+            else:
+                self.ready += 1
+        self._queue.append((t_ns, callback, ALONE, False))
+        return True
+
     def see(self, t_ns: int) -> None:
         """Let the CPU see what was queued before ``t``, and not at ``t`` itself."""
         arriving, queue = self.arriving, self._queue

@@ -135,6 +135,10 @@ class Stage2:
         """Index, at its level, of the table that holds ``entry``."""
         return (entry + level.phase) >> self._bits
 
+    def first_entry(self, number: int) -> int:
+        """Number of the first entry of level ``number`` that the arrays have, from address 0."""
+        return self._first_page >> (self._bits * (LAST_LEVEL - number))
+
     def leaf_table(self, leaf: int) -> int:
         """Index of the leaf-level table that holds ``leaf``."""
         return (leaf + self.leaf.phase) >> self._bits
@@ -183,6 +187,14 @@ class Stage2:
             level.fast_counts[table] += 1
         entries[leaf] = VALID | AF | flags
         return made
+
+    def unlink(self, number: int, entry: int) -> TableId:
+        """Take the table away that hangs at ``entry`` of level ``number``."""
+        level = self.levels[number]
+        level.fast[entry] = 0
+        level.fast_counts[self.holder(level, entry)] -= 1
+        self.linked_tables -= 1
+        return self.identity(number + 1, entry)
 
     def _grow(self, leaf: int, bottom: int = LAST_LEVEL) -> list[TableId]:
         """Link the tables that lack on the way to ``leaf``, down to level ``bottom``."""

@@ -14,15 +14,16 @@ from simpy import Environment, Event, Process
 from simkvm import contenders
 from simkvm.contenders.contender import Contender
 from simkvm.guest import patterns
+from simkvm.guest.software_af import SoftwareAfVcpu
 from simkvm.guest.vcpu import Vcpu
 from simkvm.kernel.aging import AgeingThread
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.mglru import Lruvec
 from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
+from simkvm.kernel.remote_flush import FLUSHES
 from simkvm.kernel.task import Task
-from simkvm.kernel.teardown import Teardown
-from simkvm.kernel.tlb import TlbiPath
+from simkvm.kernel.zap_roots import TEARDOWNS
 from simkvm.observe.record import Record
 from simkvm.observe.recorder import SAMPLES, Recorder
 from simkvm.observe.table_memory import TableMemory
@@ -57,9 +58,7 @@ class World:
             self.env._eid = shuffled(self.stream("ties"))  # type: ignore[assignment]
         self.recorder = Recorder()
         self.memory = TableMemory()
-        self.tlbi = TlbiPath(
-            round(machine["tlbi_s2_page_ns"]), round(machine["tlbi_global_service_ns"])
-        )
+        self.remote_flush = FLUSHES[kernel["remote_flush"]].of(machine)
         self.cpus = self._cpus()
         self.rcu = self._rcu()
         self._free_cpus = iter(self.cpus)
@@ -79,7 +78,7 @@ class World:
             )
         ]
         self.teardowns = [
-            Teardown(
+            TEARDOWNS[kernel["teardown_walk"]](
                 by_name[name],
                 Task(f"{name}/teardown", by_name[name].vcpus[0].cpu),
                 guest.teardown.order,
@@ -156,7 +155,7 @@ class World:
             self.machine,
             self.kernel,
             self.rcu,
-            self.tlbi,
+            self.remote_flush,
             self.memory,
             break_lock=scenario.host.preemptible or self.kernel["lock_break"] == "build",
             block_bytes=block_bytes(guest, theirs),
@@ -175,7 +174,8 @@ class World:
                 base_dir=Path(),
                 instruction_ns=1 / self.machine.ghz,
             )
-            kvm.vcpus.append(Vcpu(kvm, index, next(self._free_cpus), chunks))
+            kind = SoftwareAfVcpu if kvm.software_af else Vcpu
+            kvm.vcpus.append(kind(kvm, index, next(self._free_cpus), chunks))
         return kvm
 
     def _charge(self, guests: dict[str, Guest]) -> None:

@@ -126,7 +126,9 @@ class Recorder:
             "faults": sum(vcpu.fault.faults for vcpu in vcpus),
             "fault_retries": sum(vcpu.fault.retries for vcpu in vcpus),
             "user_exits": sum(vcpu.fault.user_exits for vcpu in vcpus),
+            "access_faults": sum(vcpu.access_faults for vcpu in vcpus),
             **_passes_summary(passes),
+            **_young_summary(world),
             **self._lock_summary(world),
             "grace_periods": len(self.grace_periods),
             "grace_period_p50_ns": int(np.percentile(lengths, 50, method="lower")),
@@ -148,7 +150,9 @@ class Recorder:
             "table_bytes_peak": int(timeline["table_bytes"].max()),
             "tables_allocated": sum(kvm.tables_allocated for kvm in world.kvms),
             "tables_freed": sum(kvm.tables_freed for kvm in world.kvms),
-            "tlbi_broadcasts": world.tlbi.broadcasts,
+            "tlbi_broadcasts": world.remote_flush.broadcasts,
+            "remote_flushes": world.remote_flush.flushes,
+            "flush_interrupts": world.remote_flush.interrupts,
             "unmapped_pages": sum(kvm.unmapped_pages for kvm in world.kvms),
             "unmap_calls": sum(contender.calls for contender in world.contenders),
             "teardown_visits": sum(teardown.visits for teardown in world.teardowns),
@@ -196,6 +200,18 @@ def _passes_summary(passes: list[Pass]) -> dict[str, int | float | str]:
         "scanned_pages": sum(p.scanned for p in passes),
         "young_pages": sum(p.young for p in passes),
         "skipped_tables": sum(p.skipped_tables for p in passes),
+        "idle_pages": sum(p.idle for p in passes),
+    }
+
+
+def _young_summary(world: World) -> dict[str, int | float | str]:
+    """How the guests were asked: fallback calls, which take the lock after all, are locked ones."""
+    calls = [kvm.young_calls for kvm in world.kvms]
+    return {
+        "young_calls_locked": sum(call.locked for call in calls),
+        "young_calls_lockless": sum(call.lockless for call in calls),
+        "young_calls_fallback": sum(call.fallback for call in calls),
+        "failed_cmpxchgs": sum(kvm.races.failed for kvm in world.kvms if kvm.races is not None),
     }
 
 

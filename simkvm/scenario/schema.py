@@ -193,6 +193,13 @@ class Guest(Model):
         description="Memory cgroup of the VMM. Guests that name the same one share its lruvec, and "
         "an ageing command walks them all before it opens a generation; null: each has its own.",
     )
+    rmap_chain: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="Entries that map one page, by as many shadow roots: the length of its "
+        "reverse-map chain (x86's shadow MMU only).",
+    )
     access: Access = Field(description="What each vCPU touches.")
     teardown: Teardown | None = Field(
         default=None, description="End this VM during the run; null: it lives to the end."
@@ -218,6 +225,12 @@ class Guest(Model):
 class Ageing(Model):
     """The thread that ages guests (lru_gen's "+" command, access_tracking_perf_test's loop)."""
 
+    method: Literal["lru_gen", "page_idle", "folio_referenced"] = Field(
+        default="lru_gen",
+        description='What a pass does: MGLRU\'s walk of the page table (debugfs lru_gen, "+"); '
+        "idle page tracking, which reads back and marks every page (mm/page_idle.c); or eviction's "
+        "check of every folio (mm/rmap.c, folio_referenced).",
+    )
     interval: Duration = Field(
         default=0,
         description="Pause between two passes; 0: the next starts at once, as in the selftest.",

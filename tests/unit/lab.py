@@ -24,6 +24,7 @@ from simkvm.kernel.task import Task
 from simkvm.kernel.teardown import Teardown
 from simkvm.kernel.unmap import UnmapWalk
 from simkvm.kernel.world import World
+from simkvm.kernel.zap_roots import TEARDOWNS
 from simkvm.scenario.kernel import load_kernel
 from simkvm.scenario.machine import load_machine
 from simkvm.scenario.schema import Scenario
@@ -136,7 +137,8 @@ class Lab:
 
     def destroy(self, order: str = "close_vm") -> Teardown:
         """The end of the VM."""
-        teardown = Teardown(self.kvm, self.task, order, self.t_ns)
+        walk = TEARDOWNS[self.kvm.kernel["teardown_walk"]]
+        teardown = walk(self.kvm, self.task, order, self.t_ns)
         self.run(teardown.run())
         return teardown
 
@@ -154,7 +156,7 @@ class Lab:
 
     def broadcasts(self) -> int:
         """Invalidations issued so far."""
-        return self.world.tlbi.broadcasts
+        return self.world.remote_flush.broadcasts
 
     def young(self) -> int:
         """Leaves that are valid and accessed."""
