@@ -54,6 +54,14 @@ class HostMemory:
         # A read that meets a page of the leaf's own, made meanwhile, leaves it alone.
         self.fast[leaf] = before | PRESENT | YOUNG | (OWN if own else 0)
 
+    def map_all(self) -> None:
+        """Give every leaf of an empty page table a page of its own."""
+        self.state[:] = PRESENT | YOUNG | OWN
+        self.present = [self.entries] * len(self.present)
+        if rest := len(self.state) % self.entries:
+            self.present[-1] = rest
+        self.lru.add_all()
+
     def zap(self, first: int, last: int) -> int:
         """Remove what is mapped in ``first`` up to ``last``; returns how many entries that was."""
         if last - first == 1 and self.fast[first] == PRESENT | (self.fast[first] & YOUNG):

@@ -16,7 +16,8 @@ from simkvm.kernel.host_memory import HostMemory
 from simkvm.kernel.mmu_notifier import MmuNotifier, Srcu, unmap_walk
 from simkvm.kernel.qrwlock import QueuedRwlock
 from simkvm.kernel.rcu import Rcu
-from simkvm.kernel.stage2 import Stage2, TableId
+from simkvm.kernel.split_cache import SplitCache
+from simkvm.kernel.stage2 import WRITE, Stage2, TableId
 from simkvm.kernel.tlb import TlbiPath
 from simkvm.kernel.unmap import UnmapCosts
 from simkvm.observe.oracle import Oracle
@@ -86,9 +87,15 @@ class Kvm:
         self.tables_allocated = 0
         self.tables_freed = 0
         self.alive = True  #: vCPUs may run
+        self.tree_freed = False  #: the walk of its end is over
+        self.split_cache = SplitCache(self, guest.teardown.split_cache if guest.teardown else 0)
+        self.waiting: set[TableId] = set()  #: tables that wait for their callback
         self._pins = 0
         self._unpinned: Event | None = None
         memory.root(geometry.root_pages * self.table_bytes)
+        if guest.mapped:
+            self.host.map_all()
+            self.tables_linked(self.stage2.map_all(WRITE), 0)
 
     # -- tables -------------------------------------------------------------------------------
 
@@ -116,10 +123,14 @@ class Kvm:
     def call_rcu(self, t_ns: int, cpu: int, table: TableId) -> None:
         """Leave ``table`` to a callback on ``cpu``."""
         self.memory.deferred(t_ns, self.table_bytes)
+        self.waiting.add(table)
         self.rcu.call_rcu(t_ns, cpu, partial(self._rcu_callback, table))
 
     def _rcu_callback(self, table: TableId, t_ns: int) -> int:
-        return self.table_free.callback(self, table, t_ns)
+        self.waiting.discard(table)
+        spent_ns = self.table_free.callback(self, table, t_ns)
+        self.oracle.callback_done(table, t_ns)
+        return spent_ns
 
     def leaf_mapped(self, leaf: int, t_ns: int) -> None:
         """A fault mapped ``leaf`` at ``t_ns``: tell the vCPUs that were about to."""

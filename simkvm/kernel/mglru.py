@@ -36,6 +36,12 @@ class LruGen:
         self._fast[leaf] = youngest
         self.sizes[youngest] += 1
 
+    def add_all(self) -> None:
+        """All leaves come in at once."""
+        youngest = self.max_seq % MAX_NR_GENS
+        self._generation[:] = youngest
+        self.sizes[youngest] = len(self._generation)
+
     def remove(self, leaves: NDArray[np.int64]) -> None:
         """``leaves`` (distinct, all present) were freed."""
         for generation, gone in enumerate(np.bincount(self._generation[leaves], minlength=4)):

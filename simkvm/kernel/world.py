@@ -14,6 +14,7 @@ from simpy import Environment, Event, Process
 from simkvm import contenders
 from simkvm.guest import patterns
 from simkvm.guest.vcpu import Vcpu
+from simkvm.kernel import bugs
 from simkvm.kernel.aging import AgeingThread
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.kvm import Kvm
@@ -28,6 +29,7 @@ from simkvm.scenario.errors import InputError
 from simkvm.scenario.kernel import KernelVariant
 from simkvm.scenario.machine import Machine
 from simkvm.scenario.schema import Guest, Scenario
+from simkvm.scenario.schema import Teardown as TeardownSpec
 
 FIRST_SAMPLE_NS = 1_000_000
 
@@ -47,7 +49,7 @@ class World:
             )
         self.scenario = scenario
         self.machine = machine
-        self.kernel = kernel
+        self.kernel = kernel = bugs.with_bugs(kernel, scenario.bugs)
         self.env = Environment()
         if scenario.ties == "shuffle":
             self.env._eid = shuffled(self.stream("ties"))  # type: ignore[assignment]
@@ -72,17 +74,14 @@ class World:
             for name, spec in scenario.contenders.items()
         ]
         self.teardowns = [
-            Teardown(
-                by_name[name],
-                Task(f"{name}/teardown", by_name[name].vcpus[0].cpu),
-                guest.teardown.order,
-                guest.teardown.at,
-            )
+            end
             for name, guest in scenario.guests.items()
             if guest.teardown is not None
+            for end in self._ends(by_name[name], guest.teardown)
         ]
         self._running = sum(len(kvm.vcpus) for kvm in self.kvms) + len(self.teardowns)
         self._over = Event(self.env)
+        bugs.put_back(self, scenario.bugs)
 
     @property
     def events(self) -> int:
@@ -166,6 +165,16 @@ class World:
             kvm.vcpus.append(Vcpu(kvm, index, next(self._free_cpus), chunks))
         return kvm
 
+    def _ends(self, kvm: Kvm, spec: TeardownSpec) -> Iterator[Teardown]:
+        """The processes that end a VM: its owner, on the CPU of its first vCPU, or two of them."""
+        task = Task(f"{kvm.name}/teardown", kvm.vcpus[0].cpu)
+        if spec.order != "both":
+            yield Teardown(kvm, task, spec.order, spec.at)
+            return
+        other = Task(f"{kvm.name}/close", next(self._free_cpus))
+        yield Teardown(kvm, task, "process_exit", spec.at, last=False)
+        yield Teardown(kvm, other, "close_vm", spec.close_at or spec.at)
+
     # -- running ------------------------------------------------------------------------------
 
     def run(self) -> Record:
@@ -184,10 +193,9 @@ class World:
         env.process(self._samples())
         env.run(self._over if duration is None else duration)
         end_ns = duration if duration is not None else self._end_ns()
-        if self.teardowns and self.rcu.idle:
-            for kvm in self.kvms:
-                if not kvm.stage2.attached:
-                    kvm.oracle.finished(end_ns)
+        for kvm in self.kvms:
+            if kvm.tree_freed:
+                kvm.oracle.finished(end_ns, kvm.waiting)
         return self.recorder.finish(self, end_ns)
 
     def _vcpus_run(self) -> bool:

@@ -32,6 +32,7 @@ from simkvm.show.text import NOTHING, Row, titled_table, wrapped
 from simkvm.units import format_count, format_duration, format_size
 
 WIDTH = 100
+END_OF_VMS = "End of VMs"
 TABLES_AND_RCU = "RCU and stage-2 tables"
 MOST_VIOLATIONS = 5
 PLACE_WIDTH = 30
@@ -64,6 +65,8 @@ def headline(result: ResultLike) -> RenderableType:
     events = _count(summary.get("events"))
     grid.add_row("  simulated", f"{_time(summary.get('sim_ns'))} in {events} events")
     grid.add_row("  fingerprint", result.fingerprint)
+    if scenario.get("bugs"):
+        grid.add_row("  bugs", ", ".join(scenario["bugs"]))
     grid.add_row("  safety", verdict(result))
     return Group(Text(title, "bold"), grid, "")
 
@@ -83,7 +86,8 @@ def describe_guest(guest: Mapping[str, Any]) -> str:
 
 def verdict(result: ResultLike) -> Text:
     """Clean, violated, and whether that was expected."""
-    expected_unsafe = result.scenario.get("expect", "safe") == "unsafe"
+    expected = result.scenario.get("expect", "safe")
+    expected_unsafe = expected == "unsafe"
     found = len(result.violations)
     if not found:
         return (
@@ -92,6 +96,8 @@ def verdict(result: ResultLike) -> Text:
             else (Text("clean", "green"))
         )
     text = f"VIOLATED: {found} violation{'s' if found > 1 else ''}"
+    if expected == "any":
+        return Text(f"{text}, which was the question", "yellow")
     return Text(f"{text}, as expected", "yellow") if expected_unsafe else Text(text, "bold red")
 
 
@@ -185,7 +191,7 @@ def violations(result: ResultLike) -> list[RenderableType]:
 
 
 def sweep_report(results: OneOrMany, failed: Iterable[Mapping[str, Any]] = ()) -> Group:
-    """A sweep in three tables with a row a point: guests and ageing; mmu_lock; RCU and memory.
+    """A sweep with a row a point: guests and ageing; mmu_lock; ends of VMs; RCU and memory.
 
     `failed`: points without a result, as mappings with `axes` and `reason`.
     """
@@ -194,7 +200,7 @@ def sweep_report(results: OneOrMany, failed: Iterable[Mapping[str, Any]] = ()) -
     if points:
         axes = list(axes_of(points).values())
         for title, columns in SWEEP_TABLES.items():
-            if title != TABLES_AND_RCU or any(map(_frees_tables, points)):
+            if title not in NEEDS or any(map(NEEDS[title], points)):
                 parts.append(_sweep_table(title, columns, points, axes))
     for failure in failed:
         place = ", ".join(f"{key}={reference_label(v)}" for key, v in failure["axes"].items())
@@ -313,12 +319,24 @@ def _frees_tables(result: ResultLike) -> bool:
     return bool(summary.get("tables_freed") or summary.get("callbacks"))
 
 
+def _ends_a_vm(result: ResultLike) -> bool:
+    return bool(summary_of(result).get("teardown_walk_ns"))
+
+
 def _missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _time(value: Any) -> str:
     return NOTHING if _missing(value) else format_duration(round(value))
+
+
+def _time_spent(value: Any) -> str:
+    return _time(value) if value else NOTHING
+
+
+def _count_made(value: Any) -> str:
+    return _count(value) if value else NOTHING
 
 
 def _size(value: Any) -> str:
@@ -353,6 +371,12 @@ SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("range_start\nhold\np99", _at_site("range_start", "hold", "p99")),
         ("max", _at_site("range_start", "hold", "max")),
     ),
+    END_OF_VMS: (
+        ("longest\nstretch", _figure("teardown_longest_ns", _time_spent)),
+        ("walk", _figure("teardown_walk_ns", _time_spent)),
+        ("visits", _figure("teardown_visits", _count_made)),
+        ("violations", _figure("violations", _count)),
+    ),
     TABLES_AND_RCU: (
         ("grace\nperiod\np50", lambda result: _grace(summary_of(result), "p50")),
         ("p99", lambda result: _grace(summary_of(result), "p99")),
@@ -363,3 +387,9 @@ SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {
     ),
 }
 """The tables of a sweep: each column's header and its cell of a point."""
+
+NEEDS: dict[str, Callable[[ResultLike], bool]] = {
+    END_OF_VMS: _ends_a_vm,
+    TABLES_AND_RCU: _frees_tables,
+}
+"""Tables that are shown only if some point has to do with them."""
