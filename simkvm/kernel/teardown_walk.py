@@ -223,6 +223,7 @@ class Chunked(Single):
             if gone:
                 t_ns += costs.line.same_ns + costs.free.free_ns
                 self._freed(table, t_ns)
+                self._shared = [span for span in self._shared if span.table != table]
         return t_ns
 
 

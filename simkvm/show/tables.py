@@ -201,7 +201,7 @@ def sweep_report(results: OneOrMany, failed: Iterable[Mapping[str, Any]] = ()) -
         axes = list(axes_of(points).values())
         for title, columns in SWEEP_TABLES.items():
             if title not in NEEDS or any(map(NEEDS[title], points)):
-                parts.append(_sweep_table(title, columns, points, axes))
+                parts += _sweep_table(title, columns, points, axes)
     for failure in failed:
         place = ", ".join(f"{key}={reference_label(v)}" for key, v in failure["axes"].items())
         parts.append(Text(f"failed: {place or 'the point'}: {failure['reason']}", "red"))
@@ -291,8 +291,8 @@ def _sweep_table(
     columns: Sequence[tuple[str, Cell]],
     points: Sequence[ResultLike],
     axes: Sequence[AxisOfStudy],
-) -> RenderableType:
-    """Axes, replications and those columns in which any point has something to say."""
+) -> list[RenderableType]:
+    """Axes, replications and those columns in which any point has something to say, if any."""
     places = {
         axis.name: [wrapped(value_of(point, axis.key), PLACE_WIDTH) for point in points]
         for axis in axes
@@ -302,9 +302,11 @@ def _sweep_table(
         places["rep"] = repeated
     shown = [(header, [cell(point) for point in points]) for header, cell in columns]
     shown = [(header, found) for header, found in shown if set(found) != {NOTHING}]
+    if not shown:
+        return []
     headers = [*places, *(header for header, _ in shown)]
     rows = zip(*places.values(), *(found for _, found in shown), strict=True)
-    return titled_table(title, headers, rows, left=len(places))
+    return [titled_table(title, headers, rows, left=len(places))]
 
 
 def _grace(summary: Mapping[str, Any], figure: str) -> str:
