@@ -135,7 +135,7 @@ class Teardown:
             mine, kvm.stage2.attached = kvm.stage2.attached, False
             end = entry_ns + kvm.costs.unmap.bookkeeping_ns
             if self._exclusive:
-                end = kvm.split_cache.free_alone(self.walk.run(end) if mine else end)
+                end = kvm.split_cache.free_alone(self.walk.run(end, atomic=True) if mine else end)
             return end - entry_ns, end
 
         t_ns = yield from reach(kvm.env, t_ns)

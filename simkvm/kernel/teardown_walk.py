@@ -52,11 +52,18 @@ class Single:
         self.visits = 0
         self.longest_ns = 0
         self.elapsed_ns = 0
+        self._atomic = False
 
-    def run(self, t_ns: int) -> int:
-        """Free the whole tree from ``t_ns`` on; returns when that is done."""
+    def run(self, t_ns: int, atomic: bool = False) -> int:
+        """Free the whole tree from ``t_ns`` on; returns when that is done.
+
+        ``atomic``: under a spinning lock, where no reschedule point reschedules.
+        """
+        self._atomic = atomic
         end = self._destroy(t_ns)
         self.elapsed_ns = end - t_ns
+        if atomic:
+            self.longest_ns = self.elapsed_ns
         self.kvm.stage2.clear()
         self.kvm.tree_freed = True
         return end
@@ -176,8 +183,12 @@ class Chunked(Single):
         """The reschedule point before every chunk but the first."""
         if chunk:
             t_ns += self.kvm.costs.ageing.resched_ns
-            self.cpu.context_switch(t_ns)
+            self._may_switch(t_ns)
         return t_ns
+
+    def _may_switch(self, t_ns: int) -> None:
+        if not self._atomic:
+            self.cpu.context_switch(t_ns)
 
     def _pass_empty(self, first: int, last: int, t_ns: int) -> int:
         """The chunks ``first`` up to ``last``, in which nothing is mapped."""
@@ -196,7 +207,7 @@ class Chunked(Single):
                 costs.unmap.descend_ns + costs.unmap.visit_ns + costs.unmap.table_visit_ns
             )
         self.visits += visits
-        self.cpu.context_switch(t_ns)
+        self._may_switch(t_ns)
         return t_ns
 
     def _chunk(self, chunk: int, tables: list[tuple[TableId, int]], t_ns: int) -> int:

@@ -230,13 +230,14 @@ def test_who_destroys_the_vm_frees_alone() -> None:
 
 
 def test_under_the_lock_it_is_held_for_the_whole_walk() -> None:
-    """What the proposal costs: mmu_lock is held while the tree is walked."""
-    policies = {"flush_shadow": "mmu_lock"}
+    """What the proposal costs: mmu_lock is held while the tree is walked, chunks or not."""
+    policies = {"flush_shadow": "mmu_lock", "teardown_walk": "chunked"}
     made = Lab(16 * MIB, kernel={"base": "linux-6.12", "set": policies})
     made.fill()
     teardown = made.destroy()
     (row,) = made.lock_rows("teardown")
     assert row["hold"] == made.kvm.costs.unmap.bookkeeping_ns + teardown.walk_ns
+    assert teardown.longest_ns == teardown.walk_ns
 
 
 # -- a VM that begins mapped -----------------------------------------------------------------------
