@@ -69,6 +69,9 @@ def _host(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Iterat
         lock = kernel["ageing_lock"]
         message = f"ageing_call bitmap is lock-free, it does not go with ageing_lock {lock}"
         yield Problem(("kernel",), message)
+    if kernel["mmu"] == "stage2" and kernel["teardown_walk"] == "zap_roots":
+        message = "teardown_walk zap_roots is of x86's MMUs, arm64 has no such walk"
+        yield Problem(("kernel",), message)
     rcu = scenario.host.rcu
     if rcu.qlowmark > rcu.qhimark:
         message = f"{rcu.qlowmark} is above qhimark, {rcu.qhimark}"

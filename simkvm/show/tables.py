@@ -41,13 +41,14 @@ FIGURES = ("p50", "p99", "max")
 
 
 def run_report(result: ResultLike) -> Group:
-    """Everything about one run: headline, guests, ageing, mmu_lock, RCU and tables, safety."""
+    """Everything about one run: headline, guests, ageing, mmu_lock, RCU and tables, ends, safety."""
     return Group(
         headline(result),
         guest_table(result),
         ageing_table(result),
         *lock_tables(result),
         rcu_table(result),
+        *teardown_table(result),
         *violations(result),
     )
 
@@ -175,6 +176,20 @@ def rcu_table(result: ResultLike) -> RenderableType:
         _count(summary.get("tables_freed")),
     ]
     return titled_table("RCU and stage-2 tables", headers, [row], left=0)
+
+
+def teardown_table(result: ResultLike) -> list[RenderableType]:
+    """The walk that freed a tree; nothing if no VM came to its end."""
+    if not _ends_a_vm(result):
+        return []
+    summary = summary_of(result)
+    row = [
+        _time(summary.get("teardown_longest_ns")),
+        _time(summary.get("teardown_walk_ns")),
+        _count(summary.get("teardown_visits")),
+    ]
+    headers = ["longest stretch", "walk", "entries visited"]
+    return [titled_table(END_OF_VMS, headers, [row], left=0)]
 
 
 def violations(result: ResultLike) -> list[RenderableType]:

@@ -81,6 +81,7 @@ def test_a_report_says_which_mistakes_were_made() -> None:
     head = result.stdout.split("Guests")[0]
     assert "bugs         table_missed_at_end" in head
     assert "VIOLATED: 1 violation" in head
+    assert "entries visited" in result.stdout
     clean = CliRunner().invoke(cli.main, [*run, "--set", "bugs=[]"])
     assert clean.exit_code == 0
     assert "bugs" not in clean.stdout
@@ -98,6 +99,7 @@ def test_the_second_process_needs_a_second_end_and_a_cpu() -> None:
     for sets, expected in (
         (teardown(order="close_vm", close_at="6 ms"), "only order both has it, not close_vm"),
         (teardown(order="both", close_at="10 ms"), "10 ms is too late"),
+        (["kernel.set.teardown_walk=zap_roots"], "zap_roots is of x86's MMUs"),
         (["host.cpus=1"], "1 vCPU + 1 process that drops a last reference need 2 CPUs"),
     ):
         with pytest.raises(InputError, match=expected.replace("+", r"\+")):
