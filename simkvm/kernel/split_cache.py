@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from simpy import Event
 
 from simkvm.kernel.cacheline import CacheLine
-from simkvm.kernel.task import reach
+from simkvm.kernel.task import Task, reach
 
 if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm
@@ -29,12 +29,12 @@ class SplitCache:
         self._filled = self._array = pages > 0
         self._line = CacheLine(kvm.costs.line)
 
-    def free(self, cpu: int, t_ns: int) -> Generator[Event, Any, int]:
-        """Free what is in it, from ``t_ns`` on, as the thread on ``cpu``; returns the end."""
+    def free(self, task: Task, t_ns: int) -> Generator[Event, Any, int]:
+        """Have ``task`` free what is in it, from ``t_ns`` on; returns when that is done."""
         if not self._filled:
             return t_ns
         kvm, line = self._kvm, self._line
-        free_ns = kvm.costs.free.free_ns
+        cpu, free_ns = task.cpu.id, kvm.costs.free.free_ns
         while True:
             t_ns = yield from reach(kvm.env, line.serve(cpu, t_ns))
             count = self._left
@@ -43,22 +43,22 @@ class SplitCache:
             t_ns = yield from reach(kvm.env, line.serve(cpu, t_ns))
             self._left = count - 1
             t_ns = yield from reach(kvm.env, t_ns + free_ns)
-            kvm.oracle.page_freed(f"page {count - 1} of the split cache", t_ns)
+            kvm.oracle.page_freed(f"page {count - 1} of the split cache", t_ns, task.name)
         if self._array:
             t_ns = yield from reach(kvm.env, t_ns + free_ns)
-            kvm.oracle.page_freed("the array of the split cache", t_ns)
+            kvm.oracle.page_freed("the array of the split cache", t_ns, task.name)
             self._array = False
         return t_ns
 
-    def free_alone(self, t_ns: int) -> int:
-        """As :meth:`free` by somebody who holds ``mmu_lock`` for write."""
+    def free_alone(self, task: Task, t_ns: int) -> int:
+        """As :meth:`free`, with ``mmu_lock`` held for write."""
         kvm = self._kvm
         local_ns, free_ns = kvm.costs.line.same_ns, kvm.costs.free.free_ns
         for number in reversed(range(self._left)):
             t_ns += 2 * local_ns + free_ns
-            kvm.oracle.page_freed(f"page {number} of the split cache", t_ns)
+            kvm.oracle.page_freed(f"page {number} of the split cache", t_ns, task.name)
         if self._array:
             t_ns += local_ns + free_ns
-            kvm.oracle.page_freed("the array of the split cache", t_ns)
+            kvm.oracle.page_freed("the array of the split cache", t_ns, task.name)
         self._left, self._array = 0, False
         return t_ns

@@ -135,7 +135,8 @@ class Teardown:
             mine, kvm.stage2.attached = kvm.stage2.attached, False
             end = entry_ns + kvm.costs.unmap.bookkeeping_ns
             if self._exclusive:
-                end = kvm.split_cache.free_alone(self.walk.run(end, atomic=True) if mine else end)
+                end = self.walk.run(end, atomic=True) if mine else end
+                end = kvm.split_cache.free_alone(self._task, end)
             return end - entry_ns, end
 
         t_ns = yield from reach(kvm.env, t_ns)
@@ -147,4 +148,4 @@ class Teardown:
             return t_ns
         if mine:
             t_ns = yield from reach(kvm.env, self.walk.run(t_ns))
-        return (yield from kvm.split_cache.free(self._task.cpu.id, t_ns))
+        return (yield from kvm.split_cache.free(self._task, t_ns))

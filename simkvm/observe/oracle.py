@@ -85,7 +85,7 @@ class Oracle:
     _recent: deque[TableId] = field(default_factory=deque)  # freed, perhaps in the future
     _leaving: deque[TableId] = field(default_factory=deque)  # unlinked, perhaps in the future
     _root_freed_ns: int = NEVER
-    _pages: dict[str, int] = field(default_factory=dict)  # freed pages that are no tables
+    _pages: dict[str, tuple[int, str]] = field(default_factory=dict)  # freed, and no tables
     _leaked: set[TableId] = field(default_factory=set)
     _grace_periods: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=4096))
 
@@ -140,12 +140,12 @@ class Oracle:
         for walk in self._walks:
             self._check_root(walk)
 
-    def page_freed(self, page: str, t_ns: int) -> None:
-        """A page of the VM that is no table, called ``page``, was freed at ``t_ns``."""
+    def page_freed(self, page: str, t_ns: int, by: str) -> None:
+        """A page of the VM that is no table, called ``page``, was freed at ``t_ns`` by ``by``."""
         if page in self._pages:
-            before = [(self._pages[page], f"{page} freed")]
-            self._report("double_free", t_ns, f"{page} was free already", story=before)
-        self._pages.setdefault(page, t_ns)
+            what = f"{by} frees {page}, which is free"
+            self._report("double_free", t_ns, what, story=[self._pages[page]])
+        self._pages.setdefault(page, (t_ns, f"{page} freed by {by}"))
 
     def read(self, walker: str, table: TableId, t_ns: int) -> None:
         """``walker``, which holds no lock, reads ``table`` at ``t_ns``, whoever may have freed it.

@@ -268,16 +268,16 @@ def test_a_root_is_freed_once() -> None:
 
 def test_a_page_that_is_no_table_is_freed_once() -> None:
     made = oracle()
-    made.page_freed("page 7 of the split cache", 1000)
-    made.page_freed("page 8 of the split cache", 1000)
+    made.page_freed("page 7 of the split cache", 1000, "one")
+    made.page_freed("page 8 of the split cache", 1000, "one")
     assert not made.violations
-    made.page_freed("page 7 of the split cache", 1200)
+    made.page_freed("page 7 of the split cache", 1200, "another")
     (found,) = made.violations
     assert (found.kind, found.message) == (
         "double_free",
-        "page 7 of the split cache was free already",
+        "another frees page 7 of the split cache, which is free",
     )
-    assert found.timeline[0].endswith("page 7 of the split cache freed")
+    assert found.timeline[0].endswith("page 7 of the split cache freed by one")
 
 
 @pytest.mark.parametrize(("read_at", "found"), [(999, 0), (1000, 1), (2000, 1)])

@@ -209,7 +209,7 @@ def test_two_ends_free_the_split_cache_twice() -> None:
     found = {at: both(at) for at in CLOSE}
     assert any(found.values())
     for messages in found.values():
-        assert all("split cache was free already" in message for message in messages)
+        assert all("split cache, which is free" in message for message in messages)
     assert not both(2000 * US), "long after the first"
 
 
