@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from simkvm.kernel.bugs import BUGS
 from simkvm.kernel.geometry import Geometry
 from simkvm.scenario.access import Access, Phases, Populate, Trace
 from simkvm.scenario.contenders import Contender
@@ -36,10 +37,31 @@ def problems(
         yield from _addresses(guest, keys)
         yield from _traces(guest, guest.access, (*keys, "access"), traces)
         yield from _ends(guest.access, (*keys, "access"), scenario.duration)
+        yield from _closing(guest, (*keys, "teardown"))
     for name, contender in scenario.contenders.items():
         yield from _contender(scenario, contender, ("contenders", name))
     yield from _names(scenario)
     yield from _times(scenario)
+    yield from _bugs(scenario)
+
+
+def _bugs(scenario: Scenario) -> Iterator[Problem]:
+    for index, name in enumerate(scenario.bugs):
+        if name not in BUGS:
+            hint = nearest(name, BUGS)
+            known = "" if hint else f", expected one of {', '.join(BUGS)}"
+            yield Problem(("bugs", index), f"no bug {name!r}{known}", hint)
+
+
+def _closed_apart(guest: Guest) -> bool:
+    return guest.teardown is not None and guest.teardown.order == "both"
+
+
+def _closing(guest: Guest, keys: Keys) -> Iterator[Problem]:
+    """The time of the second process that ends a VM needs a second process."""
+    end = guest.teardown
+    if end is not None and end.close_at is not None and end.order != "both":
+        yield Problem((*keys, "close_at"), f"only order both has it, not {end.order}")
 
 
 def _names(scenario: Scenario) -> Iterator[Problem]:
@@ -61,6 +83,9 @@ def _host(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Iterat
     if kernel["ageing_call"] == "bitmap" and kernel["ageing_lock"] != "none":
         lock = kernel["ageing_lock"]
         message = f"ageing_call bitmap is lock-free, it does not go with ageing_lock {lock}"
+        yield Problem(("kernel",), message)
+    if kernel["mmu"] == "stage2" and kernel["teardown_walk"] == "zap_roots":
+        message = "teardown_walk zap_roots is of x86's MMUs, arm64 has no such walk"
         yield Problem(("kernel",), message)
     rcu = scenario.host.rcu
     if rcu.qlowmark > rcu.qhimark:
@@ -89,6 +114,7 @@ def _threads(scenario: Scenario, cpus: int) -> Iterator[Problem]:
         (vcpus, "vCPU"),
         (int(scenario.ageing is not None), "ageing thread"),
         (len(scenario.contenders), "contender"),
+        (sum(map(_closed_apart, scenario.guests.values())), "process that drops a last reference"),
     ]
     needed = sum(count for count, _ in parts)
     if needed > cpus:
@@ -249,6 +275,8 @@ def _times(scenario: Scenario) -> Iterator[Problem]:
     for name, guest in scenario.guests.items():
         if guest.teardown is not None:
             starts["guests", name, "teardown", "at"] = guest.teardown.at
+            if guest.teardown.close_at is not None:
+                starts["guests", name, "teardown", "close_at"] = guest.teardown.close_at
     for keys, start in starts.items():
         if start >= scenario.duration:
             end = exact_duration(scenario.duration)

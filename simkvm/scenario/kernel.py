@@ -63,8 +63,9 @@ POLICIES: Final[dict[str, dict[str, str]]] = {
     },
     "teardown_walk": {
         "single": "one walk over the whole IPA space, no reschedule point",
-        "chunked": "a walk a largest block, with a reschedule point between them",
+        "chunked": "a walk a largest block of the IPA space, with reschedule points between",
         "chunked_early": "as chunked, but a chunk drops an upper table whatever still hangs in it",
+        "chunked_whole_range": "as chunked, over all 64 bits of address instead of the IPA space",
         "zap_roots": "passes by level under the write lock, with yields between entries",
     },
     "mmu": {

@@ -24,7 +24,7 @@ from simkvm.kernel.task import Task
 from simkvm.kernel.teardown import Teardown
 from simkvm.kernel.unmap import UnmapWalk
 from simkvm.kernel.world import World
-from simkvm.kernel.zap_roots import TEARDOWNS
+from simkvm.kernel.zap_roots import teardown_of
 from simkvm.scenario.kernel import load_kernel
 from simkvm.scenario.machine import load_machine
 from simkvm.scenario.schema import Scenario
@@ -137,8 +137,8 @@ class Lab:
 
     def destroy(self, order: str = "close_vm") -> Teardown:
         """The end of the VM."""
-        walk = TEARDOWNS[self.kvm.kernel["teardown_walk"]]
-        teardown = walk(self.kvm, self.task, order, self.t_ns)
+        ends = teardown_of(self.kvm.kernel)
+        teardown = ends(self.kvm, self.task, order, self.t_ns)
         self.run(teardown.run())
         return teardown
 

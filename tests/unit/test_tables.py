@@ -66,6 +66,8 @@ def test_guest_is_described_from_a_resolved_scenario():
         (0, "unsafe", "clean, though a violation was expected"),
         (1, "safe", "VIOLATED: 1 violation"),
         (3, "unsafe", "VIOLATED: 3 violations, as expected"),
+        (0, "any", "clean"),
+        (2, "any", "VIOLATED: 2 violations, which was the question"),
     ],
 )
 def test_verdict_weighs_what_was_found_against_what_was_expected(found, expect, text):
