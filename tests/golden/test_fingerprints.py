@@ -109,6 +109,26 @@ CASES: dict[str, dict[str, Any]] = {
         "ageing": {"interval": MS},
     },
 }
+CASES["many guests, two to a memcg, slots, two nodes"] = {
+    "machine": {
+        "base": "ampere-altra-80c",
+        "set": {"cores": 32, "nodes": 2, "c2c_remote_ns": 350},
+    },
+    "guests": {
+        name: {
+            "count": 6,
+            "vcpus": 2,
+            "memory": 4 * MIB,
+            "memslots": 4,
+            "memcg": "shared" if name == "pod" else None,
+            "access": ZIPF,
+        }
+        for name in ("pod", "vm")
+    },
+    "ageing": {"interval": MS},
+    "contenders": {"vmm": {**DONTNEED, "guest": "vm", "rate": 20000.0}},
+    "duration": 8 * MS,
+}
 #: The shipped workload of each taker of mmu_lock, reduced.
 TAKERS: dict[str, list[str]] = {
     "madvise_dontneed": ["guests.vm0.memory=8 MiB", "contenders.vmm.start=2 ms", "duration=12 ms"],

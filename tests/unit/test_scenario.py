@@ -672,6 +672,20 @@ def test_mappings_and_null_can_be_swept(file: Path) -> None:
     }
 
 
+def test_whole_guests_can_be_swept_and_are_told_apart_by_what_differs(file: Path) -> None:
+    """So count and vcpus change together, where two axes would give every combination."""
+    start = BASE.index("  vm0:\n")
+    each = "memory: 4 MiB, access: {pattern: populate}"
+    cuts = f"  vm0:\n    - {{count: 1, vcpus: 4, {each}}}\n    - {{count: 2, vcpus: 2, {each}}}\n"
+    study = loaded(file, BASE[:start] + cuts)
+    assert [point.axes["guests.vm0"] for point in study.points] == [
+        "{count: 1, vcpus: 4}",
+        "{count: 2, vcpus: 2}",
+    ]
+    guests = [point.scenario.guests["vm0"] for point in study.points]
+    assert [(guest.count, guest.vcpus) for guest in guests] == [(1, 4), (2, 2)]
+
+
 def test_a_list_by_type_is_no_axis_but_may_hold_one(file: Path) -> None:
     phases = (
         "pattern: phases\n      phases: [{pattern: uniform, touches: [1, 2]}, {pattern: populate}]"
