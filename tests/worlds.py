@@ -190,8 +190,8 @@ def _listen_to_invalidations(notes: Journal, patch: pytest.MonkeyPatch) -> None:
 
     def unmap_chunk(kvm: Kvm, cpu: int, t_ns: int, first: int, last: int) -> None:
         trees[kvm.name] = kvm.stage2
-        if not kvm.memslot_valid:
-            return  # a memory slot goes: no range that ends
+        if kvm.no_memslot(first):
+            return  # a memslot goes: no range that ends
         notes.taken.setdefault(kvm.name, []).append((first, last))
 
     def invalidated(oracle: Oracle, first: int, last: int, *_: Any) -> None:

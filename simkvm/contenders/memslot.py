@@ -28,7 +28,7 @@ class Memslot(Contender):
     def __init__(self, kvm: Kvm, task: Task, rng: np.random.Generator, spec: Spec) -> None:
         super().__init__(kvm, task, rng)
         self._spec = spec
-        self.update = MemslotUpdate(kvm, task)
+        self.update = MemslotUpdate(kvm, task, spec.slot)
 
     def run(self) -> Generator[Event, Any, None]:
         """Update after update."""
@@ -44,7 +44,7 @@ class Memslot(Contender):
                 t_ns = yield from self.update.delete(t_ns)
                 t_ns = yield from self.sleep_until(t_ns, t_ns + spec.pause)
                 t_ns = yield from self.update.create(t_ns)
-            t_ns = yield from reach(kvm.env, t_ns)
+            self.done_ns = t_ns = yield from reach(kvm.env, t_ns)
             if spec.interval is None:
                 break
             due_ns += spec.interval

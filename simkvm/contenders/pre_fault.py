@@ -70,12 +70,13 @@ class PreFault(Contender):
         while self.mapped < self._last and self.kvm.alive:
             self.calls += 1
             end = min(self.mapped + self._call, self._last)
-            while self.mapped < end and self.kvm.alive and self.kvm.memslot_valid:
+            while self.mapped < end and self.kvm.alive and not self.kvm.no_memslot(self.mapped):
                 t_ns = yield from self._fault_in(t_ns, self.mapped)
                 t_ns += self.kvm.costs.ageing.resched_ns + self.task.cpu.take_stolen()
                 t_ns = yield from reach(self.kvm.env, t_ns)
                 self.mapped += bool(self.kvm.stage2.leaf.fast[self.mapped] & VALID)
             t_ns = yield from reach(self.kvm.env, t_ns + user_ns)
+        self.done_ns = t_ns
         self.task.cpu.sleep(t_ns)
 
     def _fault_in(self, t_ns: int, leaf: int) -> Steps:

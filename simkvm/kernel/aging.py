@@ -201,7 +201,8 @@ class AgeingWalk:
         report.scanned += len(leaves)
         by_host = leaves[(kvm.host.state[leaves] & YOUNG) != 0]
         kvm.host.state[leaves] &= np.uint8(~YOUNG & 0xFF)
-        token = kvm.notifier.srcu.enter(t_ns) if kvm.notifier.listening else None
+        heard = kvm.notifier.hears(int(leaves[0]), int(leaves[-1]) + 1)
+        token = kvm.notifier.srcu.enter(t_ns) if heard else None
         if token is None:
             t_ns, by_guest = t_ns + len(leaves) * self._costs.scan_ns, leaves[:0]
         else:
@@ -225,7 +226,7 @@ class AgeingWalk:
         report.scanned += 1
         young = bool((kvm.host.state[first:last] & YOUNG).any())
         kvm.host.state[first:last] &= np.uint8(~YOUNG & 0xFF)
-        if kvm.notifier.listening:
+        if kvm.notifier.hears(first, last):
             token = kvm.notifier.srcu.enter(t_ns)
             t_ns, used = yield from self._call.ask_huge(t_ns, first, last, report)
             kvm.notifier.srcu.leave(token, t_ns)

@@ -97,7 +97,7 @@ class FolioReferenced(RmapAgeing):
             return t_ns
         by_host = leaves[(state[leaves] & YOUNG) != 0]
         state[leaves] &= np.uint8(~YOUNG & 0xFF)
-        if kvm.notifier.listening:
+        if kvm.notifier.hears(int(leaves[0]), int(leaves[-1]) + 1):
             t_ns, by_guest = yield from self._neighbours.ask(t_ns, leaves, report)
         else:
             t_ns, by_guest = t_ns + len(leaves) * self.costs.scan_ns, leaves[:0]

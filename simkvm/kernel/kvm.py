@@ -144,8 +144,6 @@ class Kvm:
         self.collapses = 0
         self.splits = 0
         self.alive = True  #: vCPUs may run
-        self.memslot = True  #: the memory lies in a slot that the notifier finds,
-        self.memslot_valid = True  #: and a vCPU too
         self.refusals: list[Refusal] = []
         self.tree_freed = False  #: the walk of its end is over
         self.split_cache = SplitCache(self, guest.teardown.split_cache if guest.teardown else 0)
@@ -233,6 +231,11 @@ class Kvm:
             if refusal.first <= leaf < refusal.last and (write or refusal.reads):
                 return refusal
         return None
+
+    def no_memslot(self, leaf: int) -> bool:
+        """Whether ``leaf`` lies in a memslot that is invalid or gone."""
+        refusal = self.refusal(leaf, write=False)
+        return refusal is not None and refusal.reads
 
     def leaf_mapped(self, leaf: int, t_ns: int) -> None:
         """A fault mapped ``leaf`` at ``t_ns``: tell the vCPUs that were about to."""

@@ -20,6 +20,7 @@ class Memslots(Sequence[Range]):
 
     def __init__(self, leaves: int, count: int) -> None:
         self.size = leaves // count  #: leaves in a slot
+        self.gone: set[int] = set()  #: slots that were deleted
         self._count = count
 
     def __len__(self) -> int:
@@ -33,6 +34,11 @@ class Memslots(Sequence[Range]):
     def of(self, leaf: int) -> int:
         """Number of the slot that holds ``leaf``."""
         return leaf // self.size
+
+    def there(self, first: int, last: int) -> bool:
+        """Whether any slot that is there overlaps ``first`` up to ``last``."""
+        gone = self.gone
+        return not gone or any(self.of(low) not in gone for low, _ in self.overlapping(first, last))
 
     def overlapping(self, first: int, last: int) -> list[Range]:
         """``first`` up to ``last``, cut where slots meet."""

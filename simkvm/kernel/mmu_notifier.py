@@ -117,10 +117,9 @@ class MmuNotifier:
 
     # -- an invalidation ----------------------------------------------------------------------
 
-    @property
-    def listening(self) -> bool:
-        """Whether what happens to the memory reaches KVM: subscribed, and in a memory slot."""
-        return self.subscribed and self._kvm.memslot
+    def hears(self, first: int, last: int) -> bool:
+        """Whether KVM hears of these leaves: subscribed, and a memslot that is there has some."""
+        return self.subscribed and self._kvm.memslots.there(first, last)
 
     def idle(self) -> Event | None:
         """None if no invalidation is active, else the event of the last one's end.
@@ -152,7 +151,7 @@ class MmuNotifier:
         kvm = self._kvm
         if change is None:
             change = kvm.zap_host
-        if not self.listening:
+        if not self.hears(first, last):
             t_ns = change(t_ns, first, last)
             if leaving is not None:
                 leaving.post(task.cpu.id, t_ns)
@@ -250,7 +249,7 @@ class UnmapChunks:
         Returns when the last chunk is done, with the lock held.
         """
         kvm = self._kvm
-        slots = kvm.memslots.overlapping(first, last)
+        slots = [s for s in kvm.memslots.overlapping(first, last) if kvm.memslots.there(*s)]
         parts = [part for low, high in slots for part in chunks(kvm.stage2, low, high)]
         ends = {high for _, high in slots}  # behind a slot's last chunk the lock is not offered
         for number, (low, high) in enumerate(parts):

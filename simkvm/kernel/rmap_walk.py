@@ -54,7 +54,11 @@ class RmapAgeing:
         table = int(folio[0]) // kvm.host.entries
         kvm.pin()
         t_ns = yield from self._lock(t_ns + self.costs.rmap_ns, table)
-        token = kvm.notifier.srcu.enter(t_ns) if kvm.notifier.listening else None
+        token = (
+            kvm.notifier.srcu.enter(t_ns)
+            if kvm.notifier.hears(int(folio[0]), int(folio[-1]) + 1)
+            else None
+        )
         young = False
         for leaf in folio.tolist():
             if kvm.host.fast[leaf] & OWN:  # an unmap may have come meanwhile
@@ -87,7 +91,7 @@ class RmapAgeing:
 
     def ask(self, t_ns: int, leaf: int, report: Pass, flush: bool = False) -> Answer:
         """One notifier call about ``leaf``: when it is over, and whether the guest used it."""
-        if not self.kvm.notifier.listening:
+        if not self.kvm.notifier.hears(leaf, leaf + 1):
             return t_ns, False
         report.calls += 1
         t_ns, young = yield from self.notifier.clear(t_ns, leaf, leaf + 1, flush)

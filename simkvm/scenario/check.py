@@ -12,7 +12,7 @@ from typing import Any
 from simkvm.kernel.bugs import BUGS
 from simkvm.kernel.geometry import Geometry
 from simkvm.scenario.access import Access, Phases, Populate, Trace
-from simkvm.scenario.contenders import Contender
+from simkvm.scenario.contenders import Contender, Memslot
 from simkvm.scenario.errors import Keys, Problem, nearest
 from simkvm.scenario.fields import KIB
 from simkvm.scenario.groups import every_guest, meant, member_names
@@ -258,6 +258,9 @@ def _contender(scenario: Scenario, contender: Contender, keys: Keys) -> Iterator
     if contender.pages_only and guest.mapping != guest.page_size:
         message = f"works on pages, {contender.guest} is mapped by {exact_size(guest.mapping)}"
         yield Problem((*keys, "kind"), message)
+    if isinstance(contender, Memslot) and contender.slot >= guest.memslots:
+        message = f"{contender.guest} has memslots 0 to {guest.memslots - 1}"
+        yield Problem((*keys, "slot"), message)
     for name, message in contender.complaints():
         yield Problem((*keys, name), message)
 

@@ -344,9 +344,10 @@ class OomReaper(ContenderModel):
 
 
 class Memslot(ContenderModel):
-    """The memory slot is deleted and created again, or moved (KVM_SET_USER_MEMORY_REGION)."""
+    """A memslot is deleted and created again, or moved (KVM_SET_USER_MEMORY_REGION)."""
 
     kind: Literal["memslot"] = "memslot"
+    slot: int = Field(default=0, ge=0, description="Which of the guest's memslots.")
     operation: Literal["delete", "move"] = Field(
         default="delete",
         description="delete: delete, pause, create; move: both in one call, the guest follows.",

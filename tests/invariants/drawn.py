@@ -16,6 +16,11 @@ from simkvm.scenario.kernel import POLICIES, kernel_names, load_kernel
 from simkvm.scenario.schema import Scenario
 
 KERNELS = [name for name in kernel_names() if load_kernel(name).arch == "arm64"]
+#: Of each policy, the values that an arm64 kernel can have.
+VALUES = {
+    policy: [value for value in values if any(load_kernel(k)[policy] == value for k in KERNELS)]
+    for policy, values in POLICIES.items()
+}
 DEFERRED = [value for value in POLICIES["table_free"] if value != "inline"]
 DURATION = 8 * MS
 
@@ -88,7 +93,7 @@ def kernel(dice: Random, safe: bool) -> dict[str, Any]:
     """A shipped kernel with some policies changed; if not ``safe``, lock-free and freed at once."""
     base = dice.choice(KERNELS)
     changes = {
-        policy: dice.choice([*values]) for policy, values in POLICIES.items() if dice.random() < 0.3
+        policy: dice.choice(values) for policy, values in VALUES.items() if dice.random() < 0.3
     }
     if changes.get("teardown_walk") == "zap_roots":
         changes["teardown_walk"] = "chunked"  # x86 alone has the other

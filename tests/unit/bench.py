@@ -17,7 +17,7 @@ class Bench:
     """A contender on a guest of its own; the ranges that it takes back are written down."""
 
     def __init__(self, spec: Any, memory: int = 16 * MIB, fill: bool = True, **guest: Any) -> None:
-        self.lab = Lab(memory, guest)
+        self.lab = self.lab_of(memory, guest)
         if fill:
             self.lab.fill()
         self.calls: list[Call] = []
@@ -32,6 +32,10 @@ class Bench:
         rng = np.random.default_rng(11)
         self.contender: Contender = contenders.build(self.lab.kvm, self.lab.task, rng, spec)
         self.process = self.lab.env.process(self.contender.run())
+
+    def lab_of(self, memory: int, guest: dict[str, Any]) -> Lab:
+        """The lab that it works in."""
+        return Lab(memory, guest)
 
     def run(self, until_ns: int) -> list[Call]:
         self.lab.env.timeout(until_ns)  # somebody else, so that nothing runs ahead for ever

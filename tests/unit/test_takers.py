@@ -131,9 +131,27 @@ def test_what_the_models_refuse() -> None:
 
     blocks = {"mapping": "2 MiB", "folio": "2 MiB"}
     assert "works on pages, vm is mapped by 2 MiB" in refused(kind="ksm", vm=blocks)
+    assert "vm has memslots 0 to 3" in refused(kind="memslot", slot=4, vm={"memslots": 4})
     assert "6 KiB is not a multiple" in refused(kind="mprotect", range="6 KiB")
     assert "more than the guest's memory" in refused(kind="pre_fault", range="1 GiB")
     assert "20 ms is longer than interval" in refused(kind="fork", child="20 ms", interval="10 ms")
+
+
+def huge(kind: str, **keys: Any) -> Bench:
+    """A guest of two huge pages, which somebody might split."""
+    return SplitBench(spec(kind, **keys), fill=False)
+
+
+class SplitBench(Bench):
+    """As :class:`Bench`, on a guest of 4 MiB whose huge pages can be split and be made again."""
+
+    def lab_of(self, memory: int, guest: dict[str, Any]) -> Lab:
+        split = {"kind": "thp_split", "guest": "vm", "rate": 1.0, "start": 10**12}
+        lab = Lab(4 * MIB, {"mapping": 2 * MIB}, contenders={"split": split})
+        lab.kvm.host.install_huge(0, 1024)
+        for leaf in (0, 512):
+            lab.kvm.tables_linked(lab.kvm.stage2.map_block(leaf, WRITE) or [], 0)
+        return lab
 
 
 # -- KSM --------------------------------------------------------------------------------------
@@ -319,6 +337,15 @@ def test_compaction_goes_on_where_it_stopped() -> None:
     assert sorted(first for first, _ in ranges(made)[:16]) == list(range(16))
 
 
+def test_a_huge_page_moves_as_one_folio() -> None:
+    made = huge("migration")
+    finish(made)
+    assert ranges(made) == [(0, 512), (512, 1024)]
+    assert made.lab.kvm.host.huge.tolist() == [True, True]
+    assert {host(made, n) for n in range(1024)} == {PRESENT | OWN}
+    assert folios(made) == 1024
+
+
 # -- NUMA balancing ---------------------------------------------------------------------------
 
 
@@ -378,6 +405,24 @@ def test_what_a_scan_took_is_held_against_it_32_times() -> None:
     assert first < 100
 
 
+def test_a_huge_page_is_one_entry_and_its_hinting_fault_settles_all_of_it() -> None:
+    """change_huge_pmd(), do_huge_pmd_numa_page()."""
+    made = huge("numa_balancing", delay=0, start=1000)
+    lab = made.lab
+    vcpu = lab.touch((700, READ, MS), (5, WROTE, 0))
+    lab.env.timeout(2 * MS)
+    lab.env.run(MS // 2)
+    end = lab.lock_rows("range_end")[0]["arrival"]
+    start = lab.lock_rows("range_start")[0]
+    costs = lab.kvm.costs
+    assert end == start["entry"] + start["hold"] + 2 * costs.takers.pte_ns + costs.ageing.call_ns
+    assert {host(made, n) for n in range(1024)} == {PRESENT | OWN | PROT_NONE}
+    lab.env.run(vcpu.process)
+    assert {host(made, n) for n in range(512)} == {PRESENT | OWN}
+    assert lab.kvm.stage2.is_block(5)
+    assert lab.kvm.host.huge.tolist() == [True, True]
+
+
 # -- mprotect ---------------------------------------------------------------------------------
 
 
@@ -397,6 +442,12 @@ def test_a_range_in_two_p4ds_is_two_invalidations() -> None:
     finish(made)
     assert ranges(made)[:2] == [(0, 512), (512, 1024)]
     assert len(made.calls) == 4
+
+
+def test_a_huge_page_that_is_protected_in_part_is_split() -> None:
+    made = huge("mprotect", range=2 * MIB + 64 * KIB, cycles=1)
+    finish(made)
+    assert made.lab.kvm.host.huge.tolist() == [True, False]
 
 
 def test_while_read_only_reads_map_and_writes_go_to_user_space_until_they_succeed() -> None:
@@ -461,6 +512,21 @@ def test_a_write_copies_while_the_child_lives_and_reuses_the_page_after() -> Non
     assert lab.acquisitions() == {("fault", "read"): 2}
     assert host(made, 3) == host(made, 4) == PRESENT | OWN
     assert folios(made) == 1024
+
+
+def test_a_write_to_a_huge_page_that_a_child_shares_splits_it() -> None:
+    """do_huge_pmd_wp_page() falls back to a copy of the one page."""
+    made = huge("fork", child=20 * MS, start=1000)
+    lab = made.lab
+    vcpu = lab.touch((700, READ, MS), (5, READ, 0), (5, WROTE, 0))
+    lab.env.timeout(2 * MS)
+    lab.env.run(vcpu.process)
+    assert ranges(made) == [(0, 1024), (5, 6)]
+    assert lab.kvm.host.huge.tolist() == [False, True]
+    assert host(made, 5) == PRESENT | OWN
+    assert host(made, 6) == PRESENT | OWN | WRPROTECT
+    assert not lab.kvm.stage2.is_block(5)
+    assert entry(made, 5) & WRITE
 
 
 # -- OOM reaper -------------------------------------------------------------------------------
@@ -634,6 +700,21 @@ def test_a_slot_above_the_chunk_is_let_go_of_between_chunks_if_others_wait() -> 
     finish(made)
     lab.env.run()
     assert lab.acquisitions()["memslot", "write"] == 2
+
+
+def test_of_several_slots_only_one_goes() -> None:
+    made = bench("memslot", memory=16 * MIB, guest={"memslots": 4}, slot=2, pause=20 * MS)
+    lab = made.lab
+    lab.env.timeout(30 * MS)
+    lab.env.run(MS)
+    valid = (lab.kvm.stage2.leaf.entries & VALID) != 0
+    assert np.flatnonzero(~valid).tolist() == list(range(2048, 3072))
+    lab.acquisitions()
+    lab.t_ns = MS
+    lab.drop(8 * MIB, 4 * MIB)
+    assert not lab.acquisitions(), "nothing there"
+    lab.drop(6 * MIB, 4 * MIB)
+    assert lab.acquisitions() == {START: 1, END: 1}, "a part is"
 
 
 # -- pre-fault --------------------------------------------------------------------------------
