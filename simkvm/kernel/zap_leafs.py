@@ -38,7 +38,7 @@ def table_walk(kvm: Kvm, first: int, last: int) -> Walk:
 
 
 def rmap_walk(kvm: Kvm, first: int, last: int, t_ns: int) -> Walk:
-    """The shadow MMU's, from ``t_ns`` on: head after head, mapped or not, and each entry of a page's chain."""
+    """The shadow MMU's, from ``t_ns`` on: head after head, and each entry of a chain."""
     costs = kvm.costs.unmap
     leaves = np.arange(first, last, dtype=np.int64)
     mapped = (kvm.stage2.leaf.entries[first:last] & VALID) != 0

@@ -530,10 +530,10 @@ def test_ageing_without_mmu_lock_survives_the_end(kernel: str, order: str) -> No
 def test_inline_frees_by_a_zapped_root_are_found() -> None:
     """The negative control: the TDP MMU's tables are safe because of RCU, and nothing else.
 
-    With slow walkers, which are still inside when the passes over the pages are done.
+    With slow walkers, still inside when the pass over the pages is done.
     """
     found: set[str] = set()
-    for at in range(300_000, 340_000, 3_900):
+    for at in range(600_000, 640_000, 3_900):
         built = world(
             machine={"base": ICELAKE, "set": {"age_walk_ns": 500}},
             kernel={"base": "linux-6.15-x86", "set": {"table_free": "inline"}},
@@ -542,7 +542,7 @@ def test_inline_frees_by_a_zapped_root_are_found() -> None:
                 "access": {"pattern": "populate", "repeat": 100_000, "think": 300},
                 "teardown": {"order": "close_vm", "at": at},
             },
-            ageing={"start": 200_000},
+            ageing={"start": 500_000},
         )
         found |= {violation["kind"] for violation in built.run().violations}
     assert found
