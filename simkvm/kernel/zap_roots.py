@@ -119,7 +119,7 @@ class ZapRoots(Teardown):
         self.walk.visits += len(entries)
         content = stage2.levels[level].entries[entries]
         if level == self._level == stage2.leaf_level:
-            spent += reached & ((content & VALID) != 0) * np.int64(costs.leaf_ns)
+            spent += (reached & ((content & VALID) != 0)) * np.int64(costs.leaf_ns)
         elif level == self._level:
             removed = np.where(reached, self._tables_below(level)[entries], 0)
             self.walk.visits += int(removed.sum()) * kvm.entries

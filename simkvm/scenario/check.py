@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from simkvm.kernel.bugs import BUGS
-from simkvm.kernel.geometry import Geometry
+from simkvm.kernel.geometry import GEOMETRIES
 from simkvm.scenario.access import Access, Phases, Populate, Trace
 from simkvm.scenario.contenders import Contender, Memslot
 from simkvm.scenario.errors import Keys, Problem, nearest
@@ -18,6 +18,7 @@ from simkvm.scenario.fields import KIB
 from simkvm.scenario.groups import every_guest, meant, member_names
 from simkvm.scenario.kernel import KernelVariant
 from simkvm.scenario.machine import Machine
+from simkvm.scenario.possible import kernel_problems
 from simkvm.scenario.schema import BLOCK_BYTES, Guest, Scenario
 from simkvm.units import exact_duration, exact_size
 
@@ -34,6 +35,9 @@ def problems(
         keys = ("guests", name)
         yield from _sizes(guest, keys, machine)
         yield from _memslots(guest, keys)
+        if guest.rmap_chain > 1 and kernel["mmu"] != "shadow":
+            message = f"mmu {kernel['mmu']} of {kernel.name} has no reverse-map chains"
+            yield Problem((*keys, "rmap_chain"), message)
         yield from _addresses(guest, keys)
         yield from _traces(guest, guest.access, (*keys, "access"), traces)
         yield from _ends(guest.access, (*keys, "access"), scenario.duration)
@@ -77,16 +81,7 @@ def _names(scenario: Scenario) -> Iterator[Problem]:
 
 
 def _host(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Iterator[Problem]:
-    if kernel.arch != machine.arch:
-        message = f"{kernel.name} is a kernel for {kernel.arch}, {machine.name} is {machine.arch}"
-        yield Problem(("kernel",), message)
-    if kernel["ageing_call"] == "bitmap" and kernel["ageing_lock"] != "none":
-        lock = kernel["ageing_lock"]
-        message = f"ageing_call bitmap is lock-free, it does not go with ageing_lock {lock}"
-        yield Problem(("kernel",), message)
-    if kernel["mmu"] == "stage2" and kernel["teardown_walk"] == "zap_roots":
-        message = "teardown_walk zap_roots is of x86's MMUs, arm64 has no such walk"
-        yield Problem(("kernel",), message)
+    yield from kernel_problems(kernel, machine, scenario.expect)
     rcu = scenario.host.rcu
     if rcu.qlowmark > rcu.qhimark:
         message = f"{rcu.qlowmark} is above qhimark, {rcu.qhimark}"
@@ -138,7 +133,7 @@ def _sizes(guest: Guest, keys: Keys, machine: Machine) -> Iterator[Problem]:
             + ", ".join(map(exact_size, leaves)),
         )
         return
-    geometry = Geometry(page, guest.ipa_bits)
+    geometry = GEOMETRIES[machine.arch](page, guest.ipa_bits)
     if mapping > geometry.span_bytes(geometry.start_level):
         yield Problem(
             (*keys, "mapping"),

@@ -179,7 +179,8 @@ class Guest(Model):
         ge=32,
         le=52,
         description="Guest-physical address bits (machine type of KVM_CREATE_VM; "
-        "40 is KVM's default); with the granule it decides the levels of the stage-2 table.",
+        "40 is KVM's default); with the granule it decides the levels of the stage-2 table. "
+        "x86: the guest's MAXPHYADDR; four levels up to 48 bits, else five.",
     )
     ipa_base: AnySize = Field(
         default=GIB,

@@ -83,6 +83,37 @@ CASES: dict[str, dict[str, Any]] = {
         "ageing": {"interval": MS},
         "duration": 6 * MS,
     },
+    "x86, write-locked ageing": {
+        "guest": {"vcpus": 4, "memory": 8 * MIB, "access": {"pattern": "populate"}},
+        "machine": "x86-icelake-64c",
+        "kernel": "linux-6.12-x86",
+        "ageing": {},
+    },
+    "x86, lock-free ageing, ranges, then the file is closed": {
+        "guest": {
+            "vcpus": 4,
+            "memory": 16 * MIB,
+            "access": ZIPF,
+            "teardown": {"order": "close_vm", "at": 12 * MS},
+        },
+        "machine": "x86-icelake-64c",
+        "kernel": "linux-6.15-x86",
+        "ageing": {"interval": MS},
+        "contenders": {"vmm": {**DONTNEED, "rate": 500.0}},
+        "host": {"hz": 1000},
+        "duration": 18 * MS,
+    },
+    "x86, shadow MMU, chains": {
+        "guest": {
+            "vcpus": 4,
+            "memory": 8 * MIB,
+            "rmap_chain": 4,
+            "access": {"pattern": "populate"},
+        },
+        "machine": "x86-icelake-64c",
+        "kernel": "linux-6.15-x86-shadow",
+        "ageing": {},
+    },
     "balloon and reporting": {
         "guest": {"vcpus": 2, "memory": 16 * MIB, "access": {"pattern": "populate", "repeat": 9}},
         "kernel": "linux-7.1-lockless",
