@@ -57,11 +57,14 @@ def drawn(
         teardown = dice.random() < 0.4
     end = {"order": dice.choice(["process_exit", "close_vm"]), "at": dice.randrange(DURATION)}
     pace = {"interval": dice.choice([0, 0, 300 * US]), "start": dice.randrange(MS)}
+    more = Random(pace["start"])  # one of its own, so that the other draws do not shift
+    pace["method"] = more.choice(["lru_gen", "lru_gen", "page_idle", "folio_referenced"])
+    flags = {"hw_af": more.random() < 0.7}
     vcpus, disturbers = dice.randint(1, 4), dice.choice([0, 1, 1, 2]) + takers
     return scenario(
         seed=dice.randrange(100),
         expect="safe" if safe else "unsafe",
-        machine=dice.choice(MACHINES[arch]),
+        machine={"base": dice.choice(MACHINES[arch]), "set": flags},
         kernel=kernel(dice, safe, arch),
         host={
             "cpus": vcpus + 1 + disturbers + dice.choice([0, 3]),
