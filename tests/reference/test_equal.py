@@ -41,11 +41,15 @@ def fast(spec: Scenario) -> plain.Outcome:
             for p in passes
         ],
         tables={
-            kvm.name: (kvm.tables_allocated, kvm.tables_freed, kvm.unmapped_pages)
+            kvm.name: (
+                kvm.tables_allocated,
+                kvm.tables_freed,
+                kvm.unmapped_pages // kvm.leaf_pages,
+            )
             for kvm in world.kvms
         },
         generations={kvm.name: [int(n) for n in kvm.host.lru.sizes] for kvm in world.kvms},
-        broadcasts=world.tlbi.broadcasts,
+        broadcasts=world.remote_flush.broadcasts,
         grace_periods=list(world.recorder.grace_periods),
     )
 
