@@ -187,6 +187,7 @@ def _listen_to_oracle(notes: Journal, patch: pytest.MonkeyPatch) -> None:
 
 def _listen_to_invalidations(notes: Journal, patch: pytest.MonkeyPatch) -> None:
     trees: dict[str, Stage2] = {}
+    pieces: dict[str, list[tuple[int, int]]] = {}  # where unmap is not by chunk
 
     def unmap_chunk(kvm: Kvm, cpu: int, t_ns: int, first: int, last: int) -> None:
         trees[kvm.name] = kvm.stage2
@@ -194,14 +195,23 @@ def _listen_to_invalidations(notes: Journal, patch: pytest.MonkeyPatch) -> None:
             return  # a memslot goes: no range that ends
         notes.taken.setdefault(kvm.name, []).append((first, last))
 
+    def zap_leaves(kvm: Kvm, t_ns: int, first: int, last: int) -> None:
+        if kvm.alive:
+            pieces.setdefault(kvm.name, []).append((first, last))
+            notes.taken.setdefault(kvm.name, []).append((first, last))
+
     def invalidated(oracle: Oracle, first: int, last: int, *_: Any) -> None:
         taken = notes.taken.get(oracle.guest, [])
-        for cut in chunks(trees[oracle.guest], first, last) if taken else ():
+        for piece in [p for p in pieces.get(oracle.guest, []) if first <= p[0] and p[1] <= last]:
+            pieces[oracle.guest].remove(piece)
+            taken.remove(piece)
+        for cut in chunks(trees[oracle.guest], first, last) if oracle.guest in trees else ():
             if cut in taken:  # all of them, unless the tree went away half-way
                 taken.remove(cut)
         notes.ends[oracle.guest] = notes.ends.get(oracle.guest, 0) + 1
 
     before(patch, Kvm, "unmap_chunk", unmap_chunk)
+    before(patch, Kvm, "zap_leaves", zap_leaves)
     before(patch, Oracle, "invalidated", invalidated)
 
 

@@ -80,6 +80,14 @@ class HostMemory:
         """Whether nothing is mapped in ``first`` up to ``last``."""
         return not self.state[first:last].any()
 
+    def map_all(self) -> None:
+        """Give every leaf of an empty page table a page of its own."""
+        self.state[:] = PRESENT | YOUNG | OWN
+        self.present = [self.entries] * len(self.present)
+        if rest := len(self.state) % self.entries:
+            self.present[-1] = rest
+        self.lru.add_all(0, len(self.state))
+
     def zap(self, first: int, last: int) -> int:
         """Remove what is mapped in ``first`` up to ``last``; returns how many entries that was.
 

@@ -25,7 +25,8 @@ from simkvm.kernel.qrwlock import QueuedRwlock
 from simkvm.kernel.rcu import Rcu
 from simkvm.kernel.remote_flush import Ipi
 from simkvm.kernel.rmap import RmapLocks
-from simkvm.kernel.stage2 import AF, VALID, Stage2, TableId
+from simkvm.kernel.split_cache import SplitCache
+from simkvm.kernel.stage2 import AF, VALID, WRITE, Stage2, TableId
 from simkvm.kernel.tlb import TlbiPath
 from simkvm.kernel.unmap import UnmapCosts, UnmapWalk
 from simkvm.kernel.young_notifier import YoungCalls
@@ -144,9 +145,15 @@ class Kvm:
         self.splits = 0
         self.alive = True  #: vCPUs may run
         self.refusals: list[Refusal] = []
+        self.tree_freed = False  #: the walk of its end is over
+        self.split_cache = SplitCache(self, guest.teardown.split_cache if guest.teardown else 0)
+        self.waiting: set[TableId] = set()  #: tables that wait for their callback
         self._pins = 0
         self._unpinned: Event | None = None
         memory.root(geometry.root_pages * self.table_bytes)
+        if guest.mapped:
+            self.host.map_all()
+            self.tables_linked(self.stage2.map_all(WRITE), 0)
 
     # -- tables -------------------------------------------------------------------------------
 
@@ -174,9 +181,11 @@ class Kvm:
     def call_rcu(self, t_ns: int, cpu: int, table: TableId) -> None:
         """Leave ``table`` to a callback on ``cpu``."""
         self.memory.deferred(t_ns, self.table_bytes)
+        self.waiting.add(table)
         self._queue_callback(t_ns, cpu, partial(self._rcu_callback, table))
 
     def _rcu_callback(self, table: TableId, t_ns: int) -> int:
+        self.waiting.discard(table)
         cost_ns = self.table_free.callback(self, table, t_ns)
         self.tables_called_back += 1
         self.oracle.callback_done(table, t_ns)
@@ -187,11 +196,13 @@ class Kvm:
     ) -> None:
         """Leave ``tables`` to one ``callback`` on ``cpu``, which returns what it costs."""
         self.memory.deferred(t_ns, len(tables) * self.table_bytes)
+        self.waiting.update(tables)
         self._queue_callback(t_ns, cpu, partial(self._subtree_callback, tables, callback))
 
     def _subtree_callback(
         self, tables: Sequence[TableId], callback: Callable[[int], int], t_ns: int
     ) -> int:
+        self.waiting.difference_update(tables)
         cost_ns = callback(t_ns)
         self.tables_called_back += len(tables)
         for table in tables:

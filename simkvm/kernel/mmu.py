@@ -45,8 +45,8 @@ class Stage2Mmu:
         """What ``costs`` of the machine are for this MMU."""
         return costs
 
-    def walk(self, kvm: Kvm, first: int, last: int) -> Walk:
-        """The steps of a zap of the leaves ``first`` up to ``last``, if it began now."""
+    def walk(self, kvm: Kvm, first: int, last: int, t_ns: int) -> Walk:
+        """The steps of a zap of the leaves ``first`` up to ``last``, from ``t_ns`` on."""
         return table_walk(kvm, first, last)
 
 
@@ -73,9 +73,9 @@ class ShadowMmu(Stage2Mmu):
             walk_ns += 2 * costs.line.same_ns  # setting and clearing the head's bit
         return replace(costs, ageing=replace(ageing, walk_ns=walk_ns, visit_ns=walk_ns))
 
-    def walk(self, kvm: Kvm, first: int, last: int) -> Walk:
+    def walk(self, kvm: Kvm, first: int, last: int, t_ns: int) -> Walk:
         """Page by page, along the chains."""
-        return rmap_walk(kvm, first, last)
+        return rmap_walk(kvm, first, last, t_ns)
 
 
 MMUS: dict[str, type[Stage2Mmu]] = {mmu.name: mmu for mmu in (Stage2Mmu, TdpMmu, ShadowMmu)}

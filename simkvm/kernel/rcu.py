@@ -165,6 +165,11 @@ class Rcu:
         return self._gp.running
 
     @property
+    def per_cpu(self) -> list[RcuData]:
+        """What RCU keeps for each CPU."""
+        return self._data
+
+    @property
     def idle(self) -> bool:
         """Whether every callback queued so far, also for later, has been invoked."""
         return not any(data.callbacks for data in self._data)

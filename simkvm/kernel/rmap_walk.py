@@ -54,8 +54,11 @@ class RmapAgeing:
         table = int(folio[0]) // kvm.host.entries
         kvm.pin()
         t_ns = yield from self._lock(t_ns + self.costs.rmap_ns, table)
-        heard = kvm.notifier.hears(int(folio[0]), int(folio[-1]) + 1)
-        token = kvm.notifier.srcu.enter(t_ns) if heard else None
+        token = (
+            kvm.notifier.srcu.enter(t_ns)
+            if kvm.notifier.hears(int(folio[0]), int(folio[-1]) + 1)
+            else None
+        )
         young = False
         for leaf in folio.tolist():
             if kvm.host.fast[leaf] & OWN:  # an unmap may have come meanwhile

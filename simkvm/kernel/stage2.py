@@ -211,6 +211,20 @@ class Stage2:
         self.linked_tables += len(made)
         return made
 
+    def map_all(self, flags: int) -> list[TableId]:
+        """Map every leaf of an empty tree, with AF set; returns all tables below the root."""
+        for level in self.levels.values():
+            is_leaf = level is self.leaf
+            level.entries[:] = VALID | AF | flags if is_leaf else TABLE
+            ends = np.arange(1, len(level.counts) + 1) << self._bits
+            ends = np.minimum(ends - level.phase, len(level.entries))
+            level.counts[:] = np.diff(ends, prepend=0)
+        for _, lower, _, _ in self.steps:
+            lower.incarnations += 1
+        tables = self.all_tables()
+        self.linked_tables = len(tables)
+        return tables
+
     # -- blocks among pages -------------------------------------------------------------------
 
     def block_span(self, leaf: int) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from simkvm.contenders.contender import Contender
 from simkvm.guest import patterns
 from simkvm.guest.software_af import SoftwareAfVcpu
 from simkvm.guest.vcpu import Vcpu
+from simkvm.kernel import bugs
 from simkvm.kernel.aging import AgeingThread
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.kvm import Kvm
@@ -23,7 +24,8 @@ from simkvm.kernel.mglru import Lruvec
 from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
 from simkvm.kernel.remote_flush import FLUSHES
 from simkvm.kernel.task import Task
-from simkvm.kernel.zap_roots import TEARDOWNS
+from simkvm.kernel.teardown import Teardown
+from simkvm.kernel.zap_roots import teardown_of
 from simkvm.observe.record import Record
 from simkvm.observe.recorder import SAMPLES, Recorder
 from simkvm.observe.table_memory import TableMemory
@@ -33,6 +35,7 @@ from simkvm.scenario.kernel import KernelVariant
 from simkvm.scenario.leaf_sizes import block_bytes, logs_writes
 from simkvm.scenario.machine import Machine
 from simkvm.scenario.schema import Guest, Scenario
+from simkvm.scenario.schema import Teardown as TeardownSpec
 
 FIRST_SAMPLE_NS = 1_000_000
 
@@ -52,7 +55,7 @@ class World:
             )
         self.scenario = scenario
         self.machine = machine
-        self.kernel = kernel
+        self.kernel = kernel = bugs.with_bugs(kernel, scenario.bugs)
         self.env = Environment()
         if scenario.ties == "shuffle":
             self.env._eid = shuffled(self.stream("ties"))  # type: ignore[assignment]
@@ -78,17 +81,14 @@ class World:
             )
         ]
         self.teardowns = [
-            TEARDOWNS[kernel["teardown_walk"]](
-                by_name[name],
-                Task(f"{name}/teardown", by_name[name].vcpus[0].cpu),
-                guest.teardown.order,
-                guest.teardown.at,
-            )
+            end
             for name, guest in guests.items()
             if guest.teardown is not None
+            for end in self._ends(by_name[name], guest.teardown)
         ]
         self._running = sum(len(kvm.vcpus) for kvm in self.kvms) + len(self.teardowns)
         self._over = Event(self.env)
+        bugs.put_back(self, scenario.bugs)
 
     @property
     def events(self) -> int:
@@ -194,6 +194,17 @@ class World:
         streams = [self.stream(f"{name}/{kvm.name}") for kvm in kvms]
         return contenders.build_in_turn(kvms, task, streams, spec)
 
+    def _ends(self, kvm: Kvm, spec: TeardownSpec) -> Iterator[Teardown]:
+        """The processes that end a VM: its owner, on the CPU of its first vCPU, or two of them."""
+        end = teardown_of(self.kernel)
+        task = Task(f"{kvm.name}/teardown", kvm.vcpus[0].cpu)
+        if spec.order != "both":
+            yield end(kvm, task, spec.order, spec.at)
+            return
+        other = Task(f"{kvm.name}/close", next(self._free_cpus))
+        yield end(kvm, task, "process_exit", spec.at, last=False)
+        yield end(kvm, other, "close_vm", spec.close_at or spec.at)
+
     # -- running ------------------------------------------------------------------------------
 
     def run(self) -> Record:
@@ -212,10 +223,9 @@ class World:
         env.process(self._samples())
         env.run(self._over if duration is None else duration)
         end_ns = duration if duration is not None else self._end_ns()
-        if self.teardowns and self.rcu.idle:
-            for kvm in self.kvms:
-                if not kvm.stage2.attached:
-                    kvm.oracle.finished(end_ns)
+        for kvm in self.kvms:
+            if kvm.tree_freed:
+                kvm.oracle.finished(end_ns, kvm.waiting)
         return self.recorder.finish(self, end_ns)
 
     def _vcpus_run(self) -> bool:

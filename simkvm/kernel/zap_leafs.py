@@ -28,7 +28,7 @@ Steps = Generator[Event, Any, int]
 
 
 def table_walk(kvm: Kvm, first: int, last: int) -> Walk:
-    """The TDP MMU's zap of the leaves ``first`` up to ``last``, if it began now."""
+    """The TDP MMU's zap of the leaves ``first`` up to ``last``, as tables are now."""
     stage2, costs = kvm.stage2, kvm.costs.unmap
     level = stage2.leaf_level
     leaves, reached, spent = tree(stage2, level, first, last, costs.visit_ns, costs.descend_ns)
@@ -37,13 +37,13 @@ def table_walk(kvm: Kvm, first: int, last: int) -> Walk:
     return Walk(leaves, np.cumsum(spent), last, reached)
 
 
-def rmap_walk(kvm: Kvm, first: int, last: int) -> Walk:
-    """The shadow MMU's: head after head, mapped or not, and each entry of a page's chain."""
+def rmap_walk(kvm: Kvm, first: int, last: int, t_ns: int) -> Walk:
+    """The shadow MMU's, from ``t_ns`` on: head after head, and each entry of a chain."""
     costs = kvm.costs.unmap
     leaves = np.arange(first, last, dtype=np.int64)
     mapped = (kvm.stage2.leaf.entries[first:last] & VALID) != 0
     spent = costs.visit_ns + mapped * (kvm.mmu.chain * costs.leaf_ns)
-    begins = int(kvm.env.now) + np.cumsum(spent) - spent
+    begins = t_ns + np.cumsum(spent) - spent
     spent[mapped] += kvm.rmap.waits_of(leaves[mapped], begins[mapped])
     return Walk(leaves, np.cumsum(spent), last, np.ones(last - first, np.bool_))
 
@@ -84,7 +84,8 @@ class ZapLeafs:
         walker = YieldingWalker(kvm, blockable, apply, let_go)
         for low, high in chunks(kvm.stage2, first, last):  # to bound the arrays, no more
             if kvm.stage2.attached:
-                t_ns = yield from walker.run(kvm.mmu.walk(kvm, low, high), t_ns, high < last)
+                walk = kvm.mmu.walk(kvm, low, high, t_ns)
+                t_ns = yield from walker.run(walk, t_ns, more=high < last)
         return (yield from self._flush(t_ns)) if unflushed else t_ns
 
     def _flush(self, t_ns: int) -> Steps:

@@ -30,6 +30,7 @@ from simkvm.kernel.stage2 import TABLE, VALID, TableId
 from simkvm.kernel.task import Task, acquired, reach
 from simkvm.kernel.teardown import Teardown
 from simkvm.kernel.yielding_walk import Array, Walk, YieldingWalker, tree
+from simkvm.scenario.kernel import KernelVariant
 
 if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm
@@ -41,10 +42,10 @@ PIECE: Final = 64  #: tables that count as unlinked together: some 0.1 ms, far b
 
 
 class ZapRoots(Teardown):
-    """Destroys ``kvm`` at ``at_ns`` in ``order``."""
+    """As :class:`~simkvm.kernel.teardown.Teardown`, for x86."""
 
-    def __init__(self, kvm: Kvm, task: Task, order: str, at_ns: int) -> None:
-        super().__init__(kvm, task, order, at_ns)
+    def __init__(self, kvm: Kvm, task: Task, way: str, at_ns: int, last: bool = True) -> None:
+        super().__init__(kvm, task, way, at_ns, last)
         self._in_release = True
         self._walker = YieldingWalker(kvm, True, self._zap, self._let_go)
         self._level = 0  #: that the pass zaps
@@ -55,23 +56,25 @@ class ZapRoots(Teardown):
         t_ns = yield from reach(kvm.env, self._at_ns)
         cpu.enter_kernel(t_ns)
         t_ns = yield from self._stop_vcpus(t_ns)
-        if self._order == "process_exit":
+        if self._way == "process_exit":
             t_ns = yield from self._wait_for_walkers(t_ns)
         t_ns = yield from self._unregister(t_ns)
-        if self._order == "process_exit":
+        if self._way == "process_exit":
             t_ns = yield from reach(kvm.env, kvm.zap_host(t_ns, 0, kvm.leaves))
-        yield from self._destroy(t_ns)
+        if self._last:
+            yield from self._destroy(t_ns)
         self.done = True
 
     # -- in ->release -------------------------------------------------------------------------
 
     def _free_stage2(self, t_ns: int) -> Steps:
         kvm = self._kvm
-        t_ns = yield from self._lock(t_ns)
+        t_ns = began_ns = yield from self._lock(t_ns)
         if kvm.kernel["mmu"] == "shadow":
             t_ns = yield from self._zap_pages(t_ns)
         else:
             t_ns = yield from self._zap_root(t_ns)
+        self.walk.elapsed_ns = t_ns - began_ns
         t_ns = yield from reach(kvm.env, t_ns)
         kvm.mmu_lock.release(t_ns)
         self._task.cpu.enter_kernel(t_ns)
@@ -113,16 +116,16 @@ class ZapRoots(Teardown):
         """The part of a pass over entries ``first`` up to ``last`` of ``level``."""
         kvm, stage2, costs = self._kvm, self._kvm.stage2, self._kvm.costs.unmap
         entries, reached, spent = tree(stage2, level, first, last, costs.visit_ns, costs.descend_ns)
-        self.visits += len(entries)
+        self.walk.visits += len(entries)
         content = stage2.levels[level].entries[entries]
         if level == self._level == stage2.leaf_level:
-            spent += reached & ((content & VALID) != 0) * np.int64(costs.leaf_ns)
+            spent += (reached & ((content & VALID) != 0)) * np.int64(costs.leaf_ns)
         elif level == self._level:
             removed = np.where(reached, self._tables_below(level)[entries], 0)
-            self.visits += int(removed.sum()) * kvm.entries
+            self.walk.visits += int(removed.sum()) * kvm.entries
             table_ns = costs.descend_ns + kvm.entries * costs.visit_ns
             spent += removed * (table_ns + kvm.table_free.under_lock_ns(kvm.costs.free))
-        self.longest_ns = max(self.longest_ns, int(spent.max(initial=0)))
+        self.walk.longest_ns = max(self.walk.longest_ns, int(spent.max(initial=0)))
         return Walk(entries, np.cumsum(spent), last, reached)
 
     def _tables_below(self, level: int) -> Array:
@@ -170,8 +173,8 @@ class ZapRoots(Teardown):
             + (count * leaf_ns if table.level == stage2.leaf_level else 0)
             for table, count in zip(tables, counts, strict=True)
         ]
-        self.visits += len(tables) * kvm.entries
-        self.longest_ns = max([self.longest_ns, *spent])
+        self.walk.visits += len(tables) * kvm.entries
+        self.walk.longest_ns = max([self.walk.longest_ns, *spent])
 
         def apply(walk: Walk, done: int, stop: int, t_ns: int) -> None:
             for table in tables[done:stop]:
@@ -203,6 +206,7 @@ class ZapRoots(Teardown):
         """Drop the root, wait for every callback: then the VM is gone."""
         kvm, cpu = self._kvm, self._task.cpu
         kvm.stage2.attached = False
+        kvm.tree_freed = True
         size = kvm.stage2.geometry.root_pages * kvm.table_bytes
 
         def freed(at_ns: int) -> int:
@@ -223,10 +227,6 @@ class ZapRoots(Teardown):
         return max(t_ns, int(kvm.env.now))
 
 
-TEARDOWNS: dict[str, type[Teardown]] = {
-    "single": Teardown,
-    "chunked": Teardown,
-    "chunked_early": Teardown,
-    "zap_roots": ZapRoots,
-}
-"""By the value of ``teardown_walk``."""
+def teardown_of(kernel: KernelVariant) -> type[Teardown]:
+    """Who ends VMs of ``kernel``: x86 zaps roots, arm64 frees a tree."""
+    return ZapRoots if kernel["teardown_walk"] == "zap_roots" else Teardown

@@ -79,8 +79,11 @@ class Recorder:
                 ("number", "start_ns", "end_ns", "fqs_scans"), self.grace_periods
             ),
             passes=_columns(
-                ("guest", "start_ns", "end_ns", "scanned", "young", "calls"),
-                [(p.guest, p.start_ns, p.end_ns, p.scanned, p.young, p.calls) for p in passes],
+                ("guest", "start_ns", "end_ns", "scanned", "young", "calls", "idle"),
+                [
+                    (p.guest, p.start_ns, p.end_ns, p.scanned, p.young, p.calls, p.idle)
+                    for p in passes
+                ],
             ),
             series=table(SERIES_COLUMNS, self.series),
             violations=[violation._asdict() for violation in violations],
@@ -155,8 +158,9 @@ class Recorder:
             "flush_interrupts": world.remote_flush.interrupts,
             "unmapped_pages": sum(kvm.unmapped_pages for kvm in world.kvms),
             "unmap_calls": sum(contender.calls for contender in world.contenders),
-            "teardown_visits": sum(teardown.visits for teardown in world.teardowns),
+            "teardown_visits": sum(t.visits for t in world.teardowns),
             "teardown_longest_ns": max((t.longest_ns for t in world.teardowns), default=0),
+            "teardown_walk_ns": max((t.walk_ns for t in world.teardowns), default=0),
             "events": world.events,
             "violations": violations,
             "safety": "violated" if violations else "clean",

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from simkvm.kernel.geometry import Geometry
+from simkvm.kernel.bugs import BUGS
+from simkvm.kernel.geometry import GEOMETRIES
 from simkvm.scenario.access import Access, Phases, Populate, Trace
 from simkvm.scenario.contenders import Contender, Memslot
 from simkvm.scenario.errors import Keys, Problem, nearest
@@ -17,6 +18,7 @@ from simkvm.scenario.fields import KIB
 from simkvm.scenario.groups import every_guest, meant, member_names
 from simkvm.scenario.kernel import KernelVariant
 from simkvm.scenario.machine import Machine
+from simkvm.scenario.possible import kernel_problems
 from simkvm.scenario.schema import BLOCK_BYTES, Guest, Scenario
 from simkvm.units import exact_duration, exact_size
 
@@ -33,13 +35,37 @@ def problems(
         keys = ("guests", name)
         yield from _sizes(guest, keys, machine)
         yield from _memslots(guest, keys)
+        if guest.rmap_chain > 1 and kernel["mmu"] != "shadow":
+            message = f"mmu {kernel['mmu']} of {kernel.name} has no reverse-map chains"
+            yield Problem((*keys, "rmap_chain"), message)
         yield from _addresses(guest, keys)
         yield from _traces(guest, guest.access, (*keys, "access"), traces)
         yield from _ends(guest.access, (*keys, "access"), scenario.duration)
+        yield from _closing(guest, (*keys, "teardown"))
     for name, contender in scenario.contenders.items():
         yield from _contender(scenario, contender, ("contenders", name))
     yield from _names(scenario)
     yield from _times(scenario)
+    yield from _bugs(scenario)
+
+
+def _bugs(scenario: Scenario) -> Iterator[Problem]:
+    for index, name in enumerate(scenario.bugs):
+        if name not in BUGS:
+            hint = nearest(name, BUGS)
+            known = "" if hint else f", expected one of {', '.join(BUGS)}"
+            yield Problem(("bugs", index), f"no bug {name!r}{known}", hint)
+
+
+def _closed_apart(guest: Guest) -> bool:
+    return guest.teardown is not None and guest.teardown.order == "both"
+
+
+def _closing(guest: Guest, keys: Keys) -> Iterator[Problem]:
+    """The time of the second process that ends a VM needs a second process."""
+    end = guest.teardown
+    if end is not None and end.close_at is not None and end.order != "both":
+        yield Problem((*keys, "close_at"), f"only order both has it, not {end.order}")
 
 
 def _names(scenario: Scenario) -> Iterator[Problem]:
@@ -55,13 +81,7 @@ def _names(scenario: Scenario) -> Iterator[Problem]:
 
 
 def _host(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Iterator[Problem]:
-    if kernel.arch != machine.arch:
-        message = f"{kernel.name} is a kernel for {kernel.arch}, {machine.name} is {machine.arch}"
-        yield Problem(("kernel",), message)
-    if kernel["ageing_call"] == "bitmap" and kernel["ageing_lock"] != "none":
-        lock = kernel["ageing_lock"]
-        message = f"ageing_call bitmap is lock-free, it does not go with ageing_lock {lock}"
-        yield Problem(("kernel",), message)
+    yield from kernel_problems(kernel, machine, scenario.expect)
     rcu = scenario.host.rcu
     if rcu.qlowmark > rcu.qhimark:
         message = f"{rcu.qlowmark} is above qhimark, {rcu.qhimark}"
@@ -89,6 +109,7 @@ def _threads(scenario: Scenario, cpus: int) -> Iterator[Problem]:
         (vcpus, "vCPU"),
         (int(scenario.ageing is not None), "ageing thread"),
         (len(scenario.contenders), "contender"),
+        (sum(map(_closed_apart, scenario.guests.values())), "process that drops a last reference"),
     ]
     needed = sum(count for count, _ in parts)
     if needed > cpus:
@@ -112,7 +133,7 @@ def _sizes(guest: Guest, keys: Keys, machine: Machine) -> Iterator[Problem]:
             + ", ".join(map(exact_size, leaves)),
         )
         return
-    geometry = Geometry(page, guest.ipa_bits)
+    geometry = GEOMETRIES[machine.arch](page, guest.ipa_bits)
     if mapping > geometry.span_bytes(geometry.start_level):
         yield Problem(
             (*keys, "mapping"),
@@ -252,6 +273,8 @@ def _times(scenario: Scenario) -> Iterator[Problem]:
     for name, guest in scenario.guests.items():
         if guest.teardown is not None:
             starts["guests", name, "teardown", "at"] = guest.teardown.at
+            if guest.teardown.close_at is not None:
+                starts["guests", name, "teardown", "close_at"] = guest.teardown.close_at
     for keys, start in starts.items():
         if start >= scenario.duration:
             end = exact_duration(scenario.duration)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from simkvm import units
 from simkvm.scenario.access import Access
@@ -29,6 +29,7 @@ from simkvm.scenario.fields import (
     Name,
     Size,
     Span,
+    as_tuple,
     refuse,
 )
 from simkvm.scenario.reference import KernelRef, MachineRef
@@ -122,11 +123,25 @@ class Host(Model):
 class Teardown(Model):
     """The end of a virtual machine while others go on."""
 
-    order: Literal["process_exit", "close_vm"] = Field(
+    order: Literal["process_exit", "close_vm", "both"] = Field(
         description="What comes first: the process exits (exit_mmap calls the notifier's "
-        "release), or the VM's file is closed (kvm_destroy_vm unregisters it)."
+        "release), or the VM's file is closed (kvm_destroy_vm unregisters it); or both at once, "
+        "by two processes (exit_mm of the owner while another drops the last reference)."
     )
     at: Duration = Field(description="Simulated time at which the teardown starts.")
+    close_at: Duration | None = Field(
+        default=None,
+        description="Of order both: simulated time at which the other process drops the last "
+        "reference; null: at.",
+    )
+    split_cache: int = Field(
+        default=0,
+        ge=0,
+        le=1 << 20,
+        description="Pages in the VM's cache for eager splitting when it ends "
+        "(KVM_CAP_ARM_EAGER_SPLIT_CHUNK_SIZE: 2 with chunks of 2 MiB, 513 with 1 GiB); 0: it was "
+        "never filled.",
+    )
 
 
 def _page_size(data: dict[str, int]) -> int:
@@ -164,7 +179,8 @@ class Guest(Model):
         ge=32,
         le=52,
         description="Guest-physical address bits (machine type of KVM_CREATE_VM; "
-        "40 is KVM's default); with the granule it decides the levels of the stage-2 table.",
+        "40 is KVM's default); with the granule it decides the levels of the stage-2 table. "
+        "x86: the guest's MAXPHYADDR; four levels up to 48 bits, else five.",
     )
     ipa_base: AnySize = Field(
         default=GIB,
@@ -201,6 +217,11 @@ class Guest(Model):
         "reverse-map chain (x86's shadow MMU only).",
     )
     access: Access = Field(description="What each vCPU touches.")
+    mapped: bool = Field(
+        default=False,
+        description="Whether all of the memory is mapped, in the host and in stage 2, when the "
+        "run begins, as if every page had been written to.",
+    )
     teardown: Teardown | None = Field(
         default=None, description="End this VM during the run; null: it lives to the end."
     )
@@ -275,8 +296,14 @@ class Scenario(Model):
         default="fifo",
         description="Order of simultaneous events: as scheduled, or a seeded shuffle.",
     )
-    expect: Literal["safe", "unsafe"] = Field(
+    bugs: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = Field(
+        default=(),
+        description="Known mistakes to put back into the kernel (`simkvm bugs` lists them): what "
+        "the safety oracle has to find.",
+    )
+    expect: Literal["safe", "unsafe", "any"] = Field(
         default="safe",
-        description="Whether the safety oracle should find nothing, or a violation: the run fails "
-        "(exit status 1) if it is safe that was expected and a violation was found.",
+        description="Whether the safety oracle should find nothing, or a violation, or whether "
+        "that is the question: the run fails (exit status 1) if it is safe that was expected and "
+        "a violation was found.",
     )

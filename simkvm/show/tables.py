@@ -33,6 +33,7 @@ from simkvm.show.text import NOTHING, Row, titled_table, wrapped
 from simkvm.units import format_count, format_duration, format_size
 
 WIDTH = 100
+END_OF_VMS = "End of VMs"
 TABLES_AND_RCU = "RCU and stage-2 tables"
 CALLBACKS = "What RCU callbacks do"
 MOST_VIOLATIONS = 5
@@ -42,13 +43,14 @@ FIGURES = ("p50", "p99", "max")
 
 
 def run_report(result: ResultLike) -> Group:
-    """Everything about one run: headline, guests, ageing, mmu_lock, RCU and tables, safety."""
+    """Everything about one run: headline, guests, ageing, mmu_lock, RCU, ends of VMs, safety."""
     return Group(
         headline(result),
         guest_table(result),
         ageing_table(result),
         *lock_tables(result),
         rcu_table(result),
+        *teardown_table(result),
         *violations(result),
     )
 
@@ -66,6 +68,8 @@ def headline(result: ResultLike) -> RenderableType:
     events = _count(summary.get("events"))
     grid.add_row("  simulated", f"{_time(summary.get('sim_ns'))} in {events} events")
     grid.add_row("  fingerprint", result.fingerprint)
+    if scenario.get("bugs"):
+        grid.add_row("  bugs", ", ".join(scenario["bugs"]))
     grid.add_row("  safety", verdict(result))
     return Group(Text(title, "bold"), grid, "")
 
@@ -86,8 +90,9 @@ def describe_guest(guest: Mapping[str, Any]) -> str:
 
 def verdict(result: ResultLike) -> Text:
     """Clean, violated, and whether that was expected."""
-    expected_unsafe = result.scenario.get("expect", "safe") == "unsafe"
-    found = len(result.violations)
+    expected = result.scenario.get("expect", "safe")
+    expected_unsafe = expected == "unsafe"
+    found = _found(result)
     if not found:
         return (
             Text("clean, though a violation was expected", "yellow")
@@ -95,6 +100,8 @@ def verdict(result: ResultLike) -> Text:
             else (Text("clean", "green"))
         )
     text = f"VIOLATED: {found} violation{'s' if found > 1 else ''}"
+    if expected == "any":
+        return Text(f"{text}, which was the question", "yellow")
     return Text(f"{text}, as expected", "yellow") if expected_unsafe else Text(text, "bold red")
 
 
@@ -180,6 +187,20 @@ def rcu_table(result: ResultLike) -> RenderableType:
     return titled_table("RCU and stage-2 tables", headers, [row], left=0)
 
 
+def teardown_table(result: ResultLike) -> list[RenderableType]:
+    """The walk that freed a tree; nothing if no VM came to its end."""
+    if not _ends_a_vm(result):
+        return []
+    summary = summary_of(result)
+    row = [
+        _time(summary.get("teardown_longest_ns")),
+        _time(summary.get("teardown_walk_ns")),
+        _count(summary.get("teardown_visits")),
+    ]
+    headers = ["longest stretch", "walk", "entries visited"]
+    return [titled_table(END_OF_VMS, headers, [row], left=0)]
+
+
 def violations(result: ResultLike) -> list[RenderableType]:
     """The first violations with the events that led to them, oldest first; nothing if clean."""
     found = result.violations
@@ -189,12 +210,12 @@ def violations(result: ResultLike) -> list[RenderableType]:
     for i, violation in enumerate(found[:MOST_VIOLATIONS], start=1):
         parts += _violation(i, violation)
     if len(found) > MOST_VIOLATIONS:
-        parts.append(f"  and {len(found) - MOST_VIOLATIONS} more")
+        parts.append(f"  and {_found(result) - MOST_VIOLATIONS} more")
     return [*parts, ""]
 
 
 def sweep_report(results: OneOrMany, failed: Iterable[Mapping[str, Any]] = ()) -> Group:
-    """A sweep in three tables with a row a point: guests and ageing; mmu_lock; RCU and memory.
+    """A sweep with a row a point: guests and ageing; mmu_lock; ends of VMs; RCU and memory.
 
     `failed`: points without a result, as mappings with `axes` and `reason`.
     """
@@ -203,8 +224,8 @@ def sweep_report(results: OneOrMany, failed: Iterable[Mapping[str, Any]] = ()) -
     if points:
         axes = list(axes_of(points).values())
         for title, columns in SWEEP_TABLES.items():
-            if title not in APPLIES or any(map(APPLIES[title], points)):
-                parts.append(_sweep_table(title, columns, points, axes))
+            if title not in NEEDS or any(map(NEEDS[title], points)):
+                parts += _sweep_table(title, columns, points, axes)
     for failure in failed:
         place = ", ".join(f"{key}={reference_label(v)}" for key, v in failure["axes"].items())
         parts.append(Text(f"failed: {place or 'the point'}: {failure['reason']}", "red"))
@@ -339,8 +360,8 @@ def _sweep_table(
     columns: Sequence[tuple[str, Cell]],
     points: Sequence[ResultLike],
     axes: Sequence[AxisOfStudy],
-) -> RenderableType:
-    """Axes, replications and those columns in which any point has something to say."""
+) -> list[RenderableType]:
+    """Axes, replications and those columns in which any point has something to say, if any."""
     places = {
         axis.name: [wrapped(value_of(point, axis.key), PLACE_WIDTH) for point in points]
         for axis in axes
@@ -350,9 +371,11 @@ def _sweep_table(
         places["rep"] = repeated
     shown = [(header, [cell(point) for point in points]) for header, cell in columns]
     shown = [(header, found) for header, found in shown if set(found) != {NOTHING}]
+    if not shown:
+        return []
     headers = [*places, *(header for header, _ in shown)]
     rows = zip(*places.values(), *(found for _, found in shown), strict=True)
-    return titled_table(title, headers, rows, left=len(places))
+    return [titled_table(title, headers, rows, left=len(places))]
 
 
 def _grace(summary: Mapping[str, Any], figure: str) -> str:
@@ -371,12 +394,29 @@ def _has_callbacks(result: ResultLike) -> bool:
     return bool(summary_of(result).get("callbacks"))
 
 
+def _found(result: ResultLike) -> int:
+    """Violations, those included that the oracle only counted."""
+    return max(len(result.violations), int(summary_of(result).get("violations") or 0))
+
+
+def _ends_a_vm(result: ResultLike) -> bool:
+    return bool(summary_of(result).get("teardown_walk_ns"))
+
+
 def _missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _time(value: Any) -> str:
     return NOTHING if _missing(value) else format_duration(round(value))
+
+
+def _time_spent(value: Any) -> str:
+    return _time(value) if value else NOTHING
+
+
+def _count_made(value: Any) -> str:
+    return _count(value) if value else NOTHING
 
 
 def _size(value: Any) -> str:
@@ -411,6 +451,12 @@ SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("range_start\nhold\np99", _at_site("range_start", "hold", "p99")),
         ("max", _at_site("range_start", "hold", "max")),
     ),
+    END_OF_VMS: (
+        ("longest\nstretch", _figure("teardown_longest_ns", _time_spent)),
+        ("walk", _figure("teardown_walk_ns", _time_spent)),
+        ("visits", _figure("teardown_visits", _count_made)),
+        ("violations", _figure("violations", _count)),
+    ),
     TABLES_AND_RCU: (
         ("grace\nperiod\np50", lambda result: _grace(summary_of(result), "p50")),
         ("p99", lambda result: _grace(summary_of(result), "p99")),
@@ -430,8 +476,9 @@ SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {
 }
 """The tables of a sweep: each column's header and its cell of a point."""
 
-APPLIES: dict[str, Callable[[ResultLike], bool]] = {
+NEEDS: dict[str, Callable[[ResultLike], bool]] = {
+    END_OF_VMS: _ends_a_vm,
     TABLES_AND_RCU: _frees_tables,
     CALLBACKS: _has_callbacks,
 }
-"""Whether a point has something to say in a table; one that is not here is always shown."""
+"""Tables that are shown only if some point has to do with them."""

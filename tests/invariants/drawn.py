@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from worlds import KIB, MIB, MS, US, scenario
 
 from simkvm.scenario.kernel import POLICIES, kernel_names, load_kernel
+from simkvm.scenario.possible import NEEDS, ONLY
 from simkvm.scenario.schema import Scenario
 
-KERNELS = [name for name in kernel_names() if load_kernel(name).arch == "arm64"]
-#: Of each policy, the values that an arm64 kernel can have.
-VALUES = {
-    policy: [value for value in values if any(load_kernel(k)[policy] == value for k in KERNELS)]
-    for policy, values in POLICIES.items()
+KERNELS = {
+    arch: [name for name in kernel_names() if load_kernel(name).arch == arch]
+    for arch in ("arm64", "x86")
 }
+MACHINES = {"arm64": ["ampere-altra-80c", "graviton3-64c"], "x86": ["x86-icelake-64c"]}
 DEFERRED = [value for value in POLICIES["table_free"] if value != "inline"]
 DURATION = 8 * MS
 
@@ -35,30 +35,37 @@ SHAPES = [
 
 
 def scenarios(
-    safe: bool = True, teardown: bool | None = None, takers: bool = False
+    safe: bool = True, teardown: bool | None = None, takers: bool = False, arch: str = "arm64"
 ) -> st.SearchStrategy[Scenario]:
     """One guest and whatever disturbs it for some milliseconds; ``teardown``: with its end.
 
     ``takers``: what disturbs it does more than drop memory.
     """
-    return st.integers(0, 2**32).map(lambda number: drawn(Random(number), safe, teardown, takers))
+    numbers = st.integers(0, 2**32)
+    return numbers.map(lambda number: drawn(Random(number), safe, teardown, takers, arch))
 
 
-def drawn(dice: Random, safe: bool, teardown: bool | None, takers: bool = False) -> Scenario:
+def drawn(
+    dice: Random, safe: bool, teardown: bool | None, takers: bool = False, arch: str = "arm64"
+) -> Scenario:
     """The scenario that ``dice`` gives."""
     disturb = taker if takers else contender
-    page, leaf, memory = dice.choice(SHAPES)
+    page, leaf, memory = dice.choice([s for s in SHAPES if arch == "arm64" or s[0] == 4 * KIB])
     folio = leaf if leaf > page else page * dice.choice([1, 1, 4, 16])
     memory = max(folio, memory - memory % folio)
     if teardown is None:
         teardown = dice.random() < 0.4
     end = {"order": dice.choice(["process_exit", "close_vm"]), "at": dice.randrange(DURATION)}
     pace = {"interval": dice.choice([0, 0, 300 * US]), "start": dice.randrange(MS)}
+    more = Random(pace["start"])  # one of its own, so that the other draws do not shift
+    pace["method"] = more.choice(["lru_gen", "lru_gen", "page_idle", "folio_referenced"])
+    flags = {"hw_af": more.random() < 0.7}
     vcpus, disturbers = dice.randint(1, 4), dice.choice([0, 1, 1, 2]) + takers
     return scenario(
         seed=dice.randrange(100),
-        machine=dice.choice(["ampere-altra-80c", "graviton3-64c"]),
-        kernel=kernel(dice, safe),
+        expect="safe" if safe else "unsafe",
+        machine={"base": dice.choice(MACHINES[arch]), "set": flags},
+        kernel=kernel(dice, safe, arch),
         host={
             "cpus": vcpus + 1 + disturbers + dice.choice([0, 3]),
             "hz": dice.choice([250, 1000, 1000]),
@@ -89,25 +96,41 @@ def rcu(dice: Random) -> dict[str, Any]:
     return {"nocbs": nocbs, "lazy": lazy, "preemptible": dice.choice([None, True])}
 
 
-def kernel(dice: Random, safe: bool) -> dict[str, Any]:
+def kernel(dice: Random, safe: bool, arch: str) -> dict[str, Any]:
     """A shipped kernel with some policies changed; if not ``safe``, lock-free and freed at once."""
-    base = dice.choice(KERNELS)
-    changes = {
-        policy: dice.choice(values) for policy, values in VALUES.items() if dice.random() < 0.3
+    base = dice.choice(KERNELS[arch])
+    drawn = {
+        policy: dice.choice([*values]) for policy, values in POLICIES.items() if dice.random() < 0.3
     }
+    changes = {policy: value for policy, value in drawn.items() if may_have(arch, policy, value)}
+    if arch == "x86":
+        return {"base": base, "set": changes}
     made = load_kernel({"base": base, "set": changes})
     if made["ageing_call"] == "bitmap" or not safe:
         changes["ageing_lock"] = "none"  # windows take no lock
     lock_free = changes.get("ageing_lock", made["ageing_lock"]) == "none"
     if safe and lock_free:
         changes["root_free"] = "after_unregister"
+        changes["collapse_free"] = "subtree"
         if made["table_free"] == "inline":
             changes["table_free"] = dice.choice(DEFERRED)
     if not safe:
-        changes |= {"root_free": "in_release", "table_free": "inline"}
+        changes |= {"root_free": "in_release", "table_free": "inline", "unmap_tables": "free"}
         if made["ageing_call"] == "blind":
             changes["ageing_call"] = "per_pte"
     return {"base": base, "set": changes}
+
+
+def may_have(arch: str, policy: str, value: str) -> bool:
+    """Whether a kernel of ``arch`` may change that, on any machine and with anything else.
+
+    On x86 the locks of ageing and faults hang together with the MMU: there they stay as they are.
+    """
+    if arch == "x86" and policy in ("mmu", "fault_lock", "ageing_lock", "ageing_call"):
+        return False
+    if arch == "x86" and (policy, value) in [("table_free", "inline"), ("collapse_free", "inline")]:
+        return False
+    return (policy, value) not in NEEDS and ONLY.get((policy, value), (arch, ""))[0] == arch
 
 
 def access(dice: Random) -> dict[str, Any]:

@@ -351,7 +351,7 @@ WRONG = {
     ),
     "kernel": (
         changed(("linux-6.12", "linux-6.21")),
-        "w.yaml:3:1: kernel: unknown kernel 'linux-6.21' (did you mean 'linux-6.12'?)",
+        "w.yaml:3:1: kernel: unknown kernel 'linux-6.21' (did you mean 'linux-6.1'?)",
     ),
     "machine's base": (
         changed(("machine: graviton3-64c", "machine:\n  set: {}\n  base: graviton")),
@@ -675,6 +675,20 @@ def test_mappings_and_null_can_be_swept(file: Path) -> None:
         "base": "linux-7.1",
         "set": {"table_free": "put_page_rcu"},
     }
+
+
+def test_whole_guests_can_be_swept_and_are_told_apart_by_what_differs(file: Path) -> None:
+    """So count and vcpus change together, where two axes would give every combination."""
+    start = BASE.index("  vm0:\n")
+    each = "memory: 4 MiB, access: {pattern: populate}"
+    cuts = f"  vm0:\n    - {{count: 1, vcpus: 4, {each}}}\n    - {{count: 2, vcpus: 2, {each}}}\n"
+    study = loaded(file, BASE[:start] + cuts)
+    assert [point.axes["guests.vm0"] for point in study.points] == [
+        "{count: 1, vcpus: 4}",
+        "{count: 2, vcpus: 2}",
+    ]
+    guests = [point.scenario.guests["vm0"] for point in study.points]
+    assert [(guest.count, guest.vcpus) for guest in guests] == [(1, 4), (2, 2)]
 
 
 def test_a_list_by_type_is_no_axis_but_may_hold_one(file: Path) -> None:
@@ -1141,5 +1155,7 @@ def test_windows_are_refused_under_a_lock(tmp_path: Path) -> None:
     )
     path = tmp_path / "x.yaml"
     path.write_text(text)
-    with pytest.raises(InputError, match=r"x\.yaml:3:1: kernel: ageing_call bitmap is lock-free"):
+    with pytest.raises(
+        InputError, match=r"x\.yaml:3:\d+: kernel\.set\.ageing_lock: ageing_call bitmap does"
+    ):
         load(str(path))
