@@ -70,9 +70,15 @@ class FolioReferenced(RmapAgeing):
         t_ns, by_guest = yield from self.ask(t_ns, leaf, report, self._flush)
         # A guest that could only be asked under the lock is no reason to ask for its neighbours.
         around = by_host or (by_guest and kvm.test_clear_young)
-        if around and not self._flush and not kvm.host.contended:
+        t_ns = yield from reach(kvm.env, t_ns)
+        if around and not self._flush and not self._contended(t_ns, leaf):
             t_ns = yield from self._look_around(t_ns, leaf, report)
         return t_ns, by_host or by_guest
+
+    def _contended(self, t_ns: int, leaf: int) -> bool:
+        """Whether a fault waits for the host table that is locked for ``leaf``."""
+        host = self.kvm.host
+        return host.contended or self.faults_until(t_ns, leaf // host.entries) > 0
 
     def window(self, leaf: int) -> Leaves:
         """The 64 leaves around ``leaf``, within its host table and the guest, without itself."""

@@ -67,15 +67,18 @@ class RmapAgeing:
         """Wait for the lock of host table ``table``; a fault may be installing an entry."""
         kvm = self.kvm
         t_ns = yield from reach(kvm.env, t_ns)
-        held = [v.fault.ptl_until_ns for v in kvm.vcpus if v.fault.holds_table(table, t_ns)]
-        while held:
-            t_ns = yield from reach(kvm.env, max(held))
-            held = [v.fault.ptl_until_ns for v in kvm.vcpus if v.fault.holds_table(table, t_ns)]
+        while until_ns := self.faults_until(t_ns, table):
+            t_ns = yield from reach(kvm.env, until_ns)
         kvm.host.lock_for_ageing(table, t_ns)
         self.task.cpu.spin(t_ns)
         for vcpu in kvm.vcpus:
             vcpu.catch_up(t_ns)
         return t_ns
+
+    def faults_until(self, t_ns: int, table: int) -> int:
+        """When the last of the faults that want or have host table ``table`` now is done; or 0."""
+        faults = [vcpu.fault for vcpu in self.kvm.vcpus]
+        return max((f.ptl_until_ns for f in faults if f.holds_table(table, t_ns)), default=0)
 
     def ask(self, t_ns: int, leaf: int, report: Pass, flush: bool = False) -> Answer:
         """One notifier call about ``leaf``: when it is over, and whether the guest used it."""

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from simpy import Event
 
+from simkvm.kernel.qrwlock import OPEN
 from simkvm.kernel.sites import AGE
 from simkvm.kernel.task import Task, acquired, reach
 from simkvm.observe.oracle import Walk
@@ -72,6 +73,7 @@ class YoungNotifier:
         kvm, costs = self.kvm, self._costs
         walk_ns = costs.walk_ns + (last - first - 1) * costs.visit_ns
         found: list[Leaves] = []
+        shared = self._lock == "read"
 
         def section(entry_ns: int) -> tuple[int, int]:
             young = np.empty(0, np.int64)
@@ -80,15 +82,22 @@ class YoungNotifier:
                 kvm.clear_young(young, entry_ns)
             found.append(young)
             end_ns = entry_ns + walk_ns
-            if flush and len(young):
-                end_ns = kvm.flush_vmid(end_ns)
+            if not flush or not len(young):
+                return walk_ns, end_ns
+            if not shared:
+                return OPEN, end_ns  # what others do until the flush comes first
+            end_ns = kvm.flush_vmid(end_ns)
             return end_ns - entry_ns, end_ns
 
         kvm.young_calls.locked += 1
         kvm.young_calls.fallback += self._falls_back
-        take = kvm.mmu_lock.read if self._lock == "read" else kvm.mmu_lock.write
-        end_ns = yield from acquired(take(t_ns, self.task.cpu.id, AGE, section))
-        return end_ns, found[0]
+        take = kvm.mmu_lock.read if shared else kvm.mmu_lock.write
+        t_ns = yield from acquired(take(t_ns, self.task.cpu.id, AGE, section))
+        if flush and len(found[0]) and not shared:
+            t_ns = yield from reach(kvm.env, t_ns)
+            t_ns = yield from reach(kvm.env, kvm.flush_vmid(t_ns))
+            kvm.mmu_lock.release(t_ns)
+        return t_ns, found[0]
 
     def _lockless(self, t_ns: int, first: int, last: int) -> tuple[int, Leaves]:
         kvm, costs = self.kvm, self._costs

@@ -323,6 +323,7 @@ class HostTable:
 
     pages: dict[int, Page] = field(default_factory=dict)
     faults_inside: int = 0
+    claims: list[tuple[int, int]] = field(default_factory=list)  #: when faults want the lock
     aged: Event | None = None  #: happens when ageing, which has the lock, lets go
 
 
@@ -794,6 +795,7 @@ class Vcpu:
         """GUP's slow path, which would be over at ``t`` if nobody had the host table's lock."""
         clock, vm = self.clock, self.vm
         table, lock_ns = vm.host_table(page.leaf), self.costs.ptl_ns
+        table.claims.append((t - lock_ns, t))
         clock.process(self.leave_mmap(t))
         yield clock.at(t - lock_ns, TAKE_TABLE)
         freed = -1
@@ -1060,7 +1062,7 @@ class Ager:
         clock = self.clock
         yield from clock.pause(owed + vm.costs.ageing.rmap_ns)
         table = vm.host_table(folio[0].leaf)
-        while table.faults_inside:
+        while any(begin <= clock.now < end for begin, end in table.claims):
             yield clock.at(int(clock.now) + 1)
         table.aged = clock.event()
         self.cpu.spin(clock.now)
