@@ -78,8 +78,11 @@ class Recorder:
                 ("number", "start_ns", "end_ns", "fqs_scans"), self.grace_periods
             ),
             passes=_columns(
-                ("guest", "start_ns", "end_ns", "scanned", "young", "calls"),
-                [(p.guest, p.start_ns, p.end_ns, p.scanned, p.young, p.calls) for p in passes],
+                ("guest", "start_ns", "end_ns", "scanned", "young", "calls", "idle"),
+                [
+                    (p.guest, p.start_ns, p.end_ns, p.scanned, p.young, p.calls, p.idle)
+                    for p in passes
+                ],
             ),
             series=table(SERIES_COLUMNS, self.series),
             violations=[violation._asdict() for violation in violations],

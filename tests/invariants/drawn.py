@@ -43,10 +43,13 @@ def drawn(dice: Random, safe: bool, teardown: bool | None) -> Scenario:
         teardown = dice.random() < 0.4
     end = {"order": dice.choice(["process_exit", "close_vm"]), "at": dice.randrange(DURATION)}
     pace = {"interval": dice.choice([0, 0, 300 * US]), "start": dice.randrange(MS)}
+    more = Random(pace["start"])  # one of its own, so that the other draws do not shift
+    pace["method"] = more.choice(["lru_gen", "lru_gen", "page_idle", "folio_referenced"])
+    flags = {"hw_af": more.random() < 0.7}
     vcpus, takers = dice.randint(1, 4), dice.choice([0, 1, 1, 2])
     return scenario(
         seed=dice.randrange(100),
-        machine=dice.choice(["ampere-altra-80c", "graviton3-64c"]),
+        machine={"base": dice.choice(["ampere-altra-80c", "graviton3-64c"]), "set": flags},
         kernel=kernel(dice, safe),
         host={
             "cpus": vcpus + 1 + takers + dice.choice([0, 3]),

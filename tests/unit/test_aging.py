@@ -248,7 +248,7 @@ def test_mmap_lock_is_given_back_after_a_gib_with_4096_promotions() -> None:
     [("per_pte", "write", 32), ("per_folio", "write", 32), ("bitmap", "none", 32 + 2)],
 )
 def test_a_block_is_one_entry(call: str, lock: str, calls: int) -> None:
-    """One call a block, one visit; with a bitmap one bit, which costs a second call if it is set."""
+    """One call a block, one visit; with a bitmap one bit, and a second call if it is set."""
     made = lab(call, lock, 64 * MIB, mapping=2 * MIB)
     use(made, 3, 4)
     report = made.age()

@@ -69,7 +69,7 @@ def test_the_logs_are_bounded() -> None:
     assert len(races._stores) <= 2, "what lies before a load cannot meet the next"
 
 
-# -- in a guest -------------------------------------------------------------------------------------
+# -- in a guest ------------------------------------------------------------------------------------
 
 
 def lab(window_ns: int = 0, kernel: Any = "linux-7.1-lockless") -> Lab:
@@ -82,7 +82,7 @@ def lab(window_ns: int = 0, kernel: Any = "linux-7.1-lockless") -> Lab:
 
 
 def load_ns(made: Lab, leaf: int) -> int:
-    """When the first pass of an idle machine loads ``leaf``: windows of 64, promotions at an end."""
+    """When the first pass of an idle machine loads ``leaf``: promotions come after each 64."""
     costs = made.kvm.costs.ageing
     each = costs.call_ns + costs.walk_ns + costs.scan_ns
     windows, rest = divmod(leaf, 64)

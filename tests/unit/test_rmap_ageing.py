@@ -1,7 +1,7 @@
 """Ageing a folio at a time: idle page tracking, and the check that eviction makes.
 
-Source: mm/page_idle.c, mm/rmap.c (folio_referenced_one) and mm/vmscan.c (lru_gen_look_around), v6.12;
-counts of real runs of a Linux 6.12 under QEMU where a test names one.
+Source: mm/page_idle.c, mm/rmap.c (folio_referenced_one) and mm/vmscan.c (lru_gen_look_around),
+v6.12; counts of real runs of a Linux 6.12 under QEMU where a test names one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def test_every_method_of_a_scenario_is_a_class() -> None:
     assert all(method.name == name for name, method in METHODS.items())
 
 
-# -- idle page tracking -----------------------------------------------------------------------------
+# -- idle page tracking ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("hw_af", [True, False])
@@ -129,7 +129,7 @@ def test_between_two_folios_the_host_table_is_free() -> None:
     assert waits["page_idle"] < 40_000 < waits["lru_gen"]
 
 
-# -- eviction's check -------------------------------------------------------------------------------
+# -- eviction's check ------------------------------------------------------------------------------
 
 
 def test_a_cold_page_costs_one_call() -> None:
@@ -202,7 +202,7 @@ def test_a_block_is_flushed_in_either_form() -> None:
     assert (report.calls, report.young, made.broadcasts()) == (32, 1, 1)
 
 
-# -- falling back -----------------------------------------------------------------------------------
+# -- falling back ----------------------------------------------------------------------------------
 
 
 def test_the_series_of_2023_falls_back_where_software_sets_the_flag() -> None:
