@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from simpy import Event
 
+from simkvm.kernel.cmpxchg_race import Loads
 from simkvm.kernel.qrwlock import OPEN
 from simkvm.kernel.sites import AGE
 from simkvm.kernel.task import Task, acquired, reach
@@ -105,5 +106,6 @@ class YoungNotifier:
         walk_ns = costs.walk_ns + (last - first - 1) * costs.visit_ns
         kvm.oracle.walk(Walk(self.task.name, kvm.path_at(first, t_ns), t_ns, walk_ns, walk_ns, 1))
         kvm.young_calls.lockless += 1
+        end_ns = t_ns + walk_ns
         loads_ns = t_ns + costs.walk_ns + (leaves - first) * costs.visit_ns
-        return t_ns + walk_ns, kvm.age_lockless(leaves, loads_ns, t_ns)
+        return end_ns, kvm.age_lockless(Loads(leaves, lambda: loads_ns, t_ns, end_ns), t_ns)
