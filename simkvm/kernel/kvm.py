@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from simpy import Environment, Event
 
 from simkvm.kernel import table_free
-from simkvm.kernel.cmpxchg_race import CmpxchgRaces
+from simkvm.kernel.cmpxchg_race import CmpxchgRaces, Loads
 from simkvm.kernel.costs import Costs, FreeCosts
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dirty_log import DirtyLog
@@ -256,20 +256,19 @@ class Kvm:
             for vcpu in self.vcpus:
                 vcpu.cleared(leaves, t_ns)
 
-    def age_lockless(
-        self, leaves: NDArray[np.int64], loads_ns: NDArray[np.int64], t_ns: int
-    ) -> NDArray[np.int64]:
-        """A walk without lock from ``t_ns`` on comes by ``leaves`` at ``loads_ns``.
+    def age_lockless(self, batch: Loads, t_ns: int) -> NDArray[np.int64]:
+        """A walk without lock from ``t_ns`` on comes by the leaves of ``batch``.
 
         Clears their accessed flags; returns those that were young. One whose compare-and-swap
         fails counts as young and stays as it is.
         """
+        leaves = batch.leaves
         young = (self.stage2.leaf.entries[leaves] & (AF | VALID)) == (AF | VALID)
-        failed = np.zeros(len(leaves), np.bool_)  # nothing changes while a chain is locked
+        failed = None  # nothing changes while a chain is locked
         if self.races is not None:
-            failed = self.races.loaded(leaves, loads_ns, young)
-        self.clear_young(leaves[young & ~failed], t_ns)
-        seen: NDArray[np.int64] = leaves[young | failed]
+            failed = self.races.loaded(batch, young)
+        seen: NDArray[np.int64] = leaves[young if failed is None else young | failed]
+        self.clear_young(seen if failed is None else leaves[young & ~failed], t_ns)
         return seen
 
     def flush_vmid(self, t_ns: int) -> int:
