@@ -155,6 +155,18 @@ class Kvm:
             self.host.map_all()
             self.tables_linked(self.stage2.map_all(WRITE), 0)
 
+    @property
+    def tlbi(self) -> TlbiPath:
+        """The path of broadcast invalidations, for code that only arm64 has."""
+        assert isinstance(self.remote_flush, TlbiPath)
+        return self.remote_flush
+
+    @property
+    def ipi(self) -> Ipi:
+        """Flushes by interrupt, for code that only x86 has."""
+        assert isinstance(self.remote_flush, Ipi)
+        return self.remote_flush
+
     # -- tables -------------------------------------------------------------------------------
 
     @property
@@ -288,8 +300,7 @@ class Kvm:
     def unmap_costs(self, t_ns: int) -> UnmapCosts:
         """Costs of a walk that starts at ``t_ns``, by how busy the invalidation path is."""
         steps = self.costs.unmap
-        assert isinstance(self.remote_flush, TlbiPath)  # chunks are arm64's
-        flush_ns = self.remote_flush.each_ns(t_ns)
+        flush_ns = self.tlbi.each_ns(t_ns)
         return UnmapCosts(
             visit_ns=steps.visit_ns,
             descend_ns=steps.descend_ns,
