@@ -26,6 +26,7 @@ class FaultCosts:
     gup_cow_ns: int  #: replacing any other shared page for a write: its content has to be copied
     ptl_ns: int  #: how long that holds the host's page-table lock, at its end
     hold_ns: int  #: the walk and the map, under ``mmu_lock``
+    relax_hold_ns: int  #: the walk and the change of rights: nothing to clean
     table_ns: int  #: each table installed on the way
     retry_ns: int  #: finding, under the lock, that an invalidation runs or ran
     enter_ns: int  #: from the unlock to the guest's next instruction
@@ -113,7 +114,7 @@ class Costs:
             next_ns=round(machine["c2c_same_ns"]),
             fault=_fault(machine, line, leaf_bytes),
             ageing=_ageing(machine),
-            unmap=_unmap(machine),
+            unmap=_unmap(machine, leaf_bytes),
             free=_free(machine),
             takers=_takers(machine, leaf_bytes),
             tlbi_ns=round(machine["tlbi_s2_page_ns"]),
@@ -133,9 +134,7 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int) -> FaultCosts:
     half_exit = machine["exit_roundtrip_ns"] / 2
     around = machine["memslot_lookup_ns"] + machine["srcu_ns"]
     vma = machine["mmap_lock_vma_lookup_ns"]
-    clean = machine["dcache_clean_4k_ns"] * leaf_bytes / 4096
-    if leaf_bytes >= 2 << 20:
-        clean = machine["dcache_clean_2m_ns"] * leaf_bytes / (2 << 20)
+    clean = _clean(machine, leaf_bytes)
     hold = machine["fault_hold_ns"]
     parts = 2 * half_exit + around + vma + hold + machine["dcache_clean_4k_ns"] + 4 * line.same_ns
     gup_hit = machine["s2_map4k_total_ns"] - parts
@@ -153,7 +152,13 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int) -> FaultCosts:
         vma_ns=round(vma),
         gup_hit_ns=round(gup_hit),
         relax_hit_ns=round(
-            max(0, gup_hit + machine["perm_fault_total_ns"] - machine["s2_map4k_total_ns"])
+            max(
+                0,
+                gup_hit
+                + machine["dcache_clean_4k_ns"]
+                + machine["perm_fault_total_ns"]
+                - machine["s2_map4k_total_ns"],
+            )
         ),
         gup_zero_ns=round(gup_hit + zero_page),
         gup_alloc_ns=round(gup_hit + alloc),
@@ -161,6 +166,7 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int) -> FaultCosts:
         gup_cow_ns=round(gup_hit + alloc + _copied_not_cleared(machine, leaf_bytes)),
         ptl_ns=round(machine["host_ptl_hold_ns"]),
         hold_ns=round(hold + clean),
+        relax_hold_ns=round(hold),
         table_ns=round(machine["stage2_cmpxchg_ns"] + machine["stage2_descend_ns"]),
         retry_ns=round(machine["retry_check_ns"]),
         enter_ns=round(half_exit),
@@ -201,12 +207,21 @@ def _ageing(machine: Machine) -> AgeingCosts:
     )
 
 
-def _unmap(machine: Machine) -> UnmapStepCosts:
+def _clean(machine: Machine, leaf_bytes: int) -> float:
+    """Cache maintenance on what a leaf maps: none where stage 2 forces write-back."""
+    if leaf_bytes >= 2 << 20:
+        return machine["dcache_clean_2m_ns"] * leaf_bytes / (2 << 20)
+    return machine["dcache_clean_4k_ns"] * leaf_bytes / 4096
+
+
+def _unmap(machine: Machine, leaf_bytes: int) -> UnmapStepCosts:
+    # The page whose removal was measured was cleaned; so is all of a larger leaf.
+    leaf = machine["unmap_s2_4k_noflush_ns"] - machine["dcache_clean_4k_ns"]
     return UnmapStepCosts(
         visit_ns=round(machine["stage2_leaf_visit_ns"]),
         descend_ns=round(machine["stage2_descend_ns"]),
         table_visit_ns=round(machine["stage2_table_visit_ns"]),
-        leaf_ns=round(machine["unmap_s2_4k_noflush_ns"]),
+        leaf_ns=round(leaf + _clean(machine, leaf_bytes)),
         host_page_ns=round(machine["unmap_s1_4k_ns"]),
         bookkeeping_ns=round(machine["range_bookkeeping_ns"]),
     )

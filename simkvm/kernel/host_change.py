@@ -61,6 +61,7 @@ def write_protect(host: HostMemory, first: int, last: int) -> int:
 
 def make_writable(host: HostMemory, first: int, last: int) -> int:
     """Give it back (``MM_CP_TRY_CHANGE_WRITABLE``: exclusive anonymous pages)."""
+    host.split(first, last)
     state = host.state[first:last]
     there = (state & (OWN | WRPROTECT)) == (OWN | WRPROTECT)
     state[there] &= np.uint8(~WRPROTECT & 0xFF)
@@ -76,6 +77,7 @@ def make_prot_none(host: HostMemory, first: int, last: int) -> int:
 
 
 def _mark(host: HostMemory, first: int, last: int, mask: int, flag: int) -> int:
+    host.split(first, last)
     state = host.state[first:last]
     there = (state & mask) == (OWN | PRESENT)
     state[there] |= np.uint8(flag)
@@ -87,6 +89,7 @@ def merge(host: HostMemory, first: int, last: int) -> int:
 
     A page that was written meanwhile is protected no more, and stays.
     """
+    host.split(first, last)
     state = host.state[first:last]
     there = first + np.flatnonzero((state & (OWN | MERGED)) == (OWN | MERGED))
     host.lru.remove(there)
@@ -96,6 +99,7 @@ def merge(host: HostMemory, first: int, last: int) -> int:
 
 def depart(host: HostMemory, first: int, last: int) -> int:
     """Put migration entries in the place of pages of their own (``try_to_migrate``)."""
+    host.split(first, last)
     there = first + np.flatnonzero(host.state[first:last] & OWN)
     host.lru.remove(there)
     host.state[there] = MIGRATION

@@ -14,11 +14,10 @@ invalid or gone is MMIO, which goes to user space. The host's own mappings stay.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from simpy import Event
 
-from simkvm.kernel.kvm import Refusal
 from simkvm.kernel.mmu_notifier import unmap_range
 from simkvm.kernel.sites import MEMSLOT
 from simkvm.kernel.task import Task, reach
@@ -31,6 +30,14 @@ Steps = Generator[Event, Any, int]
 #: How long an expedited grace period spins before it looks at its readers again
 #: (``SRCU_DEFAULT_RETRY_CHECK_DELAY``, kernel/rcu/srcutree.c, v6.12).
 RETRY_CHECK_NS: Final = 5_000
+
+
+class Refusal(NamedTuple):
+    """Leaves ``first`` up to ``last`` whose faults go to user space; ``reads``: not only writes."""
+
+    first: int
+    last: int
+    reads: bool
 
 
 class MemslotUpdate:
@@ -55,6 +62,10 @@ class MemslotUpdate:
         """Move it by a multiple of the largest block; the guest's accesses follow it."""
         t_ns = yield from self._invalidate(t_ns)
         return (yield from self._swap(t_ns, self._there))
+
+    def change_flags(self, t_ns: int, becomes: Callable[[], None]) -> Steps:
+        """Logging goes on or off: one swap, nothing is unmapped (``kvm_update_flags_memslot``)."""
+        return (yield from self._swap(t_ns, becomes))
 
     # -- what a swap puts in place ------------------------------------------------------------
 
