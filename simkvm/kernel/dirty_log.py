@@ -132,20 +132,29 @@ class DirtyLog:
     # -- inside -------------------------------------------------------------------------------
 
     def _protect(self, t_ns: int, first: int, last: int) -> int:
-        """Take WRITE from a chunk; translations that allow it live until the flush."""
+        """Take WRITE from a chunk; translations that allow it live to the end of the last one."""
         kvm = self._kvm
         for vcpu in kvm.vcpus:
             vcpu.catch_up(t_ns)
         visits, changed = kvm.stage2.write_protect(first, last)
-        return t_ns + visits * kvm.costs.unmap.visit_ns + changed * self._store_ns
+        end_ns = t_ns + visits * kvm.costs.unmap.visit_ns + changed * self._store_ns
+        if last == self._logged[-1].stop:
+            self._forget(end_ns)
+        return end_ns
+
+    def _forget(self, t_ns: int) -> None:
+        """Translations go at ``t_ns``, when the lock is let go of and the flush begins.
+
+        Told at once: nobody may count on what they allow later.
+        """
+        with self._kvm.mappings_going(t_ns):
+            pass
 
     def _flush(self, t_ns: int) -> Steps:
         """One flush of the VM's translations, outside the lock."""
         kvm = self._kvm
         t_ns = yield from reach(kvm.env, t_ns)
-        with kvm.mappings_going(t_ns):
-            done_ns = kvm.flush_ns(t_ns, kvm.costs.tlbi_all_ns)
-        return (yield from reach(kvm.env, done_ns))
+        return (yield from reach(kvm.env, kvm.flush_ns(t_ns, kvm.costs.tlbi_all_ns)))
 
     def _take(self, task: Task, t_ns: int, part: range, site: int, lock: str) -> Steps:
         """Take the bits of ``part`` that :attr:`got` asks for and protect their pages again.
@@ -193,4 +202,6 @@ class DirtyLog:
         visits, changed = kvm.stage2.write_protect_words(lows, highs)
         self._bitmap[bits] = False
         walks_ns = len(starts) * costs.ageing.walk_ns + visits * costs.unmap.visit_ns
-        return words_ns + walks_ns + changed * self._store_ns, len(bits)
+        hold_ns = words_ns + walks_ns + changed * self._store_ns
+        self._forget(t_ns + hold_ns)
+        return hold_ns, len(bits)

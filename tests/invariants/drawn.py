@@ -18,6 +18,15 @@ from simkvm.scenario.schema import Scenario
 KERNELS = [name for name in kernel_names() if load_kernel(name).arch == "arm64"]
 DEFERRED = [value for value in POLICIES["table_free"] if value != "inline"]
 DURATION = 8 * MS
+#: What a policy may be set to: as some arm64 kernel has it, or what the model can do besides.
+VALUES = {policy: {load_kernel(name)[policy] for name in KERNELS} for policy in POLICIES}
+VALUES |= {
+    policy: set(POLICIES[policy])
+    for policy in (
+        *("recover_huge", "collapse_free", "permission_fault_lock", "eager_split", "relax_tlbi"),
+        *("write_protect_lock", "dirty_log_clear_lock"),
+    )
+}
 
 #: Page size, leaf size and memory that give a few tables and at most some thousand leaves.
 SHAPES = [
@@ -29,14 +38,29 @@ SHAPES = [
 ]
 
 
-def scenarios(safe: bool = True, teardown: bool | None = None) -> st.SearchStrategy[Scenario]:
-    """One guest and whatever disturbs it for some milliseconds; ``teardown``: with its end."""
-    return st.integers(0, 2**32).map(lambda number: drawn(Random(number), safe, teardown))
+#: The same for guests whose leaves differ in size.
+SIZED = [
+    *((4 * KIB, 4 * KIB, pages * 4 * KIB) for pages in (513, 1300, 2048)),
+    *((4 * KIB, 2 * MIB, blocks * 2 * MIB) for blocks in (1, 3, 4, 9)),
+    (4 * KIB, 1024 * MIB, 1024 * MIB),
+    (16 * KIB, 16 * KIB, 5000 * 16 * KIB),
+    (16 * KIB, 32 * MIB, 96 * MIB),
+]
 
 
-def drawn(dice: Random, safe: bool, teardown: bool | None) -> Scenario:
+def scenarios(
+    safe: bool = True, teardown: bool | None = None, sized: bool = False
+) -> st.SearchStrategy[Scenario]:
+    """One guest and whatever disturbs it for some milliseconds.
+
+    ``teardown``: with its end; ``sized``: with leaves of two sizes, or a dirty log.
+    """
+    return st.integers(0, 2**32).map(lambda number: drawn(Random(number), safe, teardown, sized))
+
+
+def drawn(dice: Random, safe: bool, teardown: bool | None, sized: bool = False) -> Scenario:
     """The scenario that ``dice`` gives."""
-    page, leaf, memory = dice.choice(SHAPES)
+    page, leaf, memory = dice.choice(SIZED if sized else SHAPES)
     folio = leaf if leaf > page else page * dice.choice([1, 1, 4, 16])
     memory = max(folio, memory - memory % folio)
     if teardown is None:
@@ -44,12 +68,14 @@ def drawn(dice: Random, safe: bool, teardown: bool | None) -> Scenario:
     end = {"order": dice.choice(["process_exit", "close_vm"]), "at": dice.randrange(DURATION)}
     pace = {"interval": dice.choice([0, 0, 300 * US]), "start": dice.randrange(MS)}
     vcpus, takers = dice.randint(1, 4), dice.choice([0, 1, 1, 2])
+    variant = kernel(dice, safe)
+    others = resizers(dice, page, leaf, load_kernel(variant)["eager_split"]) if sized else {}
     return scenario(
         seed=dice.randrange(100),
         machine=dice.choice(["ampere-altra-80c", "graviton3-64c"]),
-        kernel=kernel(dice, safe),
+        kernel=variant,
         host={
-            "cpus": vcpus + 1 + takers + dice.choice([0, 3]),
+            "cpus": vcpus + 1 + takers + len(others) + dice.choice([0, 3]),
             "hz": dice.choice([250, 1000, 1000]),
             "preemption": dice.choice(["none", "full"]),
             "nohz_full": dice.choice(["none", "none", "vcpus"]),
@@ -65,16 +91,51 @@ def drawn(dice: Random, safe: bool, teardown: bool | None) -> Scenario:
             "teardown": end if teardown else None,
         },
         ageing=pace if dice.random() < 0.8 else None,
-        contenders={f"c{number}": contender(dice, memory, page, leaf) for number in range(takers)},
+        contenders={f"c{number}": contender(dice, memory, page, leaf) for number in range(takers)}
+        | others,
         ties=dice.choice(["fifo", "fifo", "shuffle"]),
     )
+
+
+def resizers(dice: Random, page: int, leaf: int, split: str) -> dict[str, Any]:
+    """Who logs writes, splits huge pages or makes some."""
+    made: dict[str, Any] = {}
+    common = {"guest": "vm0", "start": dice.randrange(2 * MS)}
+    huge = leaf if leaf > page else page * (page // 8)
+    manual = dice.random() < 0.7
+    if dice.random() < 0.7:
+        made["log"] = common | {
+            "kind": "dirty_log",
+            "interval": dice.choice([0, 300 * US, MS]),
+            "rounds": dice.choice([None, 1, 2, 4]),
+            "manual_protect": manual,
+            "initially_set": manual and dice.random() < 0.4,
+            "clear_chunk": dice.choice([None, 64 * page, 512 * page]) if manual else None,
+            "eager_split_chunk": huge if split == "chunked" and dice.random() < 0.4 else None,
+        }
+    if huge < 1024 * MIB and (not made or dice.random() < 0.5):
+        made["thp"] = common | {
+            "kind": "khugepaged",
+            "pages_to_scan": 4096,
+            "scan_sleep": dice.choice([200 * US, MS]),
+            "max_ptes_none": dice.choice([0, 100, 511]),
+        }
+    if huge < 1024 * MIB and (leaf > page or "thp" in made) and dice.random() < 0.5:
+        made["split"] = common | {
+            "kind": "thp_split",
+            "rate": dice.choice([500.0, 3000.0]),
+            "order": dice.choice(["random", "sequential"]),
+        }
+    return made or resizers(dice, page, leaf, split)
 
 
 def kernel(dice: Random, safe: bool) -> dict[str, Any]:
     """A shipped kernel with some policies changed; if not ``safe``, lock-free and freed at once."""
     base = dice.choice(KERNELS)
     changes = {
-        policy: dice.choice([*values]) for policy, values in POLICIES.items() if dice.random() < 0.3
+        policy: dice.choice(sorted(values))
+        for policy, values in VALUES.items()
+        if dice.random() < 0.3
     }
     made = load_kernel({"base": base, "set": changes})
     if made["ageing_call"] == "bitmap" or not safe:
