@@ -123,6 +123,7 @@ class Journal:
     taken: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)
     changes: int = 0  #: of tables or host mappings so far
+    tables_queued: int = 0  #: tables left to RCU so far
 
     def open_ranges(self, guest: str) -> list[tuple[int, int]]:
         """Leaves between the start and the end of an invalidation, as far as unmapped."""
@@ -161,11 +162,15 @@ def _listen_to_changes(notes: Journal, patch: pytest.MonkeyPatch) -> None:
     def changed(*_: Any, **__: Any) -> None:
         notes.changes += 1
 
-    before(patch, Stage2, "map_leaf", changed)
-    before(patch, Stage2, "clear", changed)
+    for method in (
+        *("map_leaf", "map_block", "break_block", "fill_block", "collapse", "clear"),
+        *("allow_write", "write_protect", "write_protect_words"),
+    ):
+        before(patch, Stage2, method, changed)
     before(patch, UnmapWalk, "__post_init__", changed)
     before(patch, HostMemory, "install", changed)
-    before(patch, HostMemory, "zap", changed)
+    for method in ("install_huge", "zap", "split"):
+        before(patch, HostMemory, method, changed)
 
 
 def _listen_to_oracle(notes: Journal, patch: pytest.MonkeyPatch) -> None:
@@ -243,6 +248,14 @@ def _listen_to_rcu(notes: Journal, patch: pytest.MonkeyPatch) -> None:
 
         return queue_many(rcu, times_ns, cpu_id, invoked)
 
+    def one(*_: Any) -> None:
+        notes.tables_queued += 1
+
+    def many(_: Kvm, t_ns: int, cpu: int, tables: Sequence[TableId], *__: Any) -> None:
+        notes.tables_queued += len(tables)
+
+    before(patch, Kvm, "call_rcu", one)
+    before(patch, Kvm, "call_rcu_for", many)
     patch.setattr(Rcu, "call_rcu", noted(Rcu.call_rcu))
     patch.setattr(Rcu, "call_rcu_hurry", noted(Rcu.call_rcu_hurry))
     patch.setattr(Rcu, "call_rcu_many", call_rcu_many)

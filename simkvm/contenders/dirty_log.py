@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from simpy import Event
 
-from simkvm.contenders.contender import Contender
+from simkvm.contenders.contender import Contender, Steps
 from simkvm.kernel.task import Task, reach
 from simkvm.scenario.contenders import DirtyLog as Spec
 
@@ -43,10 +43,18 @@ class DirtyLog(Contender):
         while self.kvm.alive and (spec.rounds is None or rounds < spec.rounds):
             t_ns = yield from self.sleep_until(t_ns, t_ns + spec.interval)
             t_ns = yield from log.get(task, t_ns, self._slot)
-            for first in range(0, len(self._slot) if spec.manual_protect else 0, self._chunk):
-                t_ns = yield from log.clear(task, t_ns, self._slot, first, self._chunk)
+            if spec.manual_protect:
+                t_ns = yield from self._clear(t_ns)
             rounds += 1
             self.calls += 1
         if self.kvm.alive:
             t_ns = yield from log.disable(task, t_ns, self._slot)
         self.task.cpu.sleep((yield from reach(self.kvm.env, t_ns)))
+
+    def _clear(self, t_ns: int) -> Steps:
+        """Clear what was got, an ioctl a chunk."""
+        for first in range(0, len(self._slot), self._chunk):
+            if self.kvm.alive:
+                log = self.kvm.dirty_log
+                t_ns = yield from log.clear(self.task, t_ns, self._slot, first, self._chunk)
+        return t_ns

@@ -17,7 +17,7 @@ from simpy import Event
 
 from simkvm.contenders.contender import Contender, Steps
 from simkvm.kernel import mmap_lock
-from simkvm.kernel.host_memory import OWN
+from simkvm.kernel.host_memory import MIGRATION, OWN
 from simkvm.kernel.task import Task, reach
 from simkvm.scenario.contenders import Khugepaged as Spec
 
@@ -51,12 +51,19 @@ class Khugepaged(Contender):
 
     def _look_at(self, t_ns: int, table: int) -> Steps:
         """One table: collapse it if enough of its pages are there."""
-        host, entries = self.kvm.host, self._entries
-        t_ns = yield from reach(self.kvm.env, t_ns + entries * self.kvm.costs.ageing.scan_ns)
-        own = int(np.count_nonzero(host.state[table * entries : (table + 1) * entries] & OWN))
-        if host.huge[table] or not own or entries - own > self._spec.max_ptes_none:
-            return t_ns
-        return (yield from self._collapse(t_ns, table))
+        t_ns = yield from self.read_lock_mmap(t_ns)
+        if self.kvm.host.huge[table]:  # found at the PMD
+            return t_ns + self.kvm.costs.ageing.scan_ns
+        t_ns = yield from reach(self.kvm.env, t_ns + self._entries * self.kvm.costs.ageing.scan_ns)
+        self.kvm.host.mmap_lock.post(self.task.cpu.id, t_ns)
+        return (yield from self._collapse(t_ns, table)) if self._fit(table) else t_ns
+
+    def _fit(self, table: int) -> bool:
+        """Whether few enough pages are missing, and none is on its way or shared."""
+        state = self.kvm.host.state[table * self._entries : (table + 1) * self._entries]
+        own = int(np.count_nonzero(state & OWN))
+        missing = self._entries - own
+        return own > 0 and missing <= self._spec.max_ptes_none and not (state >= MIGRATION).any()
 
     def _collapse(self, t_ns: int, table: int) -> Steps:
         kvm, entries = self.kvm, self._entries
@@ -67,6 +74,8 @@ class Khugepaged(Contender):
 
         t_ns = yield from mmap_lock.write_lock(kvm, self.task, t_ns)
         t_ns = yield from self.invalidate(t_ns, first, last, clear_pmd)
+        if not self._fit(table):  # the PTEs are looked at again; then the PMD is put back
+            return (yield from mmap_lock.write_unlock(kvm, self.task, t_ns))
         copied = int(np.count_nonzero(kvm.host.state[first:last] & OWN))
         t_ns = yield from reach(kvm.env, t_ns + copied * kvm.costs.copy_page_ns)
         kvm.host.zap(first, last)

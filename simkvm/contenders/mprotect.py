@@ -19,7 +19,7 @@ from simkvm.contenders.contender import Steps
 from simkvm.contenders.protection import ProtectionChanger
 from simkvm.kernel import mmap_lock
 from simkvm.kernel.host_change import make_writable, write_protect
-from simkvm.kernel.kvm import Refusal
+from simkvm.kernel.memslot import Refusal
 from simkvm.kernel.task import Task
 from simkvm.scenario.contenders import Mprotect as Spec
 

@@ -55,6 +55,7 @@ class Vcpu:
         self._tlb_entries = kvm.costs.tlb_entries
         self._fast_last_touch = kvm.fast_last_touch
         self._flushes = False
+        self._owed_ns = 0  #: for filling a TLB that :meth:`forget_translations` emptied
         self._shared = kvm.shared
         # The chunk being worked on: leaves, what each needs, when each is touched.
         self._leaves: NDArray[np.int64] = np.empty(0, np.int64)
@@ -392,12 +393,21 @@ class Vcpu:
         self.next_ns = moved
 
     def forget_translations(self) -> None:
-        """An invalidation emptied the TLB; mappings stay, and what is touched again refills it."""
-        self._tags.fill(-1)
+        """An invalidation emptied the TLB; mappings stay, so what comes next is as planned.
+
+        Filling it again is paid for at the next entry to the guest.
+        """
+        self._flushes = True
+        self._owed_ns += self._empty_tlb()
 
     def _refill_ns(self) -> int:
         """The TLB is empty: what filling it again costs the guest."""
         self._flushes = False
+        owed_ns, self._owed_ns = self._owed_ns, 0
+        return owed_ns + self._empty_tlb()
+
+    def _empty_tlb(self) -> int:
+        """Forget all translations: returns what they will cost again."""
         lost = int(np.count_nonzero(self._tags >= 0))
         self._tags.fill(-1)
         return lost * self.kvm.costs.tlb_refill_ns

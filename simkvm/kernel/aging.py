@@ -197,6 +197,10 @@ class AgeingWalk:
             kvm.host.unlock(t_ns)
             return t_ns, 0
         if kvm.host.huge[table]:
+            leaves = self._huge_leaves(table, leaves)
+            if not len(leaves):
+                kvm.host.unlock(t_ns)
+                return t_ns, 0
             return (yield from self._huge_page(t_ns, leaves, report))
         report.scanned += len(leaves)
         by_host = leaves[(kvm.host.state[leaves] & YOUNG) != 0]
@@ -217,6 +221,17 @@ class AgeingWalk:
         kvm.host.unlock(t_ns)
         self.task.cpu.enter_kernel(t_ns)
         return t_ns, moved
+
+    def _huge_leaves(self, table: int, leaves: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The leaves of the huge page in place of ``table``; none if one before is its first."""
+        kvm = self.kvm
+        first, last = kvm.stage2.block_span(table * kvm.host.entries)
+        span = slice(first // kvm.host.entries, -(-last // kvm.host.entries))
+        if span.stop - span.start == 1 or not kvm.host.huge[span].all():
+            return leaves
+        if span.start < table:
+            return leaves[:0]
+        return np.arange(first, last)
 
     def _huge_page(
         self, t_ns: int, leaves: NDArray[np.int64], report: Pass

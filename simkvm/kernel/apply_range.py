@@ -38,12 +38,12 @@ def apply_range(
 def _writing(
     kvm: Kvm, task: Task, t_ns: int, parts: list[tuple[int, int]], site: int, step: Step
 ) -> Steps:
-    end = yield from _open(kvm, task, t_ns, site)
+    end = yield from open_for_write(kvm, task, t_ns, site)
     for number, (low, high) in enumerate(parts):
         if number and kvm.lock_break(task.cpu, end):
             kvm.mmu_lock.release(end)
             task.cpu.context_switch(end)
-            end = yield from _open(kvm, task, end + kvm.costs.ageing.resched_ns, site)
+            end = yield from open_for_write(kvm, task, end + kvm.costs.ageing.resched_ns, site)
         if not kvm.stage2.attached:
             break
         end = yield from reach(kvm.env, step(end, low, high))
@@ -52,7 +52,7 @@ def _writing(
     return end
 
 
-def _open(kvm: Kvm, task: Task, t_ns: int, site: int) -> Steps:
+def open_for_write(kvm: Kvm, task: Task, t_ns: int, site: int) -> Steps:
     """Take the lock for write for as long as it takes; returns at the time of entry."""
     t_ns = yield from reach(kvm.env, t_ns)
     task.cpu.spin(t_ns)

@@ -27,6 +27,7 @@ class FaultCosts:
     gup_cow_ns: int  #: replacing any other shared page for a write: its content has to be copied
     ptl_ns: int  #: how long that holds the host's page-table lock, at its end
     hold_ns: int  #: the walk and the map, under ``mmu_lock``
+    relax_hold_ns: int  #: the walk and the change of rights: nothing to clean
     table_ns: int  #: each table installed on the way
     retry_ns: int  #: finding, under the lock, that an invalidation runs or ran
     enter_ns: int  #: from the unlock to the guest's next instruction
@@ -135,7 +136,7 @@ class Costs:
             fault=_fault(machine, line, leaf_bytes, deeper_ns),
             access_fault=_access_fault(machine, line),
             ageing=_ageing(machine, deeper_ns),
-            unmap=_unmap(machine),
+            unmap=_unmap(machine, leaf_bytes),
             free=_free(machine),
             takers=_takers(machine, leaf_bytes, page_bytes),
             split_entry_ns=round(machine["split_entry_ns"]),
@@ -169,9 +170,7 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int, deeper_ns: float)
     if machine.arch == "x86":  # fast GUP looks up no VMA; GUP's slow path takes mmap_lock
         vma, atomics, lock_of_gup = 0, 2, line.same_ns
         header = machine["slab_alloc_or_free_ns"]  # each table has a struct kvm_mmu_page
-    clean = machine["dcache_clean_4k_ns"] * leaf_bytes / 4096
-    if leaf_bytes >= 2 << 20:
-        clean = machine["dcache_clean_2m_ns"] * leaf_bytes / (2 << 20)
+    clean = _clean(machine, leaf_bytes)
     hold = machine["fault_hold_ns"]
     parts = 2 * half_exit + around + vma + hold + machine["dcache_clean_4k_ns"]
     parts += atomics * line.same_ns
@@ -191,7 +190,13 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int, deeper_ns: float)
         vma_ns=round(vma),
         gup_hit_ns=round(gup_hit),
         relax_hit_ns=round(
-            max(0, gup_hit + machine["perm_fault_total_ns"] - machine["s2_map4k_total_ns"])
+            max(
+                0,
+                gup_hit
+                + machine["dcache_clean_4k_ns"]
+                + machine["perm_fault_total_ns"]
+                - machine["s2_map4k_total_ns"],
+            )
         ),
         gup_zero_ns=round(gup_hit + zero_page),
         gup_alloc_ns=round(gup_hit + alloc),
@@ -199,6 +204,7 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int, deeper_ns: float)
         gup_cow_ns=round(gup_hit + alloc + _copied_not_cleared(machine, leaf_bytes)),
         ptl_ns=round(machine["host_ptl_hold_ns"]),
         hold_ns=round(hold + clean),
+        relax_hold_ns=round(hold),
         table_ns=round(machine["stage2_cmpxchg_ns"] + machine["stage2_descend_ns"]),
         retry_ns=round(machine["retry_check_ns"]),
         enter_ns=round(half_exit),
@@ -256,12 +262,21 @@ def _ageing(machine: Machine, deeper_ns: float) -> AgeingCosts:
     )
 
 
-def _unmap(machine: Machine) -> UnmapStepCosts:
+def _clean(machine: Machine, leaf_bytes: int) -> float:
+    """Cache maintenance on what a leaf maps: none where stage 2 forces write-back."""
+    if leaf_bytes >= 2 << 20:
+        return machine["dcache_clean_2m_ns"] * leaf_bytes / (2 << 20)
+    return machine["dcache_clean_4k_ns"] * leaf_bytes / 4096
+
+
+def _unmap(machine: Machine, leaf_bytes: int) -> UnmapStepCosts:
+    # The page whose removal was measured was cleaned; so is all of a larger leaf.
+    leaf = machine["unmap_s2_4k_noflush_ns"] - machine["dcache_clean_4k_ns"]
     return UnmapStepCosts(
         visit_ns=round(machine["stage2_leaf_visit_ns"]),
         descend_ns=round(machine["stage2_descend_ns"]),
         table_visit_ns=round(machine["stage2_table_visit_ns"]),
-        leaf_ns=round(machine["unmap_s2_4k_noflush_ns"]),
+        leaf_ns=round(leaf + _clean(machine, leaf_bytes)),
         host_page_ns=round(machine["unmap_s1_4k_ns"]),
         bookkeeping_ns=round(machine["range_bookkeeping_ns"]),
     )

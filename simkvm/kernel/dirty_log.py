@@ -1,16 +1,20 @@
 """Dirty logging of a memslot: which pages were written since they were last asked for.
 
 Source: virt/kvm/kvm_main.c (``kvm_get_dirty_log_protect``, ``kvm_clear_dirty_log_protect``) and
-arch/arm64/kvm/mmu.c (``kvm_mmu_wp_memory_region``, ``kvm_mmu_split_huge_pages``), v6.12.
+arch/arm64/kvm/mmu.c (``kvm_mmu_wp_memory_region``, ``kvm_mmu_split_memory_region``), v6.12.
 
-* *enable* takes the right to write from the whole slot, chunk by chunk, then flushes outside the
-  lock; with eager split it then splits the blocks. With the bitmap initially set it does neither;
+* *enable* puts a slot that logs in place, which waits for the faults in flight, takes the right to
+  write from all of it, chunk by chunk, then flushes outside the lock; where the kernel can split
+  eagerly the lock is taken once more for that. With the bitmap initially set it does neither;
 * *get* copies the bitmap out. Without manual protection it also clears it and write-protects again:
   one hold of the lock over the whole bitmap, a small walk for each 64 pages that have a bit set;
-* *clear* does that for the pages it is told, one hold an ioctl;
-* *disable* only says so on arm64: faults put blocks back. x86 zaps or recovers huge pages.
+* *clear* does that for the bits that the last *get* showed, one hold an ioctl: what was written
+  since stays in the bitmap;
+* *disable* puts a slot that does not log in place; on arm64 that is all, faults put blocks back.
+  x86 zaps or recovers huge pages.
 
-A fault that makes a page writable notes it (:meth:`DirtyLog.mark`).
+A fault that makes a page writable notes it (:meth:`DirtyLog.mark`), under the lock. So between two
+holds of the lock a page of the slot that is writable has its bit set.
 """
 
 from __future__ import annotations
@@ -22,8 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 from simpy import Event
 
-from simkvm.kernel.apply_range import apply_range
+from simkvm.kernel.apply_range import apply_range, open_for_write
 from simkvm.kernel.eager_split import EagerSplit
+from simkvm.kernel.memslot import MemslotUpdate
 from simkvm.kernel.recover_huge import RECOVER
 from simkvm.kernel.sites import DIRTY_LOG_CLEAR, DIRTY_LOG_GET, WRITE_PROTECT
 from simkvm.kernel.task import Task, acquired, reach
@@ -41,6 +46,7 @@ class DirtyLog:
 
     ``manual_protect``: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is on; ``initially_set``: with all bits
     set when logging begins; ``split_chunk_bytes``: what eager splitting does in one go, 0 for off.
+    ``got``: the bitmap that user space has, as the last *get* filled it.
     """
 
     def __init__(self, kvm: Kvm, machine: Machine) -> None:
@@ -54,17 +60,20 @@ class DirtyLog:
         self.initially_set = False
         self.split_chunk_bytes = 0
         self.eager_split = EagerSplit(kvm)
+        self._can_split = kvm.kernel["eager_split"] == "chunked"
+        self._asks_anyway = kvm.kernel["mmu"] == "stage2"  # x86 knows before it takes the lock
         self._recover = RECOVER[kvm.kernel["recover_huge"]]()
         self._bitmap: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self.got: NDArray[np.bool_] = np.zeros(0, np.bool_)
         self._logged: list[range] = []
 
     def logs(self, leaf: int) -> bool:
         """Whether writes to ``leaf`` are logged."""
-        return any(leaf in slot for slot in self._logged)
+        return bool(self._logged) and any(leaf in slot for slot in self._logged)
 
     def mark(self, leaf: int) -> None:
         """A fault made ``leaf`` writable."""
-        if self._logged and self.logs(leaf):
+        if self.logs(leaf):
             self._bitmap[leaf] = True
 
     def dirty(self, slot: range) -> int:
@@ -77,16 +86,18 @@ class DirtyLog:
         """KVM_SET_USER_MEMORY_REGION with KVM_MEM_LOG_DIRTY_PAGES."""
         kvm = self._kvm
         if not len(self._bitmap):
-            self._bitmap = np.zeros(kvm.leaves, np.bool_)
+            self._bitmap, self.got = np.zeros((2, kvm.leaves), np.bool_)
         self._bitmap[slot.start : slot.stop] = self.manual_protect and self.initially_set
-        self._logged.append(slot)
+        t_ns = yield from MemslotUpdate(kvm, task).change_flags(
+            t_ns, lambda: self._logged.append(slot)
+        )
         if self.manual_protect and self.initially_set:
             return t_ns
         t_ns = yield from apply_range(
             kvm, task, t_ns, slot.start, slot.stop, WRITE_PROTECT, self._protect, self._enable_lock
         )
         t_ns = yield from self._flush(t_ns)
-        if self.split_chunk_bytes:
+        if self._can_split and (self.split_chunk_bytes or self._asks_anyway):
             t_ns = yield from self.eager_split.run(
                 task, t_ns, slot.start, slot.stop, self.split_chunk_bytes
             )
@@ -96,11 +107,15 @@ class DirtyLog:
         """KVM_GET_DIRTY_LOG."""
         copied_ns = round(len(slot) * self._copy_ns_per_page)
         if self.manual_protect:
+            t_ns = yield from reach(self._kvm.env, t_ns)
+            whole = slice(slot.start, slot.stop)
+            self.got[whole] = self._bitmap[whole]
             return (yield from reach(self._kvm.env, t_ns + copied_ns))
+        self.got[slot.start : slot.stop] = True
         return copied_ns + (yield from self._take(task, t_ns, slot, DIRTY_LOG_GET, "write"))
 
     def clear(self, task: Task, t_ns: int, slot: range, first: int, pages: int) -> Steps:
-        """KVM_CLEAR_DIRTY_LOG of ``pages`` from page ``first`` of the slot on."""
+        """KVM_CLEAR_DIRTY_LOG of ``pages`` from page ``first`` of the slot on, as :attr:`got`."""
         part = range(slot.start + first, min(slot.start + first + pages, slot.stop))
         if not self.manual_protect:
             raise ValueError("KVM_CLEAR_DIRTY_LOG needs manual protection")
@@ -108,34 +123,55 @@ class DirtyLog:
 
     def disable(self, task: Task, t_ns: int, slot: range) -> Steps:
         """Logging ends."""
-        self._logged.remove(slot)
+        t_ns = yield from MemslotUpdate(self._kvm, task).change_flags(
+            t_ns, lambda: self._logged.remove(slot)
+        )
+        self.eager_split.cached = 0
         return (yield from self._recover.run(self._kvm, task, t_ns, slot.start, slot.stop))
 
     # -- inside -------------------------------------------------------------------------------
 
     def _protect(self, t_ns: int, first: int, last: int) -> int:
-        """Take WRITE from a chunk; translations that allow it live until the flush."""
+        """Take WRITE from a chunk; translations that allow it live to the end of the last one."""
         kvm = self._kvm
         for vcpu in kvm.vcpus:
             vcpu.catch_up(t_ns)
         visits, changed = kvm.stage2.write_protect(first, last)
-        return t_ns + visits * kvm.costs.unmap.visit_ns + changed * self._store_ns
+        end_ns = t_ns + visits * kvm.costs.unmap.visit_ns + changed * self._store_ns
+        if last == self._logged[-1].stop:
+            self._forget(end_ns)
+        return end_ns
+
+    def _forget(self, t_ns: int) -> None:
+        """Translations go at ``t_ns``, when the lock is let go of and the flush begins.
+
+        Told at once: nobody may count on what they allow later.
+        """
+        with self._kvm.mappings_going(t_ns):
+            pass
 
     def _flush(self, t_ns: int) -> Steps:
         """One flush of the VM's translations, outside the lock."""
         kvm = self._kvm
         t_ns = yield from reach(kvm.env, t_ns)
-        with kvm.mappings_going(t_ns):
-            done_ns = kvm.flush_ns(t_ns, kvm.costs.tlbi_all_ns)
-        return (yield from reach(kvm.env, done_ns))
+        return (yield from reach(kvm.env, kvm.flush_ns(t_ns, kvm.costs.tlbi_all_ns)))
 
     def _take(self, task: Task, t_ns: int, part: range, site: int, lock: str) -> Steps:
-        """Take the set bits of ``part`` and protect their pages again, in one hold."""
+        """Take the bits of ``part`` that :attr:`got` asks for and protect their pages again.
+
+        One hold of the lock; with the bitmap initially set blocks are split in it, too.
+        """
         kvm = self._kvm
-        if self.split_chunk_bytes and self.initially_set:
-            t_ns = yield from self.eager_split.run(
+        if self._can_split and self.split_chunk_bytes and self.initially_set:
+            t_ns = yield from open_for_write(kvm, task, t_ns, site)
+            hold_ns, taken = self._protect_words(t_ns, part)
+            t_ns = yield from reach(kvm.env, t_ns + hold_ns)
+            t_ns = yield from self.eager_split.under_lock(
                 task, t_ns, part.start, part.stop, self.split_chunk_bytes
             )
+            kvm.mmu_lock.release(t_ns)
+            task.cpu.enter_kernel(t_ns)
+            return (yield from self._flush(t_ns)) if taken else t_ns
         taken = 0
 
         def section(at_ns: int) -> tuple[int, int]:
@@ -155,17 +191,17 @@ class DirtyLog:
         kvm, costs = self._kvm, self._kvm.costs
         for vcpu in kvm.vcpus:
             vcpu.catch_up(t_ns)
-        set_bits = part.start + np.flatnonzero(self._bitmap[part.start : part.stop])
-        words = -(-len(part) // WORD)
-        if not len(set_bits):
-            return words * self._word_ns, 0
-        word = (set_bits - part.start) // WORD
-        starts = np.flatnonzero(np.diff(word, prepend=-1))
-        lows, highs = set_bits[starts], set_bits[np.append(starts[1:], len(set_bits)) - 1]
-        visits = changed = 0
-        for low, high in zip(lows.tolist(), highs.tolist(), strict=True):
-            seen, took = kvm.stage2.write_protect(low, high + 1)
-            visits, changed = visits + seen, changed + took
-        self._bitmap[part.start : part.stop] = False
+        whole = slice(part.start, part.stop)
+        self.got[whole] &= self._bitmap[whole]
+        bits = part.start + np.flatnonzero(self.got[whole])
+        words_ns = -(-len(part) // WORD) * self._word_ns
+        if not len(bits):
+            return words_ns, 0
+        starts = np.flatnonzero(np.diff((bits - part.start) // WORD, prepend=-1))
+        lows, highs = bits[starts], bits[np.append(starts[1:], len(bits)) - 1] + 1
+        visits, changed = kvm.stage2.write_protect_words(lows, highs)
+        self._bitmap[bits] = False
         walks_ns = len(starts) * costs.ageing.walk_ns + visits * costs.unmap.visit_ns
-        return words * self._word_ns + walks_ns + changed * self._store_ns, len(set_bits)
+        hold_ns = words_ns + walks_ns + changed * self._store_ns
+        self._forget(t_ns + hold_ns)
+        return hold_ns, len(bits)

@@ -2,9 +2,9 @@
 
 Source: arch/arm64/kvm/mmu.c (``kvm_mmu_split_huge_pages``) and arch/arm64/kvm/hyp/pgtable.c
 (``stage2_split_walker``), v6.12; arch/x86/kvm/mmu/tdp_mmu.c (``kvm_tdp_mmu_try_split_huge_pages``).
-Chunk by chunk under the write lock: a full table is built beside the tree, the block's entry is
-broken, the table put in its place. Between chunks the lock is dropped to fill the cache of tables
-again, if it is short of pages or contended.
+Under the write lock, chunk by chunk: a full table is built beside the tree, the block's entry is
+broken, the table put in its place. Before a chunk the lock is dropped if it is contended or if the
+cache of tables is short of what a chunk may need; the cache is then filled to that.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from simpy import Event
 
-from simkvm.kernel.qrwlock import OPEN
+from simkvm.kernel.apply_range import open_for_write
 from simkvm.kernel.sites import EAGER_SPLIT
 from simkvm.kernel.stage2 import VALID
-from simkvm.kernel.task import Task, acquired, reach
+from simkvm.kernel.task import Task, reach
 
 if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm
@@ -26,62 +26,69 @@ Steps = Generator[Event, Any, int]
 
 
 class EagerSplit:
-    """Splits the blocks of one guest."""
+    """Splits the blocks of one guest. ``cached``: table pages in ``split_page_cache``."""
 
     def __init__(self, kvm: Kvm) -> None:
         self._kvm = kvm
         # x86 replaces a huge entry by a table that says the same: nothing has to be invalidated.
         self._breaks = kvm.kernel["mmu"] == "stage2"
+        self.cached = 0
 
     def run(self, task: Task, t_ns: int, first: int, last: int, chunk_bytes: int) -> Steps:
-        """Split what lies in the leaves ``first`` up to ``last``; returns when it is done."""
+        """Take the lock and split what lies in the leaves ``first`` up to ``last``.
+
+        ``chunk_bytes``: 0 for nothing, which takes the lock all the same. Returns the end.
+        """
         kvm = self._kvm
-        if kvm.stage2.blocks is None:
-            return t_ns
-        step = max(1, chunk_bytes // kvm.stage2.leaf_bytes)
-        position = first
-        while position < last:
-            end = min(last, position + step)
-            blocks = self._blocks(position, end)
-            if blocks:
-                t_ns = yield from self._chunk(task, self._fill_cache(t_ns, blocks), blocks)
-            position = end
-        return t_ns
-
-    def _blocks(self, first: int, last: int) -> list[int]:
-        """The first leaf of each block in the range."""
-        level, size = self._kvm.stage2.blocks, self._kvm.stage2.block_leaves
-        assert level is not None
-        return [
-            entry * size
-            for entry in range(first // size, (last - 1) // size + 1)
-            if level.fast[entry] & VALID
-        ]
-
-    def _tables_each(self) -> int:
-        """Tables that one block becomes: one, or below the largest block 512 and one."""
-        leaves, entries, tables = self._kvm.stage2.block_leaves, self._kvm.entries, 0
-        while leaves > 1:
-            leaves = -(-leaves // entries)
-            tables += leaves
-        return tables
-
-    def _fill_cache(self, t_ns: int, blocks: list[int]) -> int:
-        return t_ns + len(blocks) * self._tables_each() * self._kvm.costs.fault.object_ns
-
-    def _chunk(self, task: Task, t_ns: int, blocks: list[int]) -> Steps:
-        """One hold of the lock. With nothing in the way the next chunk's follows at once."""
-        kvm = self._kvm
-        t_ns = yield from reach(kvm.env, t_ns)
-        task.cpu.spin(t_ns)
-        grant = kvm.mmu_lock.write(t_ns, task.cpu.id, EAGER_SPLIT, lambda at: (OPEN, at))
-        t_ns = yield from reach(kvm.env, (yield from acquired(grant)))
-        for leaf in blocks:
-            if kvm.stage2.attached and kvm.stage2.is_block(leaf):
-                t_ns = yield from reach(kvm.env, self._split(t_ns, leaf))
+        t_ns = yield from open_for_write(kvm, task, t_ns, EAGER_SPLIT)
+        t_ns = yield from self.under_lock(task, t_ns, first, last, chunk_bytes)
         kvm.mmu_lock.release(t_ns)
         task.cpu.enter_kernel(t_ns)
         return t_ns
+
+    def under_lock(self, task: Task, t_ns: int, first: int, last: int, chunk_bytes: int) -> Steps:
+        """As :meth:`run`, for a caller that holds the lock for write and will hold it after."""
+        kvm = self._kvm
+        step = chunk_bytes // kvm.stage2.leaf_bytes
+        if kvm.stage2.blocks is None or not step:
+            return t_ns
+        position = first
+        while position < last:
+            if self.cached < self._needed(step) or kvm.lock_break(task.cpu, t_ns):
+                t_ns = yield from self._refill(task, t_ns, self._needed(step))
+            if not kvm.stage2.attached:
+                break
+            end = min(last, (position // step + 1) * step)
+            t_ns = yield from self._chunk(t_ns, position, end)
+            position = end
+        return t_ns
+
+    def _needed(self, leaves: int) -> int:
+        """Tables that ``leaves`` may need (``kvm_mmu_split_nr_page_tables``)."""
+        entries, tables = self._kvm.entries, -(-leaves // self._kvm.entries)
+        if self._kvm.stage2.geometry.chunk_bytes > entries * self._kvm.page_bytes:
+            tables += -(-leaves // entries**2)
+        return tables
+
+    def _refill(self, task: Task, t_ns: int, pages: int) -> Steps:
+        """Let go of the lock, fill the cache, take the lock again."""
+        kvm = self._kvm
+        kvm.mmu_lock.release(t_ns)
+        task.cpu.enter_kernel(t_ns)
+        lacking, self.cached = max(0, pages - self.cached), max(pages, self.cached)
+        t_ns += kvm.costs.ageing.resched_ns + lacking * kvm.costs.fault.object_ns
+        return (yield from open_for_write(kvm, task, t_ns, EAGER_SPLIT))
+
+    def _chunk(self, t_ns: int, first: int, last: int) -> Steps:
+        """Walk the leaves of one chunk and split what is a block."""
+        kvm = self._kvm
+        level, size = kvm.stage2.blocks, kvm.stage2.block_leaves
+        assert level is not None
+        t_ns += kvm.stage2.leaf_visits(first, last) * kvm.costs.unmap.visit_ns
+        for entry in range(first // size, (last - 1) // size + 1):
+            if level.fast[entry] & VALID:
+                t_ns = yield from reach(kvm.env, self._split(t_ns, entry * size))
+        return (yield from reach(kvm.env, t_ns))
 
     def _split(self, t_ns: int, leaf: int) -> int:
         kvm = self._kvm
@@ -89,9 +96,9 @@ class EagerSplit:
         end_ns = t_ns + (last - first) * kvm.costs.split_entry_ns
         if self._breaks:
             end_ns = kvm.flush_ns(end_ns)
-            kvm.forget_translations()
-        for vcpu in kvm.vcpus:
-            vcpu.catch_up(t_ns)
+            kvm.forget_translations(t_ns)
         kvm.splits += 1
-        kvm.tables_linked(kvm.stage2.fill_block(leaf), end_ns)
+        tables = kvm.stage2.fill_block(leaf)
+        self.cached -= len(tables)
+        kvm.tables_linked(tables, end_ns)
         return end_ns

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from simpy import Event
 
 from simkvm.kernel.fault import Faulting, FaultPath
-from simkvm.kernel.host_change import settle_huge
-from simkvm.kernel.host_memory import OWN, WRPROTECT
+from simkvm.kernel.host_change import copies
+from simkvm.kernel.host_memory import MIGRATION, OWN, PROT_NONE, WRPROTECT
 from simkvm.kernel.sites import FAULT, PERMISSION_FAULT
 from simkvm.kernel.stage2 import AF, VALID, WRITE
 from simkvm.kernel.task import Task
@@ -46,9 +46,10 @@ class SizedFaultPath(FaultPath):
 
     def look_up(self, t_ns: int, leaf: int, write: bool) -> int:
         """As :meth:`FaultPath.look_up`; a guest on huge pages gets one where nothing is mapped."""
-        kvm, costs, host = self._kvm, self._costs, self._kvm.host
-        first, last = kvm.stage2.block_span(leaf)
-        self._huge = kvm.huge_pages and not self._host_state[leaf] and host.empty(first, last)
+        kvm, costs = self._kvm, self._costs
+        self._huge = False
+        if kvm.huge_pages and not self._host_state[leaf]:
+            self._huge = kvm.host.empty(*kvm.stage2.block_span(leaf))
         self._alloc_ns = kvm.block_faults.gup_alloc_ns if self._huge else costs.gup_alloc_ns
         self._wants_write = write
         relaxes = write and self._leaf_state[leaf] & (VALID | WRITE) == VALID
@@ -71,12 +72,16 @@ class SizedFaultPath(FaultPath):
         return self._install_later(t_ns, held)
 
     def _map_in_host(self, leaf: int) -> None:
-        host, span = self._kvm.host, self._kvm.stage2.block_span(leaf)
-        if self._huge and host.empty(*span):
-            host.install_huge(*span)
-        else:
-            super()._map_in_host(leaf)
-            settle_huge(host, leaf, self._write)
+        host, state = self._kvm.host, self._host_state[leaf]
+        if self._huge and host.empty(*self._kvm.stage2.block_span(leaf)):
+            host.install_huge(*self._kvm.stage2.block_span(leaf))
+            return
+        if host.fast_huge[leaf // host.entries] and state >= MIGRATION:
+            if self._write and copies(host, state):  # only one page is (``do_huge_pmd_wp_page``)
+                host.split(leaf, leaf + 1)
+            else:
+                host.settle_huge(leaf, PROT_NONE | WRPROTECT if self._write else PROT_NONE)
+        super()._map_in_host(leaf)
 
     # -- under mmu_lock -----------------------------------------------------------------------
 
@@ -85,13 +90,13 @@ class SizedFaultPath(FaultPath):
         state, leaf = self._leaf_state[self._leaf], self._leaf
         if not (self._wants_write and state & (VALID | WRITE) == VALID):
             return self.take_lock(t_ns, self._cpu, FAULT, self.locked)
-        if self._wants_block(leaf) != self._kvm.stage2.is_block(leaf):
+        if self._maps_block(leaf) != self._kvm.stage2.is_block(leaf):
             return self.take_lock(t_ns, self._cpu, PERMISSION_FAULT, self.locked)
         if self._relax_lock == "none":
             return self.locked(t_ns)[1]
         return self._locks[self._relax_lock](t_ns, self._cpu, PERMISSION_FAULT, self.locked)
 
-    def _wants_block(self, leaf: int) -> bool:
+    def _maps_block(self, leaf: int) -> bool:
         kvm = self._kvm
         return kvm.stage2.blocks is not None and kvm.maps_blocks(leaf)
 
@@ -101,7 +106,7 @@ class SizedFaultPath(FaultPath):
         if given_up_ns >= 0:
             return self._again(entry_ns, given_up_ns)
         write, leaf = self._wants_write, self._leaf
-        state, block = self._leaf_state[leaf], self._wants_block(self._leaf)
+        state, block = self._leaf_state[leaf], self._maps_block(leaf)
         need = VALID | WRITE if write else VALID
         if state & need == need:
             return self._again(entry_ns, self._costs.hold_ns)  # another vCPU was first
@@ -123,18 +128,32 @@ class SizedFaultPath(FaultPath):
         kvm = self._kvm
         kvm.stage2.allow_write(leaf)
         self._leaf_state[leaf] |= AF
-        end_ns = t_ns + self._costs.hold_ns
+        if kvm.expected:
+            self._given(leaf, t_ns)
+        end_ns = t_ns + self._costs.relax_hold_ns
         if self._broadcast_relax:
-            kvm.forget_translations()
+            kvm.forget_translations(t_ns)
             return max(end_ns, kvm.flush_ns(t_ns, alone_ns=0))
         self._vcpu.forget_translations()
         return end_ns
 
+    def _given(self, leaf: int, t_ns: int) -> None:
+        """Tell the vCPUs that planned to fault on what was mapped."""
+        kvm = self._kvm
+        if kvm.stage2.is_block(leaf):
+            kvm.block_mapped(*kvm.stage2.block_span(leaf), t_ns)
+        else:
+            kvm.leaf_mapped(leaf, t_ns)
+
     def _writable(self, leaf: int, write: bool) -> int:
-        """Under logging a page that is only read is mapped read-only, so that a write shows."""
+        """Under logging a page that is only read is mapped read-only, so that a write shows.
+
+        The zero page, and one that the host itself protects, are never writable.
+        """
         state = self._host_state[leaf]
-        own = state & OWN and state < WRPROTECT  # else the zero page, or one that is shared
-        return WRITE if own and (write or not self._kvm.dirty_log.logs(leaf)) else 0
+        if not state & OWN or state >= WRPROTECT:
+            return 0
+        return WRITE if write or not self._kvm.dirty_log.logs(leaf) else 0
 
     def _block_writable(self, leaf: int) -> int:
         first, last = self._kvm.stage2.block_span(leaf)
@@ -153,7 +172,7 @@ class SizedFaultPath(FaultPath):
         if made:
             end_ns += self._linked(made, end_ns)
         if kvm.expected:
-            kvm.leaf_mapped(leaf, t_ns)
+            self._given(leaf, t_ns)
         return end_ns
 
     def _map_block(self, t_ns: int, leaf: int) -> int:
@@ -163,7 +182,7 @@ class SizedFaultPath(FaultPath):
         if made:
             end_ns += self._linked(made, t_ns)
         kvm.entry_locked(self._leaf_tables(leaf), t_ns, end_ns)
-        kvm.block_mapped(*stage2.block_span(leaf), t_ns)
+        self._given(leaf, t_ns)
         return end_ns
 
     def _collapse(self, t_ns: int, leaf: int) -> int:
@@ -172,13 +191,13 @@ class SizedFaultPath(FaultPath):
         kvm.collapses += 1
         tables, _ = stage2.subtree(leaf)
         made_ns = kvm.flush_ns(t_ns + kvm.block_faults.hold_ns, alone_ns=kvm.costs.tlbi_all_ns)
+        kvm.forget_translations(t_ns)
         stage2.collapse(leaf, self._block_writable(leaf))
         kvm.entry_locked(self._leaf_tables(leaf), t_ns, made_ns)
         for table in tables:
             kvm.oracle.unlinked(table, made_ns)
         kvm.collapse_free.unlinked(kvm, tables, made_ns, self._cpu)
-        kvm.forget_translations()
-        kvm.block_mapped(*stage2.block_span(leaf), t_ns)
+        self._given(leaf, t_ns)
         entries = len(tables) * kvm.entries
         return made_ns + kvm.collapse_free.under_lock_ns(kvm.costs.free, len(tables), entries)
 

@@ -53,15 +53,6 @@ def copies(host: HostMemory, state: int) -> bool:
     return bool(state & WRPROTECT) and host.children > 0
 
 
-def settle_huge(host: HostMemory, leaf: int, write: bool) -> None:
-    """A fault has settled ``leaf``: if a huge page is mapped there, all of that is settled."""
-    table = leaf // host.entries
-    if host.huge[table]:
-        first = table * host.entries
-        flags = PROT_NONE | WRPROTECT if write else PROT_NONE
-        host.state[first : first + host.entries] &= np.uint8(~flags & 0xFF)
-
-
 # -- changes ----------------------------------------------------------------------------------
 
 
@@ -72,7 +63,7 @@ def write_protect(host: HostMemory, first: int, last: int) -> int:
 
 def make_writable(host: HostMemory, first: int, last: int) -> int:
     """Give it back (``MM_CP_TRY_CHANGE_WRITABLE``: exclusive anonymous pages)."""
-    _split(host, first, last)
+    host.split(first, last)
     state = host.state[first:last]
     there = (state & (OWN | WRPROTECT)) == (OWN | WRPROTECT)
     state[there] &= np.uint8(~WRPROTECT & 0xFF)
@@ -88,7 +79,7 @@ def make_prot_none(host: HostMemory, first: int, last: int) -> int:
 
 
 def _mark(host: HostMemory, first: int, last: int, mask: int, flag: int) -> int:
-    _split(host, first, last)
+    host.split(first, last)
     state = host.state[first:last]
     there = (state & mask) == (OWN | PRESENT)
     state[there] |= np.uint8(flag)
@@ -100,6 +91,7 @@ def merge(host: HostMemory, first: int, last: int) -> int:
 
     A page that was written meanwhile is protected no more, and stays.
     """
+    host.split(first, last)
     state = host.state[first:last]
     there = first + np.flatnonzero((state & (OWN | MERGED)) == (OWN | MERGED))
     host.lru.remove(there)
@@ -109,7 +101,7 @@ def merge(host: HostMemory, first: int, last: int) -> int:
 
 def depart(host: HostMemory, first: int, last: int) -> int:
     """Put migration entries in the place of pages of their own (``try_to_migrate``)."""
-    _split(host, first, last)
+    host.split(first, last)
     there = first + np.flatnonzero(host.state[first:last] & OWN)
     host.lru.remove(there)
     host.state[there] = MIGRATION
@@ -141,14 +133,6 @@ def arrival(host: HostMemory, env: Environment, leaf: int) -> Event:
     moved = Event(env)
     host.arrivals.setdefault(leaf, []).append(moved)
     return moved
-
-
-def _split(host: HostMemory, first: int, last: int) -> None:
-    """A huge page that ``first`` up to ``last`` covers only in part is mapped by pages."""
-    entries, end = host.entries, len(host.state)
-    for table in {first // entries, (last - 1) // entries}:
-        if first > table * entries or last < min((table + 1) * entries, end):
-            host.huge[table] = False
 
 
 def _entries(host: HostMemory, leaves: NDArray[np.int64]) -> int:

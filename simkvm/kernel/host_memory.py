@@ -44,6 +44,7 @@ class HostMemory:
         self.lru = LruGen(leaves, two_step)
         #: Host tables in whose place one huge page is mapped (a PMD): its pages are all present.
         self.huge: NDArray[np.bool_] = np.zeros(len(self.present), np.bool_)
+        self.fast_huge = memoryview(self.huge)  # type: ignore[arg-type]  # a buffer
         self.aged_table = -1  #: the host table that ageing locked last
         self.left: dict[int, int] = {}  #: tables that it let go of lately -> when
         self._aged_from_ns = 0
@@ -91,13 +92,17 @@ class HostMemory:
     def zap(self, first: int, last: int) -> int:
         """Remove what is mapped in ``first`` up to ``last``; returns how many entries that was.
 
-        A huge page of which a part goes is split first (mm/huge_memory.c, ``__split_huge_pmd``).
+        A huge page is one entry. One of which a part goes is split first.
         """
-        self.huge[first // self.entries : -(-last // self.entries)] = False
         if last - first == 1 and self.fast[first] == PRESENT | (self.fast[first] & YOUNG):
             self.fast[first] = 0  # a zero page about to be copied, the commonest of all
             self.present[first // self.entries] -= 1
             return 1
+        self.split(first, last)
+        low, high = first // self.entries, -(-last // self.entries)
+        whole = int(np.count_nonzero(self.huge[low:high]))
+        if whole:
+            self.huge[low:high] = False
         state = self.state[first:last]
         there = np.flatnonzero(state & PRESENT)
         self.lru.remove(first + np.flatnonzero(state & OWN))
@@ -105,7 +110,19 @@ class HostMemory:
         for table, count in zip(tables.tolist(), gone.tolist(), strict=True):
             self.present[table] -= count
         state[:] = 0
-        return len(there)
+        return len(there) - whole * (self.entries - 1)
+
+    def split(self, first: int, last: int) -> None:
+        """Split the huge pages that the range covers in part (``__split_huge_pmd``)."""
+        for table in {first // self.entries, (last - 1) // self.entries}:
+            begin = table * self.entries
+            if first > begin or last < min(begin + self.entries, len(self.state)):
+                self.huge[table] = False
+
+    def settle_huge(self, leaf: int, clear: int) -> None:
+        """A fault on the huge page of ``leaf`` clears the flags ``clear`` of all of it."""
+        first = leaf - leaf % self.entries
+        self.state[first : first + self.entries] &= np.uint8(~clear & 0xFF)
 
     def table_leaves(self, table: int) -> NDArray[np.int64]:
         """Leaves of host table ``table`` that map a page of their own, in order."""

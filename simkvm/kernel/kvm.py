@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dirty_log import DirtyLog
 from simkvm.kernel.geometry import GEOMETRIES
 from simkvm.kernel.host_memory import HostMemory
+from simkvm.kernel.memslot import Refusal
 from simkvm.kernel.memslots import Memslots
 from simkvm.kernel.mmu import MMUS
 from simkvm.kernel.mmu_notifier import MmuNotifier, Srcu, unmap_walk
@@ -42,14 +43,6 @@ if TYPE_CHECKING:
 
 
 FREE = UnmapCosts(0, 0, 0, 0, 0, 0, 0)  #: of a walk whose time is accounted elsewhere
-
-
-class Refusal(NamedTuple):
-    """Leaves ``first`` up to ``last`` whose faults go to user space; ``reads``: not only writes."""
-
-    first: int
-    last: int
-    reads: bool
 
 
 class Kvm:
@@ -89,9 +82,9 @@ class Kvm:
         self.memslots = Memslots(self.leaves, guest.memslots)
         self.mmu = MMUS[kernel["mmu"]](kernel, guest.rmap_chain)
         self.costs = self.mmu.costs(Costs.of(machine, leaf_bytes, guest.page_size, guest.memslots))
-        self.block_faults = Costs.of(
-            machine, block_bytes or leaf_bytes, guest.page_size, guest.memslots
-        ).fault
+        blocks = Costs.of(machine, block_bytes or leaf_bytes, guest.page_size, guest.memslots)
+        self.block_faults = blocks.fault
+        self._block_unmap_ns = blocks.unmap.leaf_ns
         sized = logged or block_bytes is not None
         self.fault_path = self.mmu.sized_fault if sized else self.mmu.fault
         self.huge_pages = block_bytes == guest.mapping  #: the host backs it with huge pages
@@ -127,7 +120,8 @@ class Kvm:
         self.walks_page_tables = machine.hw_af or machine.arch != "arm64"
         self.vcpus: list[Vcpu] = []
         # Shares of the memory may meet inside a block.
-        self.shared = guest.vcpus > 1 and (self.leaf_pages > 1 or not _apart(guest.access))
+        meeting = self.leaf_pages > 1 or block_bytes is not None or not _apart(guest.access)
+        self.shared = guest.vcpus > 1 and meeting
         #: Leaves that vCPUs plan to fault on, and who: only kept if vCPUs share memory.
         self.expected: dict[int, dict[int, Vcpu]] = {}
         self.installing: dict[int, int] = {}  # leaf table -> until when a fault installs it
@@ -233,9 +227,13 @@ class Kvm:
 
     def maps_blocks(self, leaf: int) -> bool:
         """Whether a fault on ``leaf`` maps a block: a huge page behind it, and no logging."""
+        host = self.host
+        if not host.fast_huge[leaf // host.entries] or self.dirty_log.logs(leaf):
+            return False
+        if self.stage2.block_leaves == host.entries:
+            return True
         first, last = self.stage2.block_span(leaf)
-        huge = self.host.huge[first // self.host.entries : -(-last // self.host.entries)]
-        return bool(huge.all()) and not self.dirty_log.logs(leaf)
+        return bool(host.huge[first // host.entries : -(-last // host.entries)].all())
 
     def refusal(self, leaf: int, write: bool) -> Refusal | None:
         """Why a fault on ``leaf`` goes to user space, if it does."""
@@ -256,7 +254,11 @@ class Kvm:
 
     def block_mapped(self, first: int, last: int, t_ns: int) -> None:
         """As :meth:`leaf_mapped`, for all leaves that a block covers."""
-        for leaf in [leaf for leaf in self.expected if first <= leaf < last]:
+        if len(self.expected) < last - first:
+            meant = [leaf for leaf in self.expected if first <= leaf < last]
+        else:
+            meant = [leaf for leaf in range(first, last) if leaf in self.expected]
+        for leaf in meant:
             self.leaf_mapped(leaf, t_ns)
 
     # -- ageing -------------------------------------------------------------------------------
@@ -309,6 +311,7 @@ class Kvm:
             leaf_flush_ns=0 if self.deferred_tlbi else flush_ns,
             table_flush_ns=flush_ns,
             table_free_ns=self.table_free.under_lock_ns(self.costs.free),
+            block_ns=self._block_unmap_ns,
         )
 
     def unmap_chunk(self, cpu: int, t_ns: int, first: int, last: int) -> int:
@@ -340,9 +343,10 @@ class Kvm:
         now = int(self.env.now)  # whom to interrupt is not known any earlier
         return t_ns + self.remote_flush.flush(self, now) - now
 
-    def forget_translations(self) -> None:
-        """An invalidation empties the vCPUs' TLBs; no mapping goes."""
+    def forget_translations(self, t_ns: int) -> None:
+        """An invalidation at ``t_ns`` empties the vCPUs' TLBs; no mapping goes."""
         for vcpu in self.vcpus:
+            vcpu.catch_up(t_ns)
             vcpu.forget_translations()
 
     @contextmanager

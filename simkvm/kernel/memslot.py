@@ -14,11 +14,10 @@ invalid or gone is MMIO, which goes to user space. The host's own mappings stay.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from simpy import Event
 
-from simkvm.kernel.kvm import Refusal
 from simkvm.kernel.mmu_notifier import unmap_range
 from simkvm.kernel.sites import MEMSLOT
 from simkvm.kernel.task import Task, reach
@@ -33,6 +32,14 @@ Steps = Generator[Event, Any, int]
 RETRY_CHECK_NS: Final = 5_000
 
 
+class Refusal(NamedTuple):
+    """Leaves ``first`` up to ``last`` whose faults go to user space; ``reads``: not only writes."""
+
+    first: int
+    last: int
+    reads: bool
+
+
 class MemslotUpdate:
     """What ``task`` does to memslot ``slot`` of ``kvm``."""
 
@@ -40,7 +47,8 @@ class MemslotUpdate:
         self._kvm = kvm
         self._task = task
         self._slot = slot
-        self._refusal = Refusal(*kvm.memslots[slot], reads=True)
+        first, last = kvm.memslots[slot]
+        self._refusal = Refusal(first, last, reads=True)
         self.grace_periods = 0
 
     def delete(self, t_ns: int) -> Steps:
@@ -56,6 +64,10 @@ class MemslotUpdate:
         """Move it by a multiple of the largest block; the guest's accesses follow it."""
         t_ns = yield from self._invalidate(t_ns)
         return (yield from self._swap(t_ns, self._there))
+
+    def change_flags(self, t_ns: int, becomes: Callable[[], None]) -> Steps:
+        """Logging goes on or off: one swap, nothing is unmapped (``kvm_update_flags_memslot``)."""
+        return (yield from self._swap(t_ns, becomes))
 
     # -- what a swap puts in place ------------------------------------------------------------
 

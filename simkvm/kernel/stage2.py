@@ -329,43 +329,71 @@ class Stage2:
         A block that the range only touches loses it as a whole. Entries are visited as in any walk
         over leaves: all of a table, one for a block, one for what is not there.
         """
-        changed = 0 if self.blocks is None else self._write_protect_blocks(first, last)
+        changed = 0
+        if self.blocks is not None:
+            low, high = first // self.block_leaves, (last - 1) // self.block_leaves + 1
+            changed = self._write_protect_blocks(np.arange(low, high))
         part = self.leaf.entries[first:last]
         changed += int(np.count_nonzero(part & WRITE))
         part &= np.uint8(~WRITE & 0xFF)
         return self.leaf_visits(first, last), changed
 
-    def _write_protect_blocks(self, first: int, last: int) -> int:
+    def _write_protect_blocks(self, among: NDArray[np.int64]) -> int:
         assert self.blocks is not None
-        low, high = first // self.block_leaves, (last - 1) // self.block_leaves + 1
-        writable = low + np.flatnonzero(self.blocks.entries[low:high] & WRITE)
+        writable = among[(self.blocks.entries[among] & WRITE) != 0]
         self.blocks.entries[writable] &= np.uint8(~WRITE & 0xFF)
         for entry in writable.tolist():
             begin, end = self.block_span(entry * self.block_leaves)
             self.leaf.entries[begin:end] &= np.uint8(~WRITE & 0xFF)
         return len(writable)
 
+    def write_protect_words(
+        self, lows: NDArray[np.int64], highs: NDArray[np.int64]
+    ) -> tuple[int, int]:
+        """As :meth:`write_protect` for ranges ``lows`` up to ``highs``, each within one leaf table.
+
+        The ranges are in order and do not meet.
+        """
+        linked = np.ones(len(lows), np.bool_)
+        if self.steps:
+            linked = (
+                self.steps[-1][0].entries[(lows + self.leaf.phase) >> self._bits] & TABLE
+            ) != 0
+        visits = int((highs - lows)[linked].sum()) + int(np.count_nonzero(~linked))
+        changed = 0
+        if self.blocks is not None:
+            touched = np.unique(lows // self.block_leaves)
+            changed = self._write_protect_blocks(touched)
+        begin, end = int(lows[0]), int(highs[-1])
+        edges = np.zeros(end - begin + 1, np.int8)
+        edges[lows - begin] += 1
+        edges[highs - begin] -= 1
+        part = self.leaf.entries[begin:end]
+        writable = (np.cumsum(edges[:-1]) > 0) & ((part & WRITE) != 0)
+        part[writable] &= np.uint8(~WRITE & 0xFF)
+        return visits, changed + int(np.count_nonzero(writable))
+
     def leaf_visits(self, first: int, last: int) -> int:
         """Entries that a walk over the leaves ``first`` up to ``last`` visits.
 
-        All of a leaf table, and one for each block or hole beside it.
+        All of a leaf table; else one for each entry that is no table, whatever it spans.
         """
-        if not self.steps:
+        visits, above = 0, None
+        for upper, _, down, phase in self.steps:
+            low, high = (first + phase) >> down, ((last - 1 + phase) >> down) + 1
+            tables = (upper.entries[low:high] & TABLE) != 0
+            visits += high - low - int(np.count_nonzero(tables))
+            if above is not None:  # what hangs nowhere is not visited
+                holders = (np.arange(low, high) + upper.phase) >> self._bits
+                visits -= int(np.count_nonzero((above.entries[holders] & TABLE) == 0))
+            above = upper
+        if above is None:
             return last - first
-        upper, _, down, phase = self.steps[-1]
-        low, high = (first + phase) >> down, ((last - 1 + phase) >> down) + 1
-        tables = low + np.flatnonzero(upper.entries[low:high] & TABLE)
-        begin = np.maximum((tables << down) - phase, first)
-        end = np.minimum(((tables + 1) << down) - phase, last)
-        return int((end - begin).sum()) + high - low - len(tables)
-
-    def fold_accessed(self, first: int, last: int) -> None:
-        """Note at ``first`` alone whether any of the leaves up to ``last`` was accessed."""
-        part = self.leaf.entries[first:last]
-        young = bool((part & AF).any())
-        part &= np.uint8(~AF & 0xFF)
-        if young and self.leaf.fast[first] & VALID:
-            self.leaf.fast[first] |= AF
+        down, phase = self._bits, self.leaf.phase
+        linked = low + np.flatnonzero(tables)
+        begin = np.maximum((linked << down) - phase, first)
+        end = np.minimum(((linked + 1) << down) - phase, last)
+        return visits + int((end - begin).sum())
 
     # -- ageing -------------------------------------------------------------------------------
 
@@ -400,7 +428,8 @@ class Stage2:
         """Entries that are not zero in ``table``: what its count should say, counted again."""
         level = self.levels[table.level]
         first = (table.index << self._bits) - level.phase
-        return int(np.count_nonzero(level.entries[max(0, first) : first + (1 << self._bits)]))
+        entries = level.entries[max(0, first) : first + (1 << self._bits)]
+        return int(np.count_nonzero((entries != 0) & ((entries & BLOCK) == 0)))
 
     def end_of(self, table: TableId) -> int:
         """The leaf behind the last one that ``table`` covers, as a guest-physical leaf number."""

@@ -12,7 +12,7 @@ from typing import Any
 from simkvm.kernel.bugs import BUGS
 from simkvm.kernel.geometry import GEOMETRIES
 from simkvm.scenario.access import Access, Phases, Populate, Trace
-from simkvm.scenario.contenders import Contender, Memslot
+from simkvm.scenario.contenders import Contender, DirtyLog, Khugepaged, Memslot, ThpSplit
 from simkvm.scenario.errors import Keys, Problem, nearest
 from simkvm.scenario.fields import KIB
 from simkvm.scenario.groups import every_guest, meant, member_names
@@ -44,6 +44,7 @@ def problems(
         yield from _closing(guest, (*keys, "teardown"))
     for name, contender in scenario.contenders.items():
         yield from _contender(scenario, contender, ("contenders", name))
+        yield from _sized(scenario, name, kernel)
     yield from _names(scenario)
     yield from _times(scenario)
     yield from _bugs(scenario)
@@ -258,6 +259,58 @@ def _contender(scenario: Scenario, contender: Contender, keys: Keys) -> Iterator
         yield Problem((*keys, "slot"), message)
     for name, message in contender.complaints():
         yield Problem((*keys, name), message)
+
+
+def _sized(scenario: Scenario, name: str, kernel: KernelVariant) -> Iterator[Problem]:
+    """What contenders that log writes or change the size of pages need of guest and kernel."""
+    contender, keys = scenario.contenders[name], ("contenders", name)
+    guest = scenario.guests.get(contender.guest)
+    if guest is None:
+        return
+    block = BLOCK_BYTES[guest.page_size][0]
+    others = [
+        (other, them)
+        for other, them in scenario.contenders.items()
+        if them.guest == contender.guest and other != name
+    ]
+    if isinstance(contender, DirtyLog):
+        yield from _dirty_log(contender, guest, keys, kernel)
+        for other, them in others:
+            if isinstance(them, DirtyLog) and other < name:
+                message = f"{other} logs the writes of {contender.guest} already"
+                yield Problem((*keys, "guest"), message)
+    elif contender.resizes and guest.mapping > block:
+        # mm/hugetlb.c: what is larger than a PMD is hugetlbfs's, neither collapsed nor split.
+        message = f"{contender.guest} is mapped by {exact_size(guest.mapping)}"
+        yield Problem((*keys, "guest"), f"{message}, which is no transparent huge page")
+    elif isinstance(contender, ThpSplit) and guest.mapping == guest.page_size:
+        if not any(isinstance(them, Khugepaged) for _, them in others):
+            message = f"{contender.guest} has no huge page to split: it is mapped by pages"
+            yield Problem((*keys, "guest"), f"{message}, and no khugepaged makes some")
+    elif isinstance(contender, Khugepaged) and guest.memory_bytes < block:
+        message = f"{contender.guest} is smaller than a huge page of {exact_size(block)}"
+        yield Problem((*keys, "guest"), message)
+
+
+def _dirty_log(log: DirtyLog, guest: Guest, keys: Keys, kernel: KernelVariant) -> Iterator[Problem]:
+    unit = 64 * guest.page_size
+    if log.clear_chunk is not None and log.clear_chunk % unit:
+        # kvm_clear_dirty_log_protect(): first_page and num_pages come in words of the bitmap.
+        yield _not_multiple((*keys, "clear_chunk"), log.clear_chunk, unit, "64 pages")
+    chunk, sizes = log.eager_split_chunk, BLOCK_BYTES[guest.page_size]
+    if chunk is None:
+        return
+    key = (*keys, "eager_split_chunk")
+    if kernel["eager_split"] == "none":
+        yield Problem(key, f"{kernel.name} cannot split eagerly (eager_split: none)")
+    elif chunk not in sizes:
+        allowed = ", ".join(map(exact_size, sizes))
+        yield Problem(key, f"{exact_size(chunk)} is no block size of the granule: {allowed}")
+    elif chunk < guest.mapping:
+        message = f"{exact_size(chunk)} is less than the guest's blocks of"
+        yield Problem(
+            key, f"{message} {exact_size(guest.mapping)}: splitting those is not modelled"
+        )
 
 
 def _times(scenario: Scenario) -> Iterator[Problem]:

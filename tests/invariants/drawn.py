@@ -23,6 +23,15 @@ KERNELS = {
 MACHINES = {"arm64": ["ampere-altra-80c", "graviton3-64c"], "x86": ["x86-icelake-64c"]}
 DEFERRED = [value for value in POLICIES["table_free"] if value != "inline"]
 DURATION = 8 * MS
+#: What a policy may be set to: as some arm64 kernel has it, or what the model can do besides.
+VALUES = {policy: {load_kernel(name)[policy] for name in KERNELS} for policy in POLICIES}
+VALUES |= {
+    policy: set(POLICIES[policy])
+    for policy in (
+        *("recover_huge", "collapse_free", "permission_fault_lock", "eager_split", "relax_tlbi"),
+        *("write_protect_lock", "dirty_log_clear_lock"),
+    )
+}
 
 #: Page size, leaf size and memory that give a few tables and at most some thousand leaves.
 SHAPES = [
@@ -34,23 +43,44 @@ SHAPES = [
 ]
 
 
+#: The same for guests whose leaves differ in size.
+SIZED = [
+    *((4 * KIB, 4 * KIB, pages * 4 * KIB) for pages in (513, 1300, 2048)),
+    *((4 * KIB, 2 * MIB, blocks * 2 * MIB) for blocks in (1, 3, 4, 9)),
+    (4 * KIB, 1024 * MIB, 1024 * MIB),
+    (16 * KIB, 16 * KIB, 5000 * 16 * KIB),
+    (16 * KIB, 32 * MIB, 96 * MIB),
+]
+
+
 def scenarios(
-    safe: bool = True, teardown: bool | None = None, takers: bool = False, arch: str = "arm64"
+    safe: bool = True,
+    teardown: bool | None = None,
+    takers: bool = False,
+    sized: bool = False,
+    arch: str = "arm64",
 ) -> st.SearchStrategy[Scenario]:
     """One guest and whatever disturbs it for some milliseconds; ``teardown``: with its end.
 
-    ``takers``: what disturbs it does more than drop memory.
+    ``takers``: what disturbs it does more than drop memory; ``sized``: its leaves have two sizes,
+    or it has a dirty log.
     """
     numbers = st.integers(0, 2**32)
-    return numbers.map(lambda number: drawn(Random(number), safe, teardown, takers, arch))
+    return numbers.map(lambda number: drawn(Random(number), safe, teardown, takers, sized, arch))
 
 
 def drawn(
-    dice: Random, safe: bool, teardown: bool | None, takers: bool = False, arch: str = "arm64"
+    dice: Random,
+    safe: bool,
+    teardown: bool | None,
+    takers: bool = False,
+    sized: bool = False,
+    arch: str = "arm64",
 ) -> Scenario:
     """The scenario that ``dice`` gives."""
     disturb = taker if takers else contender
-    page, leaf, memory = dice.choice([s for s in SHAPES if arch == "arm64" or s[0] == 4 * KIB])
+    shapes = SIZED if sized else SHAPES
+    page, leaf, memory = dice.choice([s for s in shapes if arch == "arm64" or s[0] == 4 * KIB])
     folio = leaf if leaf > page else page * dice.choice([1, 1, 4, 16])
     memory = max(folio, memory - memory % folio)
     if teardown is None:
@@ -61,13 +91,15 @@ def drawn(
     pace["method"] = more.choice(["lru_gen", "lru_gen", "page_idle", "folio_referenced"])
     flags = {"hw_af": more.random() < 0.7}
     vcpus, disturbers = dice.randint(1, 4), dice.choice([0, 1, 1, 2]) + takers
+    variant = kernel(dice, safe, arch)
+    others = resizers(dice, page, leaf, load_kernel(variant)["eager_split"]) if sized else {}
     return scenario(
         seed=dice.randrange(100),
         expect="safe" if safe else "unsafe",
         machine={"base": dice.choice(MACHINES[arch]), "set": flags},
-        kernel=kernel(dice, safe, arch),
+        kernel=variant,
         host={
-            "cpus": vcpus + 1 + disturbers + dice.choice([0, 3]),
+            "cpus": vcpus + 1 + disturbers + len(others) + dice.choice([0, 3]),
             "hz": dice.choice([250, 1000, 1000]),
             "preemption": dice.choice(["none", "full"]),
             "nohz_full": dice.choice(["none", "none", "vcpus"]),
@@ -84,7 +116,7 @@ def drawn(
             "teardown": end if teardown else None,
         },
         ageing=pace if dice.random() < 0.8 else None,
-        contenders={f"c{n}": disturb(dice, memory, page, leaf) for n in range(disturbers)},
+        contenders={f"c{n}": disturb(dice, memory, page, leaf) for n in range(disturbers)} | others,
         ties=dice.choice(["fifo", "fifo", "shuffle"]),
     )
 
@@ -94,6 +126,38 @@ def rcu(dice: Random) -> dict[str, Any]:
     nocbs = dice.choice(["none", "none", "vcpus", "all"])
     lazy = nocbs != "none" and dice.random() < 0.3
     return {"nocbs": nocbs, "lazy": lazy, "preemptible": dice.choice([None, True])}
+
+
+def resizers(dice: Random, page: int, leaf: int, split: str) -> dict[str, Any]:
+    """Who logs writes, splits huge pages or makes some."""
+    made: dict[str, Any] = {}
+    common = {"guest": "vm0", "start": dice.randrange(2 * MS)}
+    huge = leaf if leaf > page else page * (page // 8)
+    manual = dice.random() < 0.7
+    if dice.random() < 0.7:
+        made["log"] = common | {
+            "kind": "dirty_log",
+            "interval": dice.choice([0, 300 * US, MS]),
+            "rounds": dice.choice([None, 1, 2, 4]),
+            "manual_protect": manual,
+            "initially_set": manual and dice.random() < 0.4,
+            "clear_chunk": dice.choice([None, 64 * page, 512 * page]) if manual else None,
+            "eager_split_chunk": huge if split == "chunked" and dice.random() < 0.4 else None,
+        }
+    if huge < 1024 * MIB and (not made or dice.random() < 0.5):
+        made["thp"] = common | {
+            "kind": "khugepaged",
+            "pages_to_scan": 4096,
+            "scan_sleep": dice.choice([200 * US, MS]),
+            "max_ptes_none": dice.choice([0, 100, 511]),
+        }
+    if huge < 1024 * MIB and (leaf > page or "thp" in made) and dice.random() < 0.5:
+        made["split"] = common | {
+            "kind": "thp_split",
+            "rate": dice.choice([500.0, 3000.0]),
+            "order": dice.choice(["random", "sequential"]),
+        }
+    return made or resizers(dice, page, leaf, split)
 
 
 def kernel(dice: Random, safe: bool, arch: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from simkvm.kernel.mglru import MAX_NR_GENS, MIN_NR_GENS
 from simkvm.kernel.qrwlock import FAST
 from simkvm.kernel.rcu import Rcu
 from simkvm.kernel.sites import AGE, RANGE_END, RANGE_START
-from simkvm.kernel.stage2 import TABLE, VALID, WRITE, Stage2, TableId
+from simkvm.kernel.stage2 import AF, BLOCK, TABLE, VALID, WRITE, Stage2, TableId
 
 # -- the stage-2 tree, between two events ---------------------------------------------------------
 
@@ -30,7 +30,8 @@ def counts_are_entries(stage2: Stage2) -> None:
     """The count of every table is the number of its entries that are not zero."""
     for level in stage2.levels.values():
         edges = np.arange(len(level.counts)) * stage2.geometry.entries - level.phase
-        entries = np.add.reduceat(level.entries != 0, np.maximum(edges, 0), dtype=np.int32)
+        real = (level.entries != 0) & ((level.entries & BLOCK) == 0)
+        entries = np.add.reduceat(real, np.maximum(edges, 0), dtype=np.int32)
         assert np.array_equal(level.counts, entries), f"level {level.number}"
 
 
@@ -50,6 +51,35 @@ def tree_hangs_together(stage2: Stage2, keeps: bool = False) -> None:
     assert stage2.linked_tables == tables
 
 
+def shadows_agree_with_blocks(stage2: Stage2) -> None:
+    """A block's flags stand in the place of each of its leaves, and nowhere else; no table hangs.
+
+    Its accessed flag stands at any of them.
+    """
+    if stage2.blocks is None:
+        assert not (stage2.leaf.entries & BLOCK).any()
+        return
+    blocks = stage2.blocks.entries
+    above = np.repeat(blocks, stage2.block_leaves)[: len(stage2.leaf.entries)]
+    shadow = stage2.leaf.entries & np.uint8(~AF & 0xFF)
+    mapped = (above & VALID) != 0
+    assert np.array_equal(shadow[mapped], (above[mapped] & np.uint8(~AF & 0xFF)) | BLOCK)
+    assert not (shadow[~mapped] & BLOCK).any()
+    valid = (stage2.leaf.entries & VALID) != 0
+    for upper, _, down, phase in stage2.steps[-1:]:
+        linked = (upper.entries[(np.arange(len(valid)) + phase) >> down] & TABLE) != 0
+        assert not (valid & ~mapped & ~linked).any(), "a leaf without a table"
+        assert not (mapped & linked).any(), "a table under a block"
+
+
+def blocks_lie_in_huge_pages(kvm: Kvm) -> None:
+    """A block maps what the host maps by a huge page, all of which is there."""
+    host, huge = kvm.host, np.repeat(kvm.host.huge, kvm.host.entries)[: kvm.leaves]
+    assert ((host.state & OWN) != 0)[huge].all()
+    if kvm.notifier.subscribed:
+        assert not (((kvm.stage2.leaf.entries & BLOCK) != 0) & ~huge).any()
+
+
 def nothing_maps_what_the_host_took(kvm: Kvm) -> None:
     """A valid leaf maps a page that the host maps, for writing only one that is the guest's own."""
     entries, host = kvm.stage2.leaf.entries, kvm.host.state
@@ -65,16 +95,18 @@ def open_ranges_stay_empty(kvm: Kvm, notes: Journal) -> None:
         assert not (kvm.stage2.leaf.entries[first:last] & VALID).any(), f"{first}..{last - 1}"
 
 
-def tables_are_conserved(kvm: Kvm, rcu: Rcu) -> None:
+def tables_are_conserved(kvm: Kvm, rcu: Rcu, notes: Journal) -> None:
     """Allocated = linked + waiting for a callback + freed; the memory caches stand apart."""
-    waiting = sum(len(data.callbacks) for data in rcu._data)
     linked = kvm.stage2.linked_tables
+    waiting = notes.tables_queued - kvm.tables_called_back
+    queued = sum(len(data.callbacks) for data in rcu.per_cpu)
     if kvm.kernel["root_free"] == "zap_rcu" and not kvm.stage2.attached:
         # Among the callbacks are now that of the root, and those of rcu_barrier().
         assert linked == 0
-        assert kvm.tables_freed <= kvm.tables_allocated <= kvm.tables_freed + waiting
+        assert kvm.tables_freed <= kvm.tables_allocated <= kvm.tables_freed + queued
         return
-    assert kvm.tables_allocated == linked + waiting + kvm.tables_freed
+    assert kvm.tables_allocated == linked + waiting + kvm.tables_freed + kvm.tables_leaked
+    assert bool(waiting) <= bool(queued)
     for vcpu in kvm.vcpus:
         assert 0 <= vcpu.fault.cached <= CACHE_CAPACITY
 

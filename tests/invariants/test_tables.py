@@ -183,7 +183,7 @@ def test_tables_are_linked_waiting_or_free_after_every_event(policy: str) -> Non
         def check() -> None:
             rules.counts_are_entries(kvm.stage2)
             rules.tree_hangs_together(kvm.stage2)
-            rules.tables_are_conserved(kvm, made.rcu)
+            rules.tables_are_conserved(kvm, made.rcu, notes)
             rules.nothing_maps_what_the_host_took(kvm)
             rules.open_ranges_stay_empty(kvm, notes)
             held.append(kvm.tables_allocated - kvm.stage2.linked_tables - kvm.tables_freed)

@@ -21,6 +21,7 @@ import pytest
 from lab import GIB, KIB, MIB, Lab, Tally, scenario
 
 from simkvm.kernel.host_memory import OWN, PRESENT
+from simkvm.kernel.memslot import MemslotUpdate
 from simkvm.kernel.stage2 import AF
 from simkvm.kernel.unmap import UnmapWalk
 from simkvm.kernel.world import World
@@ -436,3 +437,143 @@ def test_destroy(run: str) -> None:
     assert lab.kvm.tables_freed == tables
     assert lab.world.rcu.idle, "nothing was deferred"
     assert not lab.kvm.oracle.violations
+
+
+# -- blocks and pages in one guest --------------------------------------------------------------
+
+LOG = {"log": {"kind": "dirty_log", "guest": "vm"}}
+PAUSE = 1_000_000_000
+
+
+class Phases:
+    """16 MiB of huge pages and a vCPU that touches in phases, a pause apart."""
+
+    def __init__(self, *phases: list[tuple[int, bool]], memory: int = 16 * MIB) -> None:
+        self.lab = Lab(memory, BLOCKS, contenders=LOG)
+        self.slot = range(self.lab.kvm.leaves)
+        touches = [(page, write, 0) for phase in phases for page, write in phase]
+        ends = np.cumsum([len(phase) for phase in phases]) - 1
+        for end in ends.tolist():
+            touches[end] = (*touches[end][:2], PAUSE)
+        self.vcpu = self.lab.touch(*touches)
+        self.done = 0
+
+    def touch(self) -> dict[str, int]:
+        """The next phase: aborts, tables allocated, invalidations, reads of the lock."""
+        lab, fault = self.lab, self.vcpu.fault
+        before = (fault.faults, lab.kvm.tables_allocated, lab.broadcasts())
+        lab.acquisitions()
+        lab.t_ns = self.done * PAUSE + PAUSE // 2
+        lab.env.run(lab.t_ns)
+        self.done += 1
+        after = (fault.faults, lab.kvm.tables_allocated, lab.broadcasts())
+        names = ("aborts", "tables", "tlbi")
+        found = {name: b - a for name, a, b in zip(names, before, after, strict=True)}
+        return found | {"reads": sum(n for (_, m), n in lab.acquisitions().items() if m == "read")}
+
+    def log(self, on: bool) -> None:
+        lab = self.lab
+        ask = lab.kvm.dirty_log.enable if on else lab.kvm.dirty_log.disable
+        lab.t_ns = lab.run(ask(lab.task, lab.t_ns, self.slot))
+
+
+EVERY = [(page, True) for page in range(4096)]
+
+
+def counted(aborts: int, tables: int, tlbi: int) -> dict[str, int]:
+    return {"aborts": aborts, "tables": tables, "tlbi": tlbi, "reads": aborts}
+
+
+def test_dirty_logging_splits_and_the_blocks_do_not_come_back(tally: Tally) -> None:
+    """dirty-c, and dirty2-c/6 to 11: every page written under logging, nothing faults afterwards.
+
+    kvm_handle_guest_abort() less the exit; stage2_memcache_zalloc_page();
+    __kvm_tlb_flush_vmid_ipa() or __kvm_tlb_flush_vmid_range().
+    """
+    made = Phases(EVERY, EVERY, EVERY, [(page, False) for page, _ in EVERY])
+    kvm = made.lab.kvm
+    assert made.touch() == counted(8, 1, 0)
+    flushes = made.lab.broadcasts()
+    made.log(True)
+    assert made.lab.broadcasts() == flushes + 1, "dirty-c/1: one range"
+    assert made.touch() == counted(4096, 8, 8)
+    made.lab.acquisitions()
+    made.log(False)
+    assert not made.lab.acquisitions()
+    assert made.touch() == counted(0, 0, 0)
+    assert made.touch() == counted(0, 0, 0)
+    assert kvm.stage2.linked_tables == 9
+    flushes = made.lab.broadcasts()
+    made.lab.run(MemslotUpdate(kvm, made.lab.task).delete(made.lab.t_ns))
+    found = tally.take()
+    assert found == {"calls": 1, "visits": 4105, "leaves": 4096, "tables": 9}
+    assert found["leaves"] + 2 * found["tables"] == 4114, "kvm_s2_put_page()"
+    assert made.lab.broadcasts() == flushes + 9 + 1
+
+
+def test_blocks_come_back_where_pages_lack() -> None:
+    """dirty2-c/0 to 5: a page in 64 KiB written under logging, then all: 8 collapses.
+
+    stage2_free_unlinked_table() 8 times, as many callbacks, which put 256 entries and 8 tables.
+    """
+    made = Phases(EVERY, EVERY[::16], EVERY)
+    kvm = made.lab.kvm
+    made.touch()
+    made.log(True)
+    assert made.touch() == counted(256, 8, 8)
+    assert int(kvm.stage2.leaf.counts.sum()) == 256
+    made.log(False)
+    subtrees = [kvm.stage2.subtree(512 * block) for block in range(8)]
+    puts = sum(entries + len(tables) for tables, entries in subtrees)
+    assert puts == 264, "kvm_s2_put_page() of the callbacks"
+    assert made.touch() == counted(8, 0, 8)
+    assert kvm.collapses == 8
+    assert (kvm.tables_called_back, kvm.tables_freed) == (8, 8)
+    assert kvm.stage2.linked_tables == 1
+    assert made.lab.world.rcu.idle
+
+
+def test_many_subtrees_at_once() -> None:
+    """unlink-c: 128 tables of 256 MiB unlinked within a millisecond or so, run in batches of 10."""
+    pages = 65536
+    made = Phases(
+        [(page, True) for page in range(0, pages, 512)],
+        [(page, True) for page in range(0, pages, 512)],
+        [(page + 1, True) for page in range(0, pages, 512)],
+        memory=256 * MIB,
+    )
+    made.touch()
+    made.log(True)
+    assert made.touch() == counted(128, 128, 128)
+    made.log(False)
+    batches = len(made.lab.world.recorder.batches)
+    assert made.touch() == counted(128, 0, 128)
+    assert made.lab.kvm.tables_called_back == 128
+    assert len(made.lab.world.recorder.batches) - batches == 13
+
+
+def test_ageing_calls_once_a_huge_page(tally: Tally) -> None:
+    """thp-c and README: one kvm_mmu_notifier_clear_young() a block, 32 for 64 MiB without the code.
+
+    So, too, while stage 2 maps the huge page by pages: the call is the host's PMD's.
+    """
+    made = Phases([(page, True) for page in range(0, 16384, 512)], [(7, True)], memory=64 * MIB)
+    made.touch()
+    assert made.lab.age().calls == 32
+    assert made.lab.acquisitions() == {("age", "write"): 32}
+    assert made.lab.young() == 0
+    made.log(True)
+    made.touch()
+    made.lab.acquisitions()
+    report = made.lab.age()
+    assert (report.calls, report.young) == (32, 1)
+    assert made.lab.broadcasts() == 1 + 1, "ageing never flushes"
+
+
+def test_a_huge_page_collapsed_by_the_host_frees_its_table_in_the_unmap(tally: Tally) -> None:
+    """README: MADV_COLLAPSE frees the table in the unmap, not by RCU; 512 visits and one after."""
+    lab = Lab(4 * MIB, contenders={"k": {"kind": "khugepaged", "guest": "vm"}})
+    lab.fill()
+    lab.drop(0, 2 * MIB)
+    assert tally.take() == {"calls": 1, "visits": 513 + 1, "leaves": 512, "tables": 1}
+    assert lab.world.rcu.idle
