@@ -24,14 +24,6 @@ MACHINES = {"arm64": ["ampere-altra-80c", "graviton3-64c"], "x86": ["x86-icelake
 DEFERRED = [value for value in POLICIES["table_free"] if value != "inline"]
 DURATION = 8 * MS
 #: What a policy may be set to: as some arm64 kernel has it, or what the model can do besides.
-VALUES = {policy: {load_kernel(name)[policy] for name in KERNELS} for policy in POLICIES}
-VALUES |= {
-    policy: set(POLICIES[policy])
-    for policy in (
-        *("recover_huge", "collapse_free", "permission_fault_lock", "eager_split", "relax_tlbi"),
-        *("write_protect_lock", "dirty_log_clear_lock"),
-    )
-}
 
 #: Page size, leaf size and memory that give a few tables and at most some thousand leaves.
 SHAPES = [
