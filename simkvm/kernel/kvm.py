@@ -125,8 +125,8 @@ class Kvm:
         #: Leaves that vCPUs plan to fault on, and who: only kept if vCPUs share memory.
         self.expected: dict[int, dict[int, Vcpu]] = {}
         self.installing: dict[int, int] = {}  # leaf table -> until when a fault installs it
-        self.last_touch_ns = np.full(self.leaves, -1, np.int64)
-        self.fast_last_touch = memoryview(self.last_touch_ns)  # type: ignore[arg-type]  # a buffer
+        #: When each leaf was touched last, -1 for never; kept only if somebody asks for it.
+        self.last_touch_ns: NDArray[np.int64] = np.empty(0, np.int64)
         self.page_bytes = geometry.page_bytes
         self.table_bytes = geometry.page_bytes
         self.entries = geometry.entries
@@ -160,6 +160,13 @@ class Kvm:
         """Flushes by interrupt, for code that only x86 has."""
         assert isinstance(self.remote_flush, Ipi)
         return self.remote_flush
+
+    def remember_touches(self) -> None:
+        """Keep :attr:`last_touch_ns` from now on."""
+        if not len(self.last_touch_ns):
+            self.last_touch_ns = np.full(self.leaves, -1, np.int64)
+        for vcpu in self.vcpus:
+            vcpu.remember_touches(self.last_touch_ns)
 
     # -- tables -------------------------------------------------------------------------------
 
