@@ -263,6 +263,16 @@ def kernels(name: str | None, diff: tuple[str, str] | None) -> None:
 
 
 @main.command()
+def bugs() -> None:
+    """List the known mistakes that a scenario can put back (key bugs)."""
+    from simkvm.kernel.bugs import BUGS
+    from simkvm.show.text import named_table
+
+    rows = [vars(bug) for bug in BUGS.values()]
+    _show(named_table(rows, {"name": None, "kind": None, "about": 36, "source": 44}))
+
+
+@main.command()
 def schema() -> None:
     """Print the JSON schema of scenario files."""
     from simkvm.scenario.describe import json_schema

@@ -192,34 +192,49 @@ def _listen_to_oracle(notes: Journal, patch: pytest.MonkeyPatch) -> None:
 
 def _listen_to_invalidations(notes: Journal, patch: pytest.MonkeyPatch) -> None:
     trees: dict[str, Stage2] = {}
+    pieces: dict[str, list[tuple[int, int]]] = {}  # where unmap is not by chunk
 
     def unmap_chunk(kvm: Kvm, cpu: int, t_ns: int, first: int, last: int) -> None:
         trees[kvm.name] = kvm.stage2
+        if kvm.no_memslot(first):
+            return  # a memslot goes: no range that ends
         notes.taken.setdefault(kvm.name, []).append((first, last))
+
+    def zap_leaves(kvm: Kvm, t_ns: int, first: int, last: int) -> None:
+        if kvm.alive:
+            pieces.setdefault(kvm.name, []).append((first, last))
+            notes.taken.setdefault(kvm.name, []).append((first, last))
 
     def invalidated(oracle: Oracle, first: int, last: int, *_: Any) -> None:
         taken = notes.taken.get(oracle.guest, [])
-        for cut in chunks(trees[oracle.guest], first, last) if taken else ():
+        for piece in [p for p in pieces.get(oracle.guest, []) if first <= p[0] and p[1] <= last]:
+            pieces[oracle.guest].remove(piece)
+            taken.remove(piece)
+        for cut in chunks(trees[oracle.guest], first, last) if oracle.guest in trees else ():
             if cut in taken:  # all of them, unless the tree went away half-way
                 taken.remove(cut)
         notes.ends[oracle.guest] = notes.ends.get(oracle.guest, 0) + 1
 
     before(patch, Kvm, "unmap_chunk", unmap_chunk)
+    before(patch, Kvm, "zap_leaves", zap_leaves)
     before(patch, Oracle, "invalidated", invalidated)
 
 
 def _listen_to_rcu(notes: Journal, patch: pytest.MonkeyPatch) -> None:
-    queue, queue_many = Rcu.call_rcu, Rcu.call_rcu_many
+    queue_many = Rcu.call_rcu_many
 
-    def call_rcu(rcu: Rcu, t_ns: int, cpu_id: int, callback: Callable[[int], int]) -> int:
-        note = Callback(cpu_id, t_ns)
-        notes.callbacks.append(note)
+    def noted(queue: Callable[..., int]) -> Callable[..., int]:
+        def call_rcu(rcu: Rcu, t_ns: int, cpu_id: int, callback: Callable[[int], int]) -> int:
+            note = Callback(cpu_id, t_ns)
+            notes.callbacks.append(note)
 
-        def invoked(at_ns: int) -> int:
-            note.invoked_ns.append(at_ns)
-            return callback(at_ns)
+            def invoked(at_ns: int) -> int:
+                note.invoked_ns.append(at_ns)
+                return callback(at_ns)
 
-        return queue(rcu, t_ns, cpu_id, invoked)
+            return queue(rcu, t_ns, cpu_id, invoked)
+
+        return call_rcu
 
     def call_rcu_many(
         rcu: Rcu, times_ns: Sequence[int], cpu_id: int, callback: Callable[[int, int], int]
@@ -241,7 +256,8 @@ def _listen_to_rcu(notes: Journal, patch: pytest.MonkeyPatch) -> None:
 
     before(patch, Kvm, "call_rcu", one)
     before(patch, Kvm, "call_rcu_for", many)
-    patch.setattr(Rcu, "call_rcu", call_rcu)
+    patch.setattr(Rcu, "call_rcu", noted(Rcu.call_rcu))
+    patch.setattr(Rcu, "call_rcu_hurry", noted(Rcu.call_rcu_hurry))
     patch.setattr(Rcu, "call_rcu_many", call_rcu_many)
 
 

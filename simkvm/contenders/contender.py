@@ -15,6 +15,7 @@ from simkvm.kernel.mmu_notifier import Change
 from simkvm.kernel.task import Task, reach
 
 if TYPE_CHECKING:
+    from simkvm.contenders.in_turn import Turns
     from simkvm.kernel.kvm import Kvm
 
 NS_PER_S = 1_000_000_000
@@ -30,6 +31,15 @@ class Contender:
         self.task = task
         self.rng = rng
         self.calls = 0
+        self.done_ns = 0  #: end of the last call
+        self.number = 0  #: of the guest, if
+        self.turns: Turns | None = None  #: the thread works on other guests too
+
+    def thread(self) -> Generator[Event, Any, None]:
+        """:meth:`run`, and the turn to the next guest at its end."""
+        yield from self.run()
+        if self.turns is not None:
+            self.turns.finished(max(self.done_ns, int(self.kvm.env.now)))
 
     def run(self) -> Generator[Event, Any, None]:
         """The thread; a subclass writes it."""
@@ -37,6 +47,10 @@ class Contender:
 
     def sleep_until(self, t_ns: int, due_ns: int) -> Steps:
         """Sleep from ``t_ns`` to ``due_ns``; one that is late goes on at once."""
+        if self.turns is not None:
+            t_ns = yield from self.turns.wait(self.number, t_ns, due_ns)
+            self.task.cpu.enter_kernel(t_ns)
+            return t_ns
         if due_ns <= t_ns:
             return t_ns
         self.task.cpu.sleep(t_ns)
@@ -64,7 +78,8 @@ class Contender:
             self.task, t_ns, first, last, blockable, leaving=leaving, change=change
         )
         t_ns = yield from reach(self.kvm.env, t_ns)
-        return t_ns + self.task.cpu.take_stolen()
+        self.done_ns = t_ns + self.task.cpu.take_stolen()
+        return self.done_ns
 
     def change(self, what: HostChange, each_ns: int) -> Change:
         """``what`` done to the host's entries of a range, at ``each_ns`` for each it changes."""

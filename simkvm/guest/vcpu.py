@@ -24,7 +24,6 @@ from simpy.events import NORMAL
 from simkvm.guest.patterns import Chunk
 from simkvm.kernel import mmap_lock
 from simkvm.kernel.cpu import Cpu
-from simkvm.kernel.fault_sized import fault_path
 from simkvm.kernel.stage2 import AF, VALID, WRITE
 from simkvm.kernel.task import Task
 
@@ -39,12 +38,14 @@ WINDOW: Final = 256  #: touches looked ahead at once, doubled while none of them
 class Vcpu:
     """One vCPU of ``kvm``, on ``cpu``, that touches what ``chunks`` yields."""
 
+    lacks_flag = False  #: whether the next fault, as planned, is for want of the accessed flag
+
     def __init__(self, kvm: Kvm, index: int, cpu: Cpu, chunks: Iterator[Chunk]) -> None:
         self.kvm = kvm
         self.index = index
         self.cpu = cpu
         self.task = Task(f"{kvm.name}/vcpu{index}", cpu)
-        self.fault = fault_path(kvm, self, self.task)
+        self.fault = kvm.fault_path(kvm, self, self.task)
         self._env = kvm.env
         self._chunks = chunks
         self._touch_ns = kvm.costs.touch_ns
@@ -69,11 +70,13 @@ class Vcpu:
         self._run_from_ns = 0
         self._run_to = 0
         self._exit_ns = 0
+        self._entry_ns = 0
         self.next_ns = 0  #: when the host is needed next, as planned
         self.alarm: Event | None = None  #: the event that wakes the thread then
         self._sleeper = _certain(self._env)
         self.process: Process | None = None
         self.touches = 0
+        self.access_faults = 0  #: access-flag faults: with a hardware flag there are none
         self.finished_ns = DONE
 
     # -- the process --------------------------------------------------------------------------
@@ -103,12 +106,15 @@ class Vcpu:
             if position == len(self._list):
                 next_ns = self.enter(next_ns) if self._load() else next_ns
                 continue
+            if self.lacks_flag:
+                next_ns = yield from self.set_flag(next_ns)
+                continue
             leaf = self._list[position]
             if kvm.refusals or host.mmap_writer is not None:
                 next_ns, refused = yield from self._hindered(next_ns, leaf)
                 if refused:
                     continue
-            t_ns = fault.look_up(next_ns, leaf, self._need_list[position] != VALID)
+            t_ns = fault.look_up(next_ns, leaf, self._need_list[position] & WRITE != 0)
             if queue and t_ns >= queue[0][0]:
                 arrival.callbacks = []  # nobody else ever sees it: the same one every time
                 heappush(queue, (t_ns, NORMAL, next(numbers), arrival))
@@ -134,7 +140,7 @@ class Vcpu:
         Returns when it comes to ``mmap_lock``, or, refused, when the host is needed next.
         """
         kvm, write = self.kvm, self._need_list[self._position] != VALID
-        if kvm.memslot_valid:  # else it is known to be MMIO before it comes to the lock
+        if not kvm.no_memslot(leaf):  # else it is MMIO before it comes to the lock
             t_ns = yield from mmap_lock.wait(kvm, self.task, t_ns)
         back_ns = self.fault.refused(t_ns, leaf, write)
         return (t_ns, False) if back_ns is None else (self.enter(back_ns), True)
@@ -198,7 +204,10 @@ class Vcpu:
             self.next_ns = next_ns = fault.arrival_ns(exit_ns)
         else:
             self.next_ns = next_ns = exit_ns + fault.exit_ns
+        self._entry_ns = t_ns
         cpu.enter_guest(t_ns, exit_ns)
+        if fault.slotted:
+            self.next_ns = next_ns = next_ns + fault.slot_ns(self._list[position])
         if self._shared:
             self._expect(self._list[position])
         return next_ns
@@ -218,6 +227,7 @@ class Vcpu:
             start += self._refill_ns()
         self._running = True
         self._run_from_ns = start
+        self._entry_ns = t_ns
         self.next_ns = next_ns = self._plan(start)
         cpu.enter_guest(t_ns, self._exit_ns)
         return next_ns
@@ -238,6 +248,8 @@ class Vcpu:
         if self._shared:
             self._expect(self._list[position])
         self._exit_ns = exit_ns = exit_ns + self._touch_ns
+        if self.fault.slotted:
+            exit_ns += self.fault.slot_ns(self._list[position])
         return self.fault.arrival_ns(exit_ns)
 
     def _expect(self, leaf: int) -> None:
@@ -314,6 +326,13 @@ class Vcpu:
         last[:-1] = first[1:]
         tags[slots[last]] = pages[last]
 
+    def set_flag(self, t_ns: int) -> Generator[Event, Any, int]:
+        """An access-flag fault: see :class:`simkvm.guest.software_af.SoftwareAfVcpu`."""
+        raise NotImplementedError
+
+    def cleared(self, leaves: NDArray[np.int64], t_ns: int) -> None:
+        """Ageing cleared the accessed flags of ``leaves``: the hardware will set them again."""
+
     def given(self, leaf: int, t_ns: int) -> None:
         """Another vCPU mapped ``leaf`` at ``t_ns``: a fault planned there may not be one."""
         target = self._run_to
@@ -341,12 +360,37 @@ class Vcpu:
             return
         if self._position == self._run_to and t_ns > self._run_from_ns:
             return  # its faulting touch lies in the past: it is on its way out
-        self._run_from_ns = max(self._run_from_ns, t_ns) + self._refill_ns()
-        moved = self._plan(self._run_from_ns)
+        self._resume(max(self._run_from_ns, t_ns) + self._refill_ns())
+        self.cpu.enter_guest(t_ns, self._exit_ns)
+
+    def unmapped(self, t_ns: int) -> None:
+        """Mappings may have gone at ``t_ns``; whoever took them flushes later."""
+        self._disturbed(t_ns, 0)
+
+    def interrupted(self, t_ns: int, lost_ns: int) -> None:
+        """As :meth:`flushed`, by an interrupt at ``t_ns`` that costs a running guest ``lost_ns``.
+
+        A vCPU that is out of the guest flushes when it enters.
+        """
+        self._flushes = True
+        self._disturbed(t_ns, lost_ns)
+
+    def _disturbed(self, t_ns: int, lost_ns: int) -> None:
+        if not self._running or self.alarm is None:
+            return
+        if self._position == self._run_to and t_ns > self._run_from_ns:
+            return  # on its way out already
+        refill_ns = self._refill_ns() if self._flushes else 0
+        self._resume(max(self._run_from_ns, t_ns) + lost_ns + refill_ns)
+        self.cpu.enter_guest(max(t_ns, self._entry_ns), self._exit_ns)
+
+    def _resume(self, t_ns: int) -> None:
+        """The guest goes on at ``t_ns``: find its next fault anew."""
+        self._run_from_ns = t_ns
+        moved = self._plan(t_ns)
         if moved < self.next_ns:
             self._wake_at(moved)
         self.next_ns = moved
-        self.cpu.enter_guest(t_ns, self._exit_ns)
 
     def forget_translations(self) -> None:
         """An invalidation emptied the TLB; mappings stay, so what comes next is as planned.

@@ -1,23 +1,26 @@
-"""MGLRU ageing on command: one walk of a guest's host page table, and the thread that asks for it.
+"""MGLRU ageing on command: walks of guests' host page tables, and the thread that asks for them.
 
 Source: mm/vmscan.c (``run_aging``, ``walk_mm``, ``inc_max_seq``), v6.12. The walk holds the lock of
 each host page table for all of its entries, under ``mmap_lock`` for read; it tries both and skips
 what it cannot have. For every folio it learns whether the guest used it
-(:mod:`simkvm.kernel.aging_call`), promotes what was, and opens a new generation.
+(:mod:`simkvm.kernel.aging_call`), and promotes what was. The walk of the last guest of a memcg
+opens a new generation, for all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from simpy import Environment, Event
 
 from simkvm.kernel.aging_call import CALLS, Pass
+from simkvm.kernel.folio_referenced import FolioReferenced
 from simkvm.kernel.host_memory import OWN, YOUNG
-from simkvm.kernel.mglru import MAX_LRU_BATCH
+from simkvm.kernel.mglru import MAX_LRU_BATCH, Lruvec
+from simkvm.kernel.page_idle import PageIdle
 from simkvm.kernel.task import Task, reach
 
 if TYPE_CHECKING:
@@ -27,11 +30,41 @@ if TYPE_CHECKING:
 Steps = Generator[Event, Any, int]
 
 
+class AgeingMethod(Protocol):
+    """A way to age one guest that a user can ask for, by the ``name`` of ``ageing.method``."""
+
+    name: ClassVar[str]
+
+    def __init__(self, kvm: Kvm, task: Task) -> None: ...
+
+    def run(self, t_ns: int, opens: bool = True) -> Generator[Event, Any, Pass]:
+        """One pass over the guest from ``t_ns`` on; ``opens``: it is the last of its memcg."""
+        ...
+
+    def open_generation(self, t_ns: int) -> Steps:
+        """What the last pass over a memcg ends with; returns when it is done."""
+        ...
+
+    @property
+    def kvm(self) -> Kvm:
+        """The guest."""
+        ...
+
+
 class AgeingThread:
-    """The user that writes ageing commands to debugfs, over and over, for every guest."""
+    """The user that asks for ageing, over and over, for every memcg.
+
+    One lru_gen command walks the memcg's mms one after the other, all of them: it is a forced scan,
+    which does not skip those that have not run since the last one (``iterate_mm_list``).
+    """
 
     def __init__(self, kvms: list[Kvm], task: Task, ageing: Ageing) -> None:
-        self._walks = [AgeingWalk(kvm, task) for kvm in kvms]
+        method = METHODS[ageing.method]
+        by_memcg: dict[Lruvec, list[AgeingMethod]] = {}  # the order of the first guest of each
+        for kvm in kvms:
+            by_memcg.setdefault(kvm.host.lru.lruvec, []).append(method(kvm, task))
+        self._memcgs = list(by_memcg.values())
+        self._kvms = kvms
         self._task = task
         self._ageing = ageing
         self.passes: list[Pass] = []
@@ -42,8 +75,8 @@ class AgeingThread:
         A pass is finished once begun, but none begins any more when nobody ``wanted`` it: the
         selftest's thread looks for the end of the vCPUs between two commands.
         """
-        env, cpu, ageing = self._walks[0].env, self._task.cpu, self._ageing
-        costs = self._walks[0].kvm.costs
+        env, cpu, ageing = self._kvms[0].env, self._task.cpu, self._ageing
+        costs = self._kvms[0].costs
         t_ns = ageing.start
         rounds = 0
         while ageing.passes is None or rounds < ageing.passes:
@@ -51,10 +84,8 @@ class AgeingThread:
             if not wanted():
                 break
             cpu.enter_kernel(t_ns)
-            for walk in self._walks:
-                if walk.kvm.notifier.subscribed or walk.kvm.alive:
-                    self.passes.append((yield from walk.run(t_ns)))
-                    t_ns = self.passes[-1].end_ns
+            for walks in self._memcgs:
+                t_ns = yield from self._command(t_ns, walks)
             t_ns += cpu.take_stolen()
             rounds += 1
             if ageing.interval:
@@ -66,9 +97,28 @@ class AgeingThread:
                 t_ns += costs.switch_ns
         cpu.sleep(t_ns)
 
+    def _command(self, t_ns: int, walks: list[AgeingMethod]) -> Steps:
+        """One ageing command (``run_aging``) for the memcg of ``walks``; returns its end."""
+        left = len(walks)
+        walked = False
+        for walk in walks:
+            left -= 1
+            if walk.kvm.notifier.subscribed or walk.kvm.alive:
+                self.passes.append((yield from walk.run(t_ns, opens=left == 0)))
+                t_ns, walked = self.passes[-1].end_ns, True
+            elif left == 0 and walked:
+                t_ns = yield from walk.open_generation(t_ns)
+        return t_ns
+
 
 class AgeingWalk:
-    """Walks one guest's host page table and advances its generations."""
+    """Walks one guest's host page table and advances the generations of its memcg.
+
+    Where the CPU does not set accessed flags the walk is switched off (``arch_has_hw_pte_young``):
+    the command only opens a new generation.
+    """
+
+    name: ClassVar[str] = "lru_gen"
 
     def __init__(self, kvm: Kvm, task: Task) -> None:
         self.kvm = kvm
@@ -79,12 +129,27 @@ class AgeingWalk:
         #: Tables in one upper entry: the walk may stop and be resumed only after each.
         self._tables_a_pud = kvm.stage2.geometry.entries if kvm.leaf_pages == 1 else 1
 
-    def run(self, t_ns: int) -> Generator[Event, Any, Pass]:
-        """One pass from ``t_ns`` on (``lru_gen`` command ``+``, which scans everything)."""
+    def run(self, t_ns: int, opens: bool = True) -> Generator[Event, Any, Pass]:
+        """One pass from ``t_ns`` on (``lru_gen`` command ``+``, which scans everything).
+
+        ``opens``: it ends the memcg's list, so it opens the new generation (``inc_max_seq``).
+        """
         kvm, costs = self.kvm, self._costs
         report = Pass(kvm.name, t_ns)
+        if kvm.walks_page_tables:
+            kvm.pin()
+            t_ns = yield from self._walk(t_ns, report)
+        t_ns = yield from reach(self.env, t_ns + costs.lru_lock_ns + costs.resched_ns)
+        if opens:
+            t_ns = yield from self.open_generation(t_ns)
+        report.end_ns = t_ns
+        if kvm.walks_page_tables:
+            kvm.unpin(t_ns)
+        return report
+
+    def _walk(self, t_ns: int, report: Pass) -> Steps:
+        kvm = self.kvm
         promoted = 0
-        kvm.pin()
         t_ns = yield from reach(self.env, t_ns)
         t_ns = kvm.host.mmap_lock.visit(self.task.cpu.id, t_ns, 1)
         t_ns = yield from reach(self.env, t_ns)
@@ -98,11 +163,12 @@ class AgeingWalk:
                 t_ns, moved = yield from self._table(t_ns, table, report)
                 promoted += moved
         kvm.host.mmap_lock.post(self.task.cpu.id, t_ns)
-        t_ns = yield from reach(self.env, t_ns + costs.lru_lock_ns + costs.resched_ns)
-        t_ns += kvm.host.lru.inc_max_seq() * costs.folio_move_ns
-        report.end_ns = t_ns = yield from reach(self.env, t_ns)
-        kvm.unpin(t_ns)
-        return report
+        return t_ns
+
+    def open_generation(self, t_ns: int) -> Steps:
+        """``inc_max_seq`` of the memcg's lruvec, which first moves the oldest folios up."""
+        moved = self.kvm.host.lru.lruvec.inc_max_seq()
+        return (yield from reach(self.env, t_ns + moved * self._costs.folio_move_ns))
 
     def _resched(self, t_ns: int, flush: bool) -> Steps:
         """Between upper entries: give ``mmap_lock`` back if enough was promoted."""
@@ -139,7 +205,8 @@ class AgeingWalk:
         report.scanned += len(leaves)
         by_host = leaves[(kvm.host.state[leaves] & YOUNG) != 0]
         kvm.host.state[leaves] &= np.uint8(~YOUNG & 0xFF)
-        token = kvm.notifier.srcu.enter(t_ns) if kvm.notifier.listening else None
+        heard = kvm.notifier.hears(int(leaves[0]), int(leaves[-1]) + 1)
+        token = kvm.notifier.srcu.enter(t_ns) if heard else None
         if token is None:
             t_ns, by_guest = t_ns + len(leaves) * self._costs.scan_ns, leaves[:0]
         else:
@@ -174,7 +241,7 @@ class AgeingWalk:
         report.scanned += 1
         young = bool((kvm.host.state[first:last] & YOUNG).any())
         kvm.host.state[first:last] &= np.uint8(~YOUNG & 0xFF)
-        if kvm.notifier.listening:
+        if kvm.notifier.hears(first, last):
             token = kvm.notifier.srcu.enter(t_ns)
             t_ns, used = yield from self._call.ask_huge(t_ns, first, last, report)
             kvm.notifier.srcu.leave(token, t_ns)
@@ -187,3 +254,11 @@ class AgeingWalk:
         kvm.host.unlock(t_ns)
         self.task.cpu.enter_kernel(t_ns)
         return t_ns, moved
+
+
+METHODS: Final[dict[str, type[AgeingMethod]]] = {
+    "lru_gen": AgeingWalk,
+    "page_idle": PageIdle,
+    "folio_referenced": FolioReferenced,
+}
+"""Ways to age a guest, by what ``ageing.method`` calls them."""

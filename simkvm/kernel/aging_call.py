@@ -12,8 +12,9 @@ message 20230526234435.662652-1-yuzhao@google.com, patch 10 of 10.
 ``bitmap``       windows of 64 PTEs with one call that tests and one that clears (2023 proposal)
 =============== =================================================================================
 
-``ageing_lock`` says what a call holds: ``write`` or ``read`` of ``mmu_lock``, or ``none``: only
-RCU. A new way to ask is a class with a ``name``, listed in :data:`CALLS`.
+``ageing_lock`` says what a call holds: ``write`` or ``read`` of ``mmu_lock``, ``none`` (only RCU),
+or ``rmap_bit``: one reverse-map chain after the other. A new way to ask is a class with a ``name``,
+listed in :data:`CALLS`.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from simpy import Event
 
 from simkvm.kernel.mglru import MIN_LRU_BATCH
 from simkvm.kernel.qrwlock import FAST
+from simkvm.kernel.rmap import WITHOUT_MMU_LOCK, Held
 from simkvm.kernel.sites import AGE
 from simkvm.kernel.stage2 import AF, VALID
 from simkvm.kernel.task import Task, acquired, reach
+from simkvm.kernel.young_notifier import YoungNotifier
 from simkvm.observe.oracle import Walk
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ class Pass:
     young: int = 0
     calls: int = 0
     skipped_tables: int = 0
+    idle: int = 0  #: pages that idle page tracking found idle still
 
 
 class AgeingCall:
@@ -67,6 +71,9 @@ class AgeingCall:
         self.env = kvm.env
         self.costs = kvm.costs.ageing
         self.lock = kvm.kernel["ageing_lock"]
+        self.notifier = YoungNotifier(kvm, task)
+        #: Whether what a call finds has consequences for the guest there and then.
+        self.felt = kvm.software_af or kvm.kernel["ageing_flush"] == "per_call"
 
     def ask(
         self, t_ns: int, leaves: Leaves, report: Pass
@@ -93,7 +100,8 @@ class AgeingCall:
         def section(at_ns: int) -> tuple[int, int]:
             nonlocal used
             used = kvm.stage2.attached and bool(kvm.stage2.young(first, last).any())
-            kvm.stage2.leaf.entries[first:last] &= np.uint8(~AF & 0xFF)
+            if used:
+                kvm.clear_young(first + np.flatnonzero(kvm.stage2.young(first, last)), at_ns)
             promoted_ns = costs.promote_ns if used else 0
             return busy_ns, at_ns + busy_ns + promoted_ns + costs.scan_ns
 
@@ -135,15 +143,16 @@ class PerFolio(AgeingCall):
     ) -> Generator[Event, Any, tuple[int, Leaves]]:
         """Cut into runs of one folio each and call for every run."""
         size = self.run_leaves()
-        if size == 1:
-            report.calls += len(leaves)
-            if self.lock == "none":
-                return (yield from self._lockless(t_ns, leaves, len(leaves), 1))
-            return (yield from self._locked_singles(t_ns, leaves))
-        starts = _run_starts(leaves, size)
+        starts = run_starts(leaves, size)
         report.calls += len(starts)
-        if self.lock == "none":
-            return (yield from self._lockless(t_ns, leaves, len(starts), size))
+        if self.lock in WITHOUT_MMU_LOCK:
+            self.kvm.young_calls.lockless += len(starts)
+            return (yield from self._lockless(t_ns, leaves, starts, size))
+        if self.felt:
+            return (yield from self._runs(t_ns, np.split(leaves, starts[1:])))
+        self.kvm.young_calls.locked += len(starts)
+        if size == 1:
+            return (yield from self._locked_singles(t_ns, leaves))
         return (yield from self._locked_runs(t_ns, np.split(leaves, starts[1:])))
 
     def run_leaves(self) -> int:
@@ -151,6 +160,15 @@ class PerFolio(AgeingCall):
         return self.kvm.folio_leaves
 
     # -- under mmu_lock -----------------------------------------------------------------------
+
+    def _runs(self, t_ns: int, runs: list[Leaves]) -> Generator[Event, Any, tuple[int, Leaves]]:
+        """As :meth:`_locked_runs`, where the guest may feel each call."""
+        found: list[Leaves] = []
+        for run in runs:
+            t_ns, young = yield from self.notifier.clear(t_ns, int(run[0]), int(run[-1]) + 1)
+            found.append(young)
+            t_ns += len(run) * self.costs.scan_ns + (self.costs.promote_ns if len(young) else 0)
+        return (yield from reach(self.env, t_ns)), np.concatenate(found)
 
     def _locked_runs(
         self, t_ns: int, runs: list[Leaves]
@@ -163,7 +181,8 @@ class PerFolio(AgeingCall):
     def _locked_call(self, t_ns: int, run: Leaves, found: list[Leaves]) -> Steps:
         """One call that begins at ``t_ns``; returns when it is over and the run scanned."""
         kvm, costs = self.kvm, self.costs
-        hold_ns = costs.walk_ns + (len(run) - 1) * costs.visit_ns
+        walks = 1 + kvm.memslots.crossed(int(run[0]), int(run[-1]) + 1)
+        hold_ns = walks * costs.walk_ns + (len(run) - walks) * costs.visit_ns
 
         def section(entry_ns: int) -> tuple[int, int]:
             young = run[:0]
@@ -254,34 +273,58 @@ class PerFolio(AgeingCall):
     # -- without lock -------------------------------------------------------------------------
 
     def _lockless(
-        self, t_ns: int, leaves: Leaves, runs: int, size: int
+        self, t_ns: int, leaves: Leaves, starts: Leaves, size: int
     ) -> Generator[Event, Any, tuple[int, Leaves]]:
-        """Calls under RCU only, ``runs`` of up to ``size`` leaves; an event for each 64 of them."""
+        """Calls without ``mmu_lock``, for runs of up to ``size`` leaves; an event for 64 calls."""
         kvm, costs = self.kvm, self.costs
         found: list[Leaves] = []
         walk_ns = costs.walk_ns + (size - 1) * costs.visit_ns
+        again_ns = costs.walk_ns - costs.visit_ns  # a run in two memslots is walked twice
         period_ns = costs.call_ns + walk_ns + size * costs.scan_ns
-        edges = _run_starts(leaves, size)[::MIN_LRU_BATCH].tolist()
-        for number, low in enumerate(edges):
-            batch = leaves[low : edges[number + 1] if number + 1 < len(edges) else None]
-            calls = min(MIN_LRU_BATCH, runs - number * MIN_LRU_BATCH)
+        edges = [*starts[::MIN_LRU_BATCH].tolist(), len(leaves)]
+        for number, low in enumerate(edges[:-1]):
+            batch = leaves[low : edges[number + 1]]
+            began = starts[number * MIN_LRU_BATCH : (number + 1) * MIN_LRU_BATCH] - low
+            calls = len(began)
             t_ns = yield from reach(self.env, t_ns)
             further = len(batch) - calls  # leaves of a run behind its first
             busy_ns = calls * (costs.call_ns + costs.walk_ns) + further * costs.visit_ns
             busy_ns += len(batch) * costs.scan_ns
-            tables = kvm.path_at(int(batch[0]), t_ns)
-            kvm.oracle.walk(
-                Walk(self.task.name, tables, t_ns + costs.call_ns, period_ns, walk_ns, calls)
-            )
-            young = batch[(kvm.stage2.leaf.entries[batch] & (AF | VALID)) == (AF | VALID)]
-            kvm.stage2.clear_young(young)
+            if size > 1:
+                busy_ns += kvm.memslots.crossed_by(batch, began) * again_ns
+            self._announce(batch, t_ns + costs.call_ns, period_ns, walk_ns, calls)
+            young = kvm.age_lockless(batch, t_ns + self._offsets_ns(len(batch), began), t_ns)
             found.append(young)
             t_ns += busy_ns + len(young) * costs.promote_ns
         t_ns = yield from reach(self.env, t_ns)
         return t_ns, np.concatenate(found)
 
+    def _offsets_ns(self, leaves: int, starts: Leaves) -> Leaves:
+        """When each of ``leaves`` is looked at, if calls begin at those in ``starts``."""
+        costs = self.costs
+        first = np.repeat(starts, np.diff(starts, append=leaves))
+        calls = np.repeat(np.arange(len(starts)), np.diff(starts, append=leaves))
+        into = np.arange(leaves) - first
+        at_ns: Leaves = (
+            (calls + 1) * (costs.call_ns + costs.walk_ns)
+            + (first - calls + into) * costs.visit_ns
+            + first * costs.scan_ns
+        )
+        return at_ns
 
-def _run_starts(leaves: Leaves, size: int) -> Leaves:
+    def _announce(
+        self, batch: Leaves, start_ns: int, period_ns: int, busy_ns: int, calls: int
+    ) -> None:
+        """Tell who has to know of the walks to come: the oracle, or who changes a chain."""
+        kvm = self.kvm
+        if self.lock == "none":
+            tables = kvm.path_at(int(batch[0]), start_ns - self.costs.call_ns)
+            kvm.oracle.walk(Walk(self.task.name, tables, start_ns, period_ns, busy_ns, calls))
+        else:
+            kvm.rmap.hold(Held(batch, start_ns, period_ns, busy_ns))
+
+
+def run_starts(leaves: Leaves, size: int) -> Leaves:
     """Where runs of consecutive entries of one folio of ``size`` leaves begin."""
     gap = np.diff(leaves, prepend=-2) != 1
     other = np.diff(leaves // size, prepend=-1) != 0
@@ -299,7 +342,11 @@ class PerPte(PerFolio):
 
 
 class Bitmap(AgeingCall):
-    """Windows of 64 PTEs: a call that tests them all, then one that clears the interesting ones."""
+    """Windows of 64 PTEs: a call that tests them all, then one that clears the interesting ones.
+
+    A block is one entry of stage 2 that fills windows by itself: it is visited once and gives one
+    bit. Where the CPU does not set the flag nobody asks (``kvm_arch_has_test_clear_young``).
+    """
 
     name = "bitmap"
 
@@ -308,16 +355,20 @@ class Bitmap(AgeingCall):
     ) -> Generator[Event, Any, tuple[int, Leaves]]:
         """At most two calls a window; the second is trimmed to the bits that are set."""
         kvm, costs = self.kvm, self.costs
+        if not kvm.test_clear_young:
+            return (yield from reach(self.env, t_ns + len(leaves) * costs.scan_ns)), leaves[:0]
         found: list[Leaves] = []
-        windows = np.split(leaves, np.flatnonzero(np.diff(leaves // MIN_LRU_BATCH, prepend=-1))[1:])
-        for window in windows:
+        of = leaves // max(1, MIN_LRU_BATCH // kvm.leaf_pages)
+        for window in np.split(leaves, np.flatnonzero(np.diff(of)) + 1):
             t_ns = yield from reach(self.env, t_ns)
+            began_ns = t_ns
             young = window[(kvm.stage2.leaf.entries[window] & (AF | VALID)) == (AF | VALID)]
             t_ns = self._call(t_ns, window, report)
             t_ns += len(window) * costs.scan_ns + len(young) * costs.promote_ns
             if len(young):
+                loads_ns = t_ns + costs.call_ns + costs.walk_ns
+                kvm.age_lockless(young, loads_ns + (young - young[0]) * costs.visit_ns, began_ns)
                 t_ns = self._call(t_ns, young, report)
-                kvm.stage2.clear_young(young)
             found.append(young)
         t_ns = yield from reach(self.env, t_ns)
         return t_ns, np.concatenate(found)
@@ -327,8 +378,10 @@ class Bitmap(AgeingCall):
         kvm, costs = self.kvm, self.costs
         span = int(window[-1] - window[0]) + 1
         start = t_ns + costs.call_ns
-        busy_ns = costs.walk_ns + (span - 1) * costs.visit_ns
+        walks = 1 + kvm.memslots.crossed(int(window[0]), int(window[-1]) + 1)
+        busy_ns = walks * costs.walk_ns + (span - walks) * costs.visit_ns
         report.calls += 1
+        kvm.young_calls.lockless += 1
         tables = kvm.path_at(int(window[0]), start)
         kvm.oracle.walk(Walk(self.task.name, tables, start, busy_ns, busy_ns, 1))
         return start + busy_ns

@@ -16,6 +16,7 @@ from simkvm.scenario.machine import Machine
 class FaultCosts:
     """The path of one stage-2 fault around the walk (arch/arm64/kvm/mmu.c, ``user_mem_abort``)."""
 
+    slot_miss_ns: int  #: searching the tree if the memslot is not the one that the vCPU used last
     exit_ns: int  #: exit, SRCU and memslot look-up: up to taking ``mmap_lock``
     vma_ns: int  #: look-up of the VMA under ``mmap_lock``
     gup_hit_ns: int  #: resolving a host page that is there
@@ -35,6 +36,16 @@ class FaultCosts:
 
 
 @dataclass(frozen=True)
+class AccessFaultCosts:
+    """An access-flag fault (arch/arm64/kvm/mmu.c, ``handle_access_fault``)."""
+
+    exit_ns: int  #: exit, SRCU and memslot look-up: up to ``mmu_lock``
+    hold_ns: int  #: one walk that sets the flag
+    enter_ns: int  #: from the unlock to the guest's next instruction
+    lock_ns: int  #: what taking the lock costs a CPU that had it last
+
+
+@dataclass(frozen=True)
 class AgeingCosts:
     """The page-table walk of MGLRU (mm/vmscan.c) and the notifier call it makes."""
 
@@ -46,6 +57,8 @@ class AgeingCosts:
     folio_move_ns: int  #: moving one folio up when the oldest generation is emptied
     resched_ns: int  #: a ``cond_resched`` that does not switch
     lru_lock_ns: int  #: taking and releasing the lruvec lock
+    rmap_ns: int  #: finding the one mapping of a folio and locking its table
+    cmpxchg_ns: int  #: between the load and the compare-and-swap of a walk without lock
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,7 @@ class TakerCosts:
     pte_ns: int  #: changing one host entry in place
     ksm_scan_ns: int  #: one page: checksum and search
     migrate_ns: int  #: one leaf, its unmapping apart
+    migrate_huge_ns: int  #: one huge page that stands for a whole table of leaves
     isolate_ns: int  #: what compaction adds for a page: finding it, and a place for it
 
 
@@ -89,11 +103,12 @@ class Costs:
     handoff_ns: int
     next_ns: int
     fault: FaultCosts
+    access_fault: AccessFaultCosts
     ageing: AgeingCosts
     unmap: UnmapStepCosts
     free: FreeCosts
     takers: TakerCosts
-    tlbi_ns: int
+    tlbi_ns: int  #: broadcasts of arm64; 0 where there are none
     tlbi_all_ns: int
     tlbi_service_ns: int
     split_entry_ns: int
@@ -105,23 +120,28 @@ class Costs:
     switch_ns: int
 
     @classmethod
-    def of(cls, machine: Machine, leaf_bytes: int, page_bytes: int) -> Costs:
-        """Costs for leaves of ``leaf_bytes`` in a guest whose host pages have ``page_bytes``."""
+    def of(cls, machine: Machine, leaf_bytes: int, page_bytes: int, memslots: int = 1) -> Costs:
+        """Costs for leaves of ``leaf_bytes`` in a guest whose host pages have ``page_bytes``.
+
+        Memslots hang in two balanced trees, by address of the host and of the guest
+        (``struct kvm_memslots``, v6.12): the machine's look-up is one of a single slot, and each
+        further level costs as much again.
+        """
+        deeper_ns = (memslots.bit_length() - 1) * machine["memslot_lookup_ns"]
         line = LineCosts.of(machine)
         return cls(
             line=line,
             handoff_ns=round(machine["lock_handoff_ns"]),
             next_ns=round(machine["c2c_same_ns"]),
-            fault=_fault(machine, line, leaf_bytes),
-            ageing=_ageing(machine),
+            fault=_fault(machine, line, leaf_bytes, deeper_ns),
+            access_fault=_access_fault(machine, line),
+            ageing=_ageing(machine, deeper_ns),
             unmap=_unmap(machine, leaf_bytes),
             free=_free(machine),
-            takers=_takers(machine, leaf_bytes),
-            tlbi_ns=round(machine["tlbi_s2_page_ns"]),
-            tlbi_all_ns=round(machine["tlbi_vmid_all_ns"]),
-            tlbi_service_ns=round(machine["tlbi_global_service_ns"]),
+            takers=_takers(machine, leaf_bytes, page_bytes),
             split_entry_ns=round(machine["split_entry_ns"]),
             copy_page_ns=round(machine["copy_4k_ns"] * page_bytes / 4096),
+            **_tlbi(machine),
             touch_ns=round(machine["page_touch_ns"]),
             tlb_entries=round(machine["tlb_l2_entries"]),
             tlb_refill_ns=round(machine["tlb_miss_nested_warm_ns"]),
@@ -130,15 +150,32 @@ class Costs:
         )
 
 
-def _fault(machine: Machine, line: LineCosts, leaf_bytes: int) -> FaultCosts:
+def _tlbi(machine: Machine) -> dict[str, int]:
+    names = {
+        "tlbi_ns": "tlbi_s2_page_ns",
+        "tlbi_all_ns": "tlbi_vmid_all_ns",
+        "tlbi_service_ns": "tlbi_global_service_ns",
+    }
+    if machine.arch == "x86":
+        return dict.fromkeys(names, 0)
+    return {cost: round(machine[name]) for cost, name in names.items()}
+
+
+def _fault(machine: Machine, line: LineCosts, leaf_bytes: int, deeper_ns: float) -> FaultCosts:
     half_exit = machine["exit_roundtrip_ns"] / 2
     around = machine["memslot_lookup_ns"] + machine["srcu_ns"]
     vma = machine["mmap_lock_vma_lookup_ns"]
+    atomics = 4  # two on each of mmap_lock and mmu_lock
+    lock_of_gup = header = 0.0
+    if machine.arch == "x86":  # fast GUP looks up no VMA; GUP's slow path takes mmap_lock
+        vma, atomics, lock_of_gup = 0, 2, line.same_ns
+        header = machine["slab_alloc_or_free_ns"]  # each table has a struct kvm_mmu_page
     clean = _clean(machine, leaf_bytes)
     hold = machine["fault_hold_ns"]
-    parts = 2 * half_exit + around + vma + hold + machine["dcache_clean_4k_ns"] + 4 * line.same_ns
+    parts = 2 * half_exit + around + vma + hold + machine["dcache_clean_4k_ns"]
+    parts += atomics * line.same_ns
     gup_hit = machine["s2_map4k_total_ns"] - parts
-    alloc = machine["s2_fault4k_alloc_total_ns"] - machine["s2_map4k_total_ns"]
+    alloc = machine["s2_fault4k_alloc_total_ns"] - machine["s2_map4k_total_ns"] - lock_of_gup
     clear = machine["zero_4k_ns"] + machine["page_alloc_free_ns"]
     zero_page = alloc - clear
     if leaf_bytes >= 2 << 20:
@@ -148,6 +185,7 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int) -> FaultCosts:
     elif leaf_bytes > 4096:
         alloc += machine["zero_4k_ns"] * (leaf_bytes / 4096 - 1)
     return FaultCosts(
+        slot_miss_ns=round(deeper_ns),
         exit_ns=round(half_exit + around),
         vma_ns=round(vma),
         gup_hit_ns=round(gup_hit),
@@ -171,7 +209,7 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int) -> FaultCosts:
         retry_ns=round(machine["retry_check_ns"]),
         enter_ns=round(half_exit),
         user_ns=round(machine["exit_to_user_ns"] - machine["exit_roundtrip_ns"]),
-        object_ns=round(machine["zero_4k_ns"] + machine["page_alloc_free_ns"]),
+        object_ns=round(machine["zero_4k_ns"] + machine["page_alloc_free_ns"] + header),
     )
 
 
@@ -180,7 +218,7 @@ def _copied_not_cleared(machine: Machine, leaf_bytes: int) -> float:
     return (machine["copy_4k_ns"] - machine["zero_4k_ns"]) * leaf_bytes / 4096
 
 
-def _takers(machine: Machine, leaf_bytes: int) -> TakerCosts:
+def _takers(machine: Machine, leaf_bytes: int, page_bytes: int) -> TakerCosts:
     migrate = machine["migrate_4k_ns"] + (leaf_bytes / 4096 - 1) * machine["copy_4k_ns"]
     if leaf_bytes >= 2 << 20:
         migrate = machine["migrate_2m_ns"] * leaf_bytes / (2 << 20)
@@ -188,15 +226,30 @@ def _takers(machine: Machine, leaf_bytes: int) -> TakerCosts:
         pte_ns=round(machine["pte_scan_young_ns"]),
         ksm_scan_ns=round(machine["ksm_scan_ns"]),
         migrate_ns=round(migrate - machine["unmap_s1_4k_ns"]),
+        migrate_huge_ns=round(
+            machine["migrate_2m_ns"] * (page_bytes * page_bytes // 8) / (2 << 20)
+        ),
         isolate_ns=round(machine["compaction_ns"] - machine["migrate_4k_ns"]),
     )
 
 
-def _ageing(machine: Machine) -> AgeingCosts:
+def _access_fault(machine: Machine, line: LineCosts) -> AccessFaultCosts:
+    enter = round(machine["exit_roundtrip_ns"] / 2)
+    before = machine["exit_roundtrip_ns"] / 2 + machine["memslot_lookup_ns"] + machine["srcu_ns"]
+    hold = round(machine["af_fault_total_ns"]) - round(before) - enter - line.same_ns
+    # Without an exit to pay for, the walk is the least there is.
+    least = round(machine["age_walk_ns"] + machine["stage2_cmpxchg_ns"])
+    return AccessFaultCosts(round(before), max(hold, least), enter, line.same_ns)
+
+
+def _ageing(machine: Machine, deeper_ns: float) -> AgeingCosts:
     return AgeingCosts(
         scan_ns=round(machine["pte_scan_old_ns"]),
         call_ns=round(
-            machine["notifier_call_ns"] + machine["srcu_ns"] + machine["memslot_lookup_ns"]
+            machine["notifier_call_ns"]
+            + machine["srcu_ns"]
+            + machine["memslot_lookup_ns"]
+            + deeper_ns
         ),
         walk_ns=round(machine["age_walk_ns"]),
         visit_ns=round(machine["stage2_leaf_visit_ns"]),
@@ -204,6 +257,8 @@ def _ageing(machine: Machine) -> AgeingCosts:
         folio_move_ns=round(machine["folio_move_ns"]),
         resched_ns=round(machine["cond_resched_ns"]),
         lru_lock_ns=round(2 * machine["atomic_uncontended_ns"]),
+        rmap_ns=round(machine["rmap_check_single_ns"]),
+        cmpxchg_ns=round(machine["stage2_cmpxchg_ns"]),
     )
 
 

@@ -41,16 +41,24 @@ ATOMIC: Final = CpuState.ATOMIC
 class Cpu:
     """One host CPU.
 
-    ``nohz_full``: no tick while it runs one thread, context tracking on, callbacks offloaded.
+    ``nohz_full``: no tick while it runs one thread, context tracking on. ``offloaded``: kthreads
+    invoke its RCU callbacks (rcu_nocbs=); those of a nohz_full CPU always are
+    (rcu_init_nohz() in kernel/rcu/tree_nocb.h, v6.12).
     ``stolen_ns``: softirq time not yet collected by the actor that it was taken from.
     """
 
-    __slots__ = ("_extended", "_quiet", "_told", "id", "node", "nohz_full", "stolen_ns")
+    __slots__ = (
+        *("_extended", "_quiet", "_told"),
+        *("id", "node", "nohz_full", "offloaded", "stolen_ns"),
+    )
 
-    def __init__(self, cpu_id: int, node: int = 0, nohz_full: bool = False) -> None:
+    def __init__(
+        self, cpu_id: int, node: int = 0, nohz_full: bool = False, offloaded: bool = False
+    ) -> None:
         self.id = cpu_id
         self.node = node
         self.nohz_full = nohz_full
+        self.offloaded = offloaded or nohz_full
         self.stolen_ns = 0
         self._told: deque[tuple[int, int, CpuState]] = deque(maxlen=DEPTH)  # (from, until, state)
         self._quiet: deque[int] = deque(maxlen=MOMENTS)  # context switches and guest entries

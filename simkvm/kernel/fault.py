@@ -61,6 +61,9 @@ class FaultPath:
         self._mmap_lock = kvm.host.mmap_lock
         self._host_state = kvm.host.fast
         self._leaf_state = kvm.stage2.leaf.fast
+        self._slots = kvm.memslots
+        self.slotted = len(kvm.memslots) > 1
+        self._slot = 0  #: memslot that this vCPU used last (``last_used_slot``)
         self.cached = 0  #: table pages in the memory cache
         self.lacking = False  #: whether the host page has to be installed
         self.ptl_table = -1  #: host table whose lock the fault in flight takes,
@@ -80,6 +83,10 @@ class FaultPath:
             return exit_ns + self.exit_ns + (CACHE_CAPACITY - self.cached) * self._costs.object_ns
         return exit_ns + self.exit_ns
 
+    def slot_ns(self, leaf: int) -> int:
+        """What finding the memslot of ``leaf`` takes if this vCPU did not use it last."""
+        return 0 if self._slots.of(leaf) == self._slot else self._costs.slot_miss_ns
+
     def look_up(self, t_ns: int, leaf: int, write: bool) -> int:
         """From ``mmap_lock``, reached at ``t_ns``, to a host page; returns when ``mmu_lock`` is.
 
@@ -88,6 +95,8 @@ class FaultPath:
         """
         kvm, costs = self._kvm, self._costs
         self.faults += 1
+        if self.slotted:
+            self._slot = self._slots.of(leaf)
         if self.cached < self.cache_minimum:
             self.cached = CACHE_CAPACITY
         self._leaf = leaf
@@ -130,8 +139,8 @@ class FaultPath:
         self.user_exits += 1
         if not refusal.reads:  # found out by GUP, not from the memory slots
             t_ns = self._mmap_lock.visit(self._cpu, t_ns, 3) + costs.vma_ns + costs.gup_hit_ns
-            if self.cached < self.cache_minimum:
-                self.cached = CACHE_CAPACITY
+        if self.cached < self.cache_minimum:
+            self.cached = CACHE_CAPACITY
         t_ns += costs.user_ns
         self._task.cpu.enter_user(t_ns - costs.user_ns, t_ns)
         return t_ns + costs.enter_ns
@@ -194,13 +203,15 @@ class FaultPath:
         """How long a fault that has to be taken again holds the lock; -1 if it goes on."""
         kvm, leaf = self._kvm, self._leaf
         notifier = kvm.notifier
-        if notifier.in_progress or notifier.moved_ns > self._noted_ns or not self._host_state[leaf]:
+        if not self._host_state[leaf] or (
+            (notifier.in_progress or notifier.moved_ns > self._noted_ns)
+            and notifier.stale(leaf, self._noted_ns)
+        ):
             # Without a host page: zapped since the look-up, and the invalidation was noted then.
             self.retries += 1
             return self._costs.retry_ns
         if kvm.installing and kvm.installing.get(kvm.stage2.leaf_table(leaf), 0) > entry_ns:
-            # Another fault is breaking or making an entry on this path.
-            return self._costs.hold_ns
+            return self._beaten_ns()
         return -1
 
     def locked(self, entry_ns: int) -> tuple[int, int]:
@@ -214,6 +225,8 @@ class FaultPath:
         if self._leaf_state[leaf] & need == need:
             return self._again(entry_ns, costs.hold_ns)  # another vCPU was first
         hold = costs.hold_ns
+        if kvm.races is not None:
+            kvm.leaf_changes(leaf, entry_ns + hold)
         made = stage2.map_leaf(leaf, WRITE if state & OWN and state < WRPROTECT else 0)
         if made:
             hold += self._linked(made, entry_ns)
@@ -229,6 +242,10 @@ class FaultPath:
         # An entry is locked only between breaking the old one and making the new.
         kvm.entry_locked([kvm.stage2.leaf_table(self._leaf)], entry_ns, entry_ns + extra_ns)
         return extra_ns
+
+    def _beaten_ns(self) -> int:
+        """Another fault is breaking or making an entry on this path: how long finding out takes."""
+        return self._costs.hold_ns
 
     def _again(self, entry_ns: int, hold_ns: int) -> tuple[int, int]:
         """Leave without a mapping; the guest runs into the same fault again, if it is one."""

@@ -21,19 +21,14 @@ from typing import TYPE_CHECKING, Any
 from simpy import Event
 
 from simkvm.kernel.fault import Faulting, FaultPath
-from simkvm.kernel.host_change import copies
-from simkvm.kernel.host_memory import MIGRATION, OWN, PROT_NONE, WRPROTECT
+from simkvm.kernel.host_change import copies, settle_huge
+from simkvm.kernel.host_memory import MIGRATION, OWN, WRPROTECT
 from simkvm.kernel.sites import FAULT, PERMISSION_FAULT
 from simkvm.kernel.stage2 import AF, VALID, WRITE
 from simkvm.kernel.task import Task
 
 if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm
-
-
-def fault_path(kvm: Kvm, vcpu: Faulting, task: Task) -> FaultPath:
-    """The fault handler that ``kvm`` needs."""
-    return (SizedFaultPath if kvm.sized else FaultPath)(kvm, vcpu, task)
 
 
 class SizedFaultPath(FaultPath):
@@ -57,9 +52,24 @@ class SizedFaultPath(FaultPath):
             self._huge = kvm.host.empty(*kvm.stage2.block_span(leaf))
         self._alloc_ns = kvm.block_faults.gup_alloc_ns if self._huge else costs.gup_alloc_ns
         self._wants_write = write
-        relaxes = write and self._leaf_state[leaf] & (VALID | WRITE) == VALID
+        relaxes = self._only_rights(leaf, write)
         self._hit_ns = costs.relax_hit_ns if relaxes else costs.gup_hit_ns
+        if relaxes and self._relax_lock == "none":
+            return self._fast(t_ns, leaf)
         return super().look_up(t_ns, leaf, write or self._huge)
+
+    def _only_rights(self, leaf: int, write: bool) -> bool:
+        """Whether only the right to write lacks, and the host has nothing against that."""
+        if not write or self._leaf_state[leaf] & (VALID | WRITE) != VALID:
+            return False
+        state = self._host_state[leaf]
+        return bool(state & OWN) and state < MIGRATION
+
+    def _fast(self, t_ns: int, leaf: int) -> int:
+        """x86's ``fast_page_fault``: an entry that is there is changed without any look-up."""
+        self.faults += 1
+        self._leaf, self._write, self._noted_ns, self.lacking = leaf, True, t_ns, False
+        return t_ns + self._hit_ns
 
     def install(self, t_ns: int) -> Generator[Event, Any, int] | None:
         """As :meth:`FaultPath.install`."""
@@ -69,16 +79,14 @@ class SizedFaultPath(FaultPath):
         return self._install_later(t_ns, held)
 
     def _map_in_host(self, leaf: int) -> None:
-        host, state = self._kvm.host, self._host_state[leaf]
-        if self._huge and host.empty(*self._kvm.stage2.block_span(leaf)):
-            host.install_huge(*self._kvm.stage2.block_span(leaf))
+        host, span = self._kvm.host, self._kvm.stage2.block_span(leaf)
+        if self._huge and host.empty(*span):
+            host.install_huge(*span)
             return
-        if host.fast_huge[leaf // host.entries] and state >= MIGRATION:
-            if self._write and copies(host, state):  # only one page is (``do_huge_pmd_wp_page``)
-                host.split(leaf, leaf + 1)
-            else:
-                host.settle_huge(leaf, PROT_NONE | WRPROTECT if self._write else PROT_NONE)
+        if self._write and copies(host, self._host_state[leaf]):
+            host.split(leaf, leaf + 1)  # only one page is copied (``do_huge_pmd_wp_page``)
         super()._map_in_host(leaf)
+        settle_huge(host, leaf, self._write)
 
     # -- under mmu_lock -----------------------------------------------------------------------
 
@@ -143,14 +151,14 @@ class SizedFaultPath(FaultPath):
             kvm.leaf_mapped(leaf, t_ns)
 
     def _writable(self, leaf: int, write: bool) -> int:
-        """Under logging a page that is only read is mapped read-only, so that a write shows.
-
-        The zero page, and one that the host itself protects, are never writable.
-        """
+        """Under logging a page that is only read is mapped read-only, so that a write shows."""
         state = self._host_state[leaf]
-        if not state & OWN or state >= WRPROTECT:
-            return 0
-        return WRITE if write or not self._kvm.dirty_log.logs(leaf) else 0
+        own = state & OWN and state < WRPROTECT  # else the zero page, or one that is shared
+        return WRITE if own and (write or not self._kvm.dirty_log.logs(leaf)) else 0
+
+    def _block_writable(self, leaf: int) -> int:
+        first, last = self._kvm.stage2.block_span(leaf)
+        return 0 if (self._kvm.host.state[first:last] & WRPROTECT).any() else WRITE
 
     def _map_page(self, t_ns: int, leaf: int, write: bool) -> int:
         kvm, stage2 = self._kvm, self._kvm.stage2
@@ -171,7 +179,7 @@ class SizedFaultPath(FaultPath):
     def _map_block(self, t_ns: int, leaf: int) -> int:
         kvm, stage2 = self._kvm, self._kvm.stage2
         end_ns = t_ns + kvm.block_faults.hold_ns
-        made = stage2.map_block(leaf, self._writable(leaf, True))
+        made = stage2.map_block(leaf, self._block_writable(leaf))
         if made:
             end_ns += self._linked(made, t_ns)
         kvm.entry_locked(self._leaf_tables(leaf), t_ns, end_ns)
@@ -185,7 +193,7 @@ class SizedFaultPath(FaultPath):
         tables, _ = stage2.subtree(leaf)
         made_ns = kvm.flush_ns(t_ns + kvm.block_faults.hold_ns, alone_ns=kvm.costs.tlbi_all_ns)
         kvm.forget_translations(t_ns)
-        stage2.collapse(leaf, self._writable(leaf, True))
+        stage2.collapse(leaf, self._block_writable(leaf))
         kvm.entry_locked(self._leaf_tables(leaf), t_ns, made_ns)
         for table in tables:
             kvm.oracle.unlinked(table, made_ns)

@@ -1,6 +1,8 @@
-"""Shape of an arm64 stage-2 table: levels, entries a table, concatenated roots.
+"""Shape of the tables that map a guest: levels, entries a table, roots.
 
-Source: arch/arm64/include/asm/{kvm_pgtable.h,stage2_pgtable.h,kvm_arm.h}, v6.12.
+Source: arch/arm64/include/asm/{kvm_pgtable.h,stage2_pgtable.h,kvm_arm.h} and
+arch/x86/kvm/mmu/{mmu.c,mmu_internal.h}, v6.12. Levels are numbered as arm64 does, 3 maps pages;
+x86 counts the other way, from PG_LEVEL_4K (here 3) up to PG_LEVEL_512G (0) and 256T (-1).
 """
 
 from __future__ import annotations
@@ -83,3 +85,35 @@ class Geometry:
     def leaf_sizes(self) -> list[int]:
         """The sizes that a leaf may have, smallest first, in bytes."""
         return [self.span_bytes(n) for n in range(LAST_LEVEL, self.min_block_level - 1, -1)]
+
+
+#: Most levels of an x86 table (``PT64_ROOT_MAX_LEVEL``): what a fault's memory cache has to hold.
+X86_MOST_LEVELS = 5
+
+
+@dataclass(frozen=True)
+class X86Geometry(Geometry):
+    """Geometry of x86's direct tables: pages of 4 KiB, one root page, nothing concatenated.
+
+    ``ipa_bits`` is the guest's MAXPHYADDR: four levels up to 48 bits, else five
+    (``kvm_mmu_get_tdp_level``).
+    """
+
+    @cached_property
+    def start_level(self) -> int:
+        """Level of the root."""
+        return 0 if self.ipa_bits <= 48 else -1
+
+    @cached_property
+    def root_pages(self) -> int:
+        """One table, whatever it has to reach."""
+        return 1
+
+    @property
+    def cache_minimum(self) -> int:
+        """Tables that a fault wants in its memory cache (``mmu_topup_memory_caches``)."""
+        return X86_MOST_LEVELS
+
+
+GEOMETRIES: dict[str, type[Geometry]] = {"arm64": Geometry, "x86": X86Geometry}
+"""By architecture."""

@@ -8,6 +8,8 @@ They differ in what the guest's next fault finds in the host's own table:
 * merged (KSM's second step): one page that many share, never to be written;
 * a migration entry: whoever comes waits until the page has moved.
 
+A huge page of which only a part changes is split first, as the kernel does.
+
 Every change works on the leaves ``first`` up to ``last`` at once and returns how many entries it
 changed: what each costs is for the caller to say.
 """
@@ -51,6 +53,15 @@ def copies(host: HostMemory, state: int) -> bool:
     return bool(state & WRPROTECT) and host.children > 0
 
 
+def settle_huge(host: HostMemory, leaf: int, write: bool) -> None:
+    """A fault has settled ``leaf``: if a huge page is mapped there, all of that is settled."""
+    table = leaf // host.entries
+    if host.huge[table]:
+        first = table * host.entries
+        flags = PROT_NONE | WRPROTECT if write else PROT_NONE
+        host.state[first : first + host.entries] &= np.uint8(~flags & 0xFF)
+
+
 # -- changes ----------------------------------------------------------------------------------
 
 
@@ -65,7 +76,7 @@ def make_writable(host: HostMemory, first: int, last: int) -> int:
     state = host.state[first:last]
     there = (state & (OWN | WRPROTECT)) == (OWN | WRPROTECT)
     state[there] &= np.uint8(~WRPROTECT & 0xFF)
-    return int(np.count_nonzero(there))
+    return _entries(host, first + np.flatnonzero(there))
 
 
 def make_prot_none(host: HostMemory, first: int, last: int) -> int:
@@ -81,7 +92,7 @@ def _mark(host: HostMemory, first: int, last: int, mask: int, flag: int) -> int:
     state = host.state[first:last]
     there = (state & mask) == (OWN | PRESENT)
     state[there] |= np.uint8(flag)
-    return int(np.count_nonzero(there))
+    return _entries(host, first + np.flatnonzero(there))
 
 
 def merge(host: HostMemory, first: int, last: int) -> int:
@@ -104,7 +115,7 @@ def depart(host: HostMemory, first: int, last: int) -> int:
     host.lru.remove(there)
     host.state[there] = MIGRATION
     _count(host, there, -1)
-    return len(there)
+    return _entries(host, there)
 
 
 def arrive(host: HostMemory, env: Environment, first: int, last: int, t_ns: int) -> int:
@@ -131,6 +142,13 @@ def arrival(host: HostMemory, env: Environment, leaf: int) -> Event:
     moved = Event(env)
     host.arrivals.setdefault(leaf, []).append(moved)
     return moved
+
+
+def _entries(host: HostMemory, leaves: NDArray[np.int64]) -> int:
+    """Entries of the host's table that map ``leaves``: a huge page has one."""
+    tables = leaves // host.entries
+    huge = host.huge[tables]
+    return int(np.count_nonzero(~huge)) + len(np.unique(tables[huge]))
 
 
 def _count(host: HostMemory, leaves: NDArray[np.int64], step: int) -> None:

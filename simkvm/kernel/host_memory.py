@@ -19,6 +19,7 @@ from simkvm.kernel.mglru import LruGen
 PRESENT: Final = 1
 OWN: Final = 2  #: a page of its own; without it a present entry is the shared zero page
 YOUNG: Final = 4  #: the host's own accessed flag
+IDLE: Final = 8  #: marked by idle page tracking, which the end of the page ends
 # From here on what only :mod:`simkvm.kernel.host_change` makes, and a fault has to undo.
 MIGRATION: Final = 32  #: a page is on its way to another place: not present, a fault waits
 PROT_NONE: Final = 64  #: present, but the next access takes a NUMA hinting fault
@@ -80,6 +81,14 @@ class HostMemory:
         """Whether nothing is mapped in ``first`` up to ``last``."""
         return not self.state[first:last].any()
 
+    def map_all(self) -> None:
+        """Give every leaf of an empty page table a page of its own."""
+        self.state[:] = PRESENT | YOUNG | OWN
+        self.present = [self.entries] * len(self.present)
+        if rest := len(self.state) % self.entries:
+            self.present[-1] = rest
+        self.lru.add_all(0, len(self.state))
+
     def zap(self, first: int, last: int) -> int:
         """Remove what is mapped in ``first`` up to ``last``; returns how many entries that was.
 
@@ -110,11 +119,6 @@ class HostMemory:
             if first > begin or last < min(begin + self.entries, len(self.state)):
                 self.huge[table] = False
 
-    def settle_huge(self, leaf: int, clear: int) -> None:
-        """A fault on the huge page of ``leaf`` clears the flags ``clear`` of all of it."""
-        first = leaf - leaf % self.entries
-        self.state[first : first + self.entries] &= np.uint8(~clear & 0xFF)
-
     def table_leaves(self, table: int) -> NDArray[np.int64]:
         """Leaves of host table ``table`` that map a page of their own, in order."""
         first = table * self.entries
@@ -137,6 +141,11 @@ class HostMemory:
         if len(self.left) >= REMEMBERED:
             self.left = {table: at for table, at in self.left.items() if at > t_ns - LOOK_BACK_NS}
         self.left[self.aged_table] = t_ns
+
+    @property
+    def contended(self) -> bool:
+        """Whether somebody waits for the lock that ageing has."""
+        return bool(self._blocked)
 
     def blocked(self, leaf: int, t_ns: int) -> int | Event | None:
         """Who took the lock of ``leaf``'s table before ``t_ns`` and holds it then.

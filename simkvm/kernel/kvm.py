@@ -8,21 +8,29 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from simpy import Environment, Event
 
 from simkvm.kernel import table_free
+from simkvm.kernel.cmpxchg_race import CmpxchgRaces
 from simkvm.kernel.costs import Costs, FreeCosts
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dirty_log import DirtyLog
-from simkvm.kernel.geometry import Geometry
+from simkvm.kernel.geometry import GEOMETRIES
 from simkvm.kernel.host_memory import HostMemory
 from simkvm.kernel.memslot import Refusal
+from simkvm.kernel.memslots import Memslots
+from simkvm.kernel.mmu import MMUS
 from simkvm.kernel.mmu_notifier import MmuNotifier, Srcu, unmap_walk
 from simkvm.kernel.qrwlock import QueuedRwlock
 from simkvm.kernel.rcu import Rcu
-from simkvm.kernel.stage2 import Stage2, TableId
+from simkvm.kernel.remote_flush import Ipi
+from simkvm.kernel.rmap import RmapLocks
+from simkvm.kernel.split_cache import SplitCache
+from simkvm.kernel.stage2 import AF, VALID, WRITE, Stage2, TableId
 from simkvm.kernel.tlb import TlbiPath
-from simkvm.kernel.unmap import UnmapCosts
+from simkvm.kernel.unmap import UnmapCosts, UnmapWalk
+from simkvm.kernel.young_notifier import YoungCalls
 from simkvm.observe.oracle import Oracle
 from simkvm.observe.table_memory import TableMemory
 from simkvm.scenario.access import Access, Phases, Populate, Trace
@@ -32,6 +40,9 @@ from simkvm.scenario.schema import Guest
 
 if TYPE_CHECKING:
     from simkvm.guest.vcpu import Vcpu
+
+
+FREE = UnmapCosts(0, 0, 0, 0, 0, 0, 0)  #: of a walk whose time is accounted elsewhere
 
 
 class Kvm:
@@ -45,7 +56,7 @@ class Kvm:
         machine: Machine,
         kernel: KernelVariant,
         rcu: Rcu,
-        tlbi: TlbiPath,
+        remote_flush: TlbiPath | Ipi,
         memory: TableMemory,
         break_lock: bool,
         block_bytes: int | None = None,
@@ -60,19 +71,22 @@ class Kvm:
         self.env = env
         self.kernel = kernel
         self.rcu = rcu
-        self.tlbi = tlbi
+        self.remote_flush = remote_flush
         self.memory = memory
-        geometry = Geometry(guest.page_size, guest.ipa_bits)
+        geometry = GEOMETRIES[kernel.arch](guest.page_size, guest.ipa_bits)
         self.pages = memory_bytes // guest.page_size
         self.leaves = memory_bytes // leaf_bytes
         self.leaf_pages = leaf_bytes // guest.page_size
         # Pieces of a huge page that was split are folios of a page.
         self.folio_leaves = max(1, guest.folio // guest.mapping)
-        self.costs = Costs.of(machine, leaf_bytes, guest.page_size)
-        blocks = Costs.of(machine, block_bytes or leaf_bytes, guest.page_size)
+        self.memslots = Memslots(self.leaves, guest.memslots)
+        self.mmu = MMUS[kernel["mmu"]](kernel, guest.rmap_chain)
+        self.costs = self.mmu.costs(Costs.of(machine, leaf_bytes, guest.page_size, guest.memslots))
+        blocks = Costs.of(machine, block_bytes or leaf_bytes, guest.page_size, guest.memslots)
         self.block_faults = blocks.fault
         self._block_unmap_ns = blocks.unmap.leaf_ns
-        self.sized = logged or block_bytes is not None
+        sized = logged or block_bytes is not None
+        self.fault_path = self.mmu.sized_fault if sized else self.mmu.fault
         self.huge_pages = block_bytes == guest.mapping  #: the host backs it with huge pages
         self.stage2 = Stage2(geometry, guest.ipa_base, self.pages, leaf_bytes, block_bytes)
         self.mmu_lock = QueuedRwlock(
@@ -82,14 +96,28 @@ class Kvm:
             env, self.leaves, geometry.entries, self.costs.line, kernel["promotion"] == "two_step"
         )
         self.notifier = MmuNotifier(self, Srcu(env, self.costs.wakeup_ns))
+        self.rmap = RmapLocks()
         self.oracle = Oracle(name)
         self.table_free = table_free.POLICIES[kernel["table_free"]]()
         self.collapse_free = table_free.COLLAPSE[kernel["collapse_free"]]()
         self.dirty_log = DirtyLog(self, machine)
+        self._queue_callback = {"call_rcu": rcu.call_rcu, "call_rcu_hurry": rcu.call_rcu_hurry}[
+            kernel["table_callback"]
+        ]
         self.deferred_tlbi = (
             kernel["unmap_tlbi"] == "deferred" and machine.tlbirange and machine.fwb
         )
-        self._break_lock = break_lock
+        self.keep_tables = kernel["unmap_tables"] == "keep"
+        self.break_lock = break_lock  #: whether contention breaks the lock, if anything does
+        self.software_af = not machine.hw_af
+        #: Whether the lock-free calls of 2023 work here (``kvm_arch_has_test_clear_young``).
+        self.test_clear_young = machine.hw_af or kernel["ageing_call"] != "bitmap"
+        self.young_calls = YoungCalls()
+        self.races = (
+            CmpxchgRaces(self.costs.ageing.cmpxchg_ns) if kernel["ageing_lock"] == "none" else None
+        )
+        #: Whether MGLRU walks page tables: on arm64 host and guest have the flag, or neither.
+        self.walks_page_tables = machine.hw_af or machine.arch != "arm64"
         self.vcpus: list[Vcpu] = []
         # Shares of the memory may meet inside a block.
         meeting = self.leaf_pages > 1 or block_bytes is not None or not _apart(guest.access)
@@ -110,12 +138,16 @@ class Kvm:
         self.collapses = 0
         self.splits = 0
         self.alive = True  #: vCPUs may run
-        self.memslot = True  #: the memory lies in a slot that the notifier finds,
-        self.memslot_valid = True  #: and a vCPU too
         self.refusals: list[Refusal] = []
+        self.tree_freed = False  #: the walk of its end is over
+        self.split_cache = SplitCache(self, guest.teardown.split_cache if guest.teardown else 0)
+        self.waiting: set[TableId] = set()  #: tables that wait for their callback
         self._pins = 0
         self._unpinned: Event | None = None
         memory.root(geometry.root_pages * self.table_bytes)
+        if guest.mapped:
+            self.host.map_all()
+            self.tables_linked(self.stage2.map_all(WRITE), 0)
 
     # -- tables -------------------------------------------------------------------------------
 
@@ -143,9 +175,11 @@ class Kvm:
     def call_rcu(self, t_ns: int, cpu: int, table: TableId) -> None:
         """Leave ``table`` to a callback on ``cpu``."""
         self.memory.deferred(t_ns, self.table_bytes)
-        self.rcu.call_rcu(t_ns, cpu, partial(self._rcu_callback, table))
+        self.waiting.add(table)
+        self._queue_callback(t_ns, cpu, partial(self._rcu_callback, table))
 
     def _rcu_callback(self, table: TableId, t_ns: int) -> int:
+        self.waiting.discard(table)
         cost_ns = self.table_free.callback(self, table, t_ns)
         self.tables_called_back += 1
         self.oracle.callback_done(table, t_ns)
@@ -156,11 +190,13 @@ class Kvm:
     ) -> None:
         """Leave ``tables`` to one ``callback`` on ``cpu``, which returns what it costs."""
         self.memory.deferred(t_ns, len(tables) * self.table_bytes)
-        self.rcu.call_rcu(t_ns, cpu, partial(self._subtree_callback, tables, callback))
+        self.waiting.update(tables)
+        self._queue_callback(t_ns, cpu, partial(self._subtree_callback, tables, callback))
 
     def _subtree_callback(
         self, tables: Sequence[TableId], callback: Callable[[int], int], t_ns: int
     ) -> int:
+        self.waiting.difference_update(tables)
         cost_ns = callback(t_ns)
         self.tables_called_back += len(tables)
         for table in tables:
@@ -194,6 +230,11 @@ class Kvm:
                 return refusal
         return None
 
+    def no_memslot(self, leaf: int) -> bool:
+        """Whether ``leaf`` lies in a memslot that is invalid or gone."""
+        refusal = self.refusal(leaf, write=False)
+        return refusal is not None and refusal.reads
+
     def leaf_mapped(self, leaf: int, t_ns: int) -> None:
         """A fault mapped ``leaf`` at ``t_ns``: tell the vCPUs that were about to."""
         for vcpu in self.expected.pop(leaf, {}).values():
@@ -208,12 +249,50 @@ class Kvm:
         for leaf in meant:
             self.leaf_mapped(leaf, t_ns)
 
+    # -- ageing -------------------------------------------------------------------------------
+
+    def clear_young(self, leaves: NDArray[np.int64], t_ns: int) -> None:
+        """Ageing clears the accessed flags of ``leaves`` (distinct, young) at ``t_ns``."""
+        self.stage2.clear_young(leaves)
+        if self.software_af and len(leaves):
+            for vcpu in self.vcpus:
+                vcpu.cleared(leaves, t_ns)
+
+    def age_lockless(
+        self, leaves: NDArray[np.int64], loads_ns: NDArray[np.int64], t_ns: int
+    ) -> NDArray[np.int64]:
+        """A walk without lock from ``t_ns`` on comes by ``leaves`` at ``loads_ns``.
+
+        Clears their accessed flags; returns those that were young. One whose compare-and-swap
+        fails counts as young and stays as it is.
+        """
+        young = (self.stage2.leaf.entries[leaves] & (AF | VALID)) == (AF | VALID)
+        failed = np.zeros(len(leaves), np.bool_)  # nothing changes while a chain is locked
+        if self.races is not None:
+            failed = self.races.loaded(leaves, loads_ns, young)
+        self.clear_young(leaves[young & ~failed], t_ns)
+        seen: NDArray[np.int64] = leaves[young | failed]
+        return seen
+
+    def flush_vmid(self, t_ns: int) -> int:
+        """Invalidate all of the VM's translations at ``t_ns``; returns when that is done."""
+        for vcpu in self.vcpus:
+            vcpu.catch_up(t_ns)
+            vcpu.flushed(t_ns)
+        return self.flush_ns(t_ns, self.costs.tlbi_all_ns)
+
+    def leaf_changes(self, leaf: int, t_ns: int) -> None:
+        """A fault is going to change ``leaf`` at ``t_ns``, if it is there and young."""
+        if self.races is not None and self.stage2.test_clear_young(leaf, clear=False):
+            self.races.stored(np.array([leaf]), np.array([t_ns]))
+
     # -- unmapping ----------------------------------------------------------------------------
 
     def unmap_costs(self, t_ns: int) -> UnmapCosts:
         """Costs of a walk that starts at ``t_ns``, by how busy the invalidation path is."""
         steps = self.costs.unmap
-        flush_ns = self.tlbi.each_ns(t_ns)
+        assert isinstance(self.remote_flush, TlbiPath)  # chunks are arm64's
+        flush_ns = self.remote_flush.each_ns(t_ns)
         return UnmapCosts(
             visit_ns=steps.visit_ns,
             descend_ns=steps.descend_ns,
@@ -232,7 +311,12 @@ class Kvm:
         """
         for vcpu in self.vcpus:
             vcpu.catch_up(t_ns)
+        young = first + np.flatnonzero(self.stage2.young(first, last)) if self.races else None
         walk, end = unmap_walk(self, first, last, t_ns)
+        if self.races is not None and young is not None:
+            # Stores are spread evenly over the walk.
+            order = np.arange(1, len(young) + 1)
+            self.races.stored(young, t_ns + order * walk.elapsed_ns // (len(young) + 1))
         for table, at_ns in zip(walk.tables, walk.unlinked_ns, strict=True):
             self.oracle.unlinked(table, t_ns + at_ns, self.stage2.entries_in(table))
             self.table_free.unlinked(self, table, t_ns + at_ns, cpu)
@@ -244,7 +328,10 @@ class Kvm:
 
     def flush_ns(self, t_ns: int, alone_ns: int | None = None) -> int:
         """One invalidation issued at ``t_ns``: when it is done, ``alone_ns`` later at best."""
-        return self.tlbi.flush(t_ns, alone_ns)
+        if isinstance(self.remote_flush, TlbiPath):
+            return self.remote_flush.flush(t_ns, alone_ns)
+        now = int(self.env.now)  # whom to interrupt is not known any earlier
+        return t_ns + self.remote_flush.flush(self, now) - now
 
     def forget_translations(self, t_ns: int) -> None:
         """An invalidation at ``t_ns`` empties the vCPUs' TLBs; no mapping goes."""
@@ -261,12 +348,25 @@ class Kvm:
         for vcpu in self.vcpus:
             vcpu.flushed(t_ns)
 
+    def zap_leaves(self, t_ns: int, first: int, last: int) -> int:
+        """Zap the leaves ``first`` up to ``last`` at ``t_ns``; tables stay, nothing is flushed.
+
+        Returns how many pages they mapped, in units of a leaf.
+        """
+        for vcpu in self.vcpus:
+            vcpu.catch_up(t_ns)
+        removed = UnmapWalk(self.stage2, first, last, FREE, keep=True).pages
+        if removed:
+            for vcpu in self.vcpus:
+                vcpu.unmapped(t_ns)
+        return removed
+
     def lock_break(self, cpu: Cpu, t_ns: int) -> bool:
         """Whether ``cond_resched_rwlock_write`` lets go at ``t_ns``.
 
         Nobody else runs on the CPUs of the model's actors, so only contention can ask for it.
         """
-        return self._break_lock and self.mmu_lock.contended
+        return self.break_lock and self.mmu_lock.contended
 
     def zap_host(self, t_ns: int, first: int, last: int) -> int:
         """Remove the host's mappings of these leaves from ``t_ns`` on; returns when it is done."""

@@ -1,4 +1,4 @@
-"""The memory slot of a guest deleted, created and moved (``KVM_SET_USER_MEMORY_REGION``).
+"""A memslot of a guest deleted, created and moved (``KVM_SET_USER_MEMORY_REGION``).
 
 Source: virt/kvm/kvm_main.c (``kvm_set_memslot``, ``kvm_swap_active_memslots``), v6.12, and
 arch/arm64/kvm/mmu.c (``kvm_arch_flush_shadow_memslot``). Delete and move mark the slot invalid,
@@ -41,12 +41,14 @@ class Refusal(NamedTuple):
 
 
 class MemslotUpdate:
-    """What ``task`` does to the slot of ``kvm``."""
+    """What ``task`` does to memslot ``slot`` of ``kvm``."""
 
-    def __init__(self, kvm: Kvm, task: Task) -> None:
+    def __init__(self, kvm: Kvm, task: Task, slot: int = 0) -> None:
         self._kvm = kvm
         self._task = task
-        self._refusal = Refusal(0, kvm.leaves, reads=True)
+        self._slot = slot
+        first, last = kvm.memslots[slot]
+        self._refusal = Refusal(first, last, reads=True)
         self.grace_periods = 0
 
     def delete(self, t_ns: int) -> Steps:
@@ -70,25 +72,24 @@ class MemslotUpdate:
     # -- what a swap puts in place ------------------------------------------------------------
 
     def _invalid(self) -> None:
-        self._kvm.memslot_valid = False
         self._kvm.refusals.append(self._refusal)
 
     def _gone(self) -> None:
-        self._kvm.memslot = False
+        self._kvm.memslots.gone.add(self._slot)
 
     def _there(self) -> None:
-        self._kvm.memslot = self._kvm.memslot_valid = True
+        self._kvm.memslots.gone.discard(self._slot)
         self._kvm.refusals.remove(self._refusal)
 
     # -- steps --------------------------------------------------------------------------------
 
     def _invalidate(self, t_ns: int) -> Steps:
         """Nobody may use the slot any more; then unmap it (``kvm_invalidate_memslot``)."""
-        kvm = self._kvm
+        kvm, (first, last, _) = self._kvm, self._refusal
         t_ns = yield from self._swap(t_ns, self._invalid)
         return (
             yield from unmap_range(
-                kvm, self._task, t_ns, 0, kvm.leaves, MEMSLOT, lambda entry_ns: entry_ns
+                kvm, self._task, t_ns, first, last, MEMSLOT, lambda entry_ns: entry_ns
             )
         )
 

@@ -1,4 +1,4 @@
-"""Generations of the multi-gen LRU, for the folios of one guest (mm/vmscan.c, v6.12).
+"""Generations of the multi-gen LRU, for the folios of guests (mm/vmscan.c, v6.12).
 
 A folio's generation is a sequence number modulo four. Ageing moves what was used to the youngest
 generation, then opens a new one; if four exist the oldest is emptied first, by moving its folios
@@ -18,12 +18,45 @@ MIN_LRU_BATCH: Final = 64  #: PTEs in a window of the batched notifier calls
 MAX_LRU_BATCH: Final = 4096  #: promotions or moves between two looks at need-resched
 
 
-class LruGen:
-    """Generations of ``leaves`` folios; ``two_step``: a first sighting only marks (v7.x)."""
+class Lruvec:
+    """What the guests of one memcg share: which generations there are (``lrugen`` of a lruvec)."""
 
-    def __init__(self, leaves: int, two_step: bool) -> None:
+    def __init__(self) -> None:
         self.max_seq = MIN_NR_GENS + 1  # so from the start there are as many as there can be
         self.min_seq = 0
+        self.guests: list[LruGen] = []  #: folios by the guest that they belong to
+
+    def add(self, lru: LruGen) -> None:
+        """Charge a guest's folios (none so far) to this memcg instead of its own."""
+        lru.lruvec.guests.remove(lru)
+        lru.lruvec = self
+        self.guests.append(lru)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Folios in each generation, by its number modulo four."""
+        return [sum(sizes) for sizes in zip(*(lru.sizes for lru in self.guests), strict=True)]
+
+    def inc_max_seq(self) -> int:
+        """Open a new generation; returns how many folios had to be moved up first."""
+        moved = 0
+        if self.max_seq - self.min_seq + 1 == MAX_NR_GENS:
+            oldest = self.min_seq % MAX_NR_GENS
+            moved = sum(lru.empty(oldest) for lru in self.guests)
+            self.min_seq += 1
+        self.max_seq += 1
+        return moved
+
+
+class LruGen:
+    """One guest's ``leaves`` folios; ``two_step``: a first sighting only marks (v7.x).
+
+    The generations are those of ``lruvec``: the guest's own, unless it is charged to another memcg.
+    """
+
+    def __init__(self, leaves: int, two_step: bool) -> None:
+        self.lruvec = Lruvec()
+        self.lruvec.guests.append(self)
         self.sizes = [0] * MAX_NR_GENS
         self._two_step = two_step
         self._generation: NDArray[np.uint8] = np.zeros(leaves, np.uint8)
@@ -32,7 +65,7 @@ class LruGen:
 
     def add(self, leaf: int) -> None:
         """A fault brought ``leaf`` in."""
-        youngest = self.max_seq % MAX_NR_GENS
+        youngest = self.lruvec.max_seq % MAX_NR_GENS
         self._fast[leaf] = youngest
         self.sizes[youngest] += 1
 
@@ -62,23 +95,29 @@ class LruGen:
         return moved
 
     def inc_max_seq(self) -> int:
-        """Open a new generation; returns how many folios had to be moved up first."""
-        moved = 0
-        if self.max_seq - self.min_seq + 1 == MAX_NR_GENS:
-            moved = self._inc_min_seq()
-        self.max_seq += 1
-        return moved
+        """As :meth:`Lruvec.inc_max_seq`."""
+        return self.lruvec.inc_max_seq()
 
-    def _inc_min_seq(self) -> int:
-        oldest, following = self.min_seq % MAX_NR_GENS, (self.min_seq + 1) % MAX_NR_GENS
+    def empty(self, oldest: int) -> int:
+        """Move the folios of generation number ``oldest`` up by one; returns how many."""
+        following = (oldest + 1) % MAX_NR_GENS
         moved = self.sizes[oldest]
         if moved:
             # Slots of folios that are not there hold stale numbers: moving them too does no harm.
             self._generation[self._generation == oldest] = following
             self.sizes[following] += moved
             self.sizes[oldest] = 0
-        self.min_seq += 1
         return moved
+
+    @property
+    def max_seq(self) -> int:
+        """Sequence number of the youngest generation."""
+        return self.lruvec.max_seq
+
+    @property
+    def min_seq(self) -> int:
+        """Sequence number of the oldest generation."""
+        return self.lruvec.min_seq
 
     @property
     def total(self) -> int:

@@ -3,9 +3,10 @@
 Source: virt/kvm/kvm_main.c and mm/mmu_notifier.c, v6.12. An invalidation is two calls: *start*
 takes ``mmu_lock`` for write, counts itself in progress and unmaps; then the host changes its own
 page table; *end* takes the lock for write again, moves the sequence and uncounts. A stage-2 fault
-that finds, under the lock, an invalidation in progress anywhere in the VM, or a sequence that
-moved since it looked the page up, gives up and is taken again (arm64 does not compare ranges).
-Stage 2 is unmapped whatever the host is about to do: remove, protect, replace or move its pages.
+that finds, under the lock, an invalidation in progress, or a sequence that moved since it looked
+the page up, gives up and is taken again. Which invalidations count is ``fault_retry``: any of the
+VM (arm64), or those whose range the page lies in (x86). Stage 2 is unmapped whatever the host is
+about to do: remove, protect, replace or move its pages.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from simkvm.kernel.qrwlock import OPEN
 from simkvm.kernel.sites import RANGE_END, RANGE_START
 from simkvm.kernel.stage2 import VALID
 from simkvm.kernel.task import Task, acquired, reach
+from simkvm.kernel.tlb import TlbiPath
 from simkvm.kernel.unmap import UnmapWalk, chunks
+from simkvm.kernel.zap_leafs import ZapLeafs
 
 if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm
@@ -85,13 +88,38 @@ class MmuNotifier:
         self.in_progress = 0
         self.sequence = 0
         self.moved_ns = -1  #: when the sequence moved last
+        #: What the invalidations in progress cover, all that began since none was.
+        self.envelope = (0, 0)
+        self.stale = {"any": self._any_ran, "range": self._range_ran}[kvm.kernel["fault_retry"]]
         self._active = 0  #: invalidations that began and have not ended, whether they hold or wait
         self._idle: Event | None = None
 
-    @property
-    def listening(self) -> bool:
-        """Whether what happens to the memory reaches KVM: subscribed, and in a memory slot."""
-        return self.subscribed and self._kvm.memslot
+    # -- who gives up -------------------------------------------------------------------------
+
+    def _any_ran(self, leaf: int, noted_ns: int) -> bool:
+        """``mmu_invalidate_retry``: whether any invalidation runs, or ended since ``noted_ns``."""
+        return self.in_progress > 0 or self.moved_ns > noted_ns
+
+    def _range_ran(self, leaf: int, noted_ns: int) -> bool:
+        """``mmu_invalidate_retry_gfn``: as :meth:`_any_ran`, but one that runs has to cover
+        ``leaf``. Of one that ended the range is not known any more.
+        """
+        low, high = self.envelope
+        return (self.in_progress > 0 and low <= leaf < high) or self.moved_ns > noted_ns
+
+    def _begin(self, first: int, last: int) -> None:
+        """``kvm_mmu_invalidate_begin`` and ``_range_add``: the envelope grows until none runs."""
+        self.in_progress += 1
+        low, high = self.envelope
+        if self.in_progress > 1:
+            first, last = min(low, first), max(high, last)
+        self.envelope = (first, last)
+
+    # -- an invalidation ----------------------------------------------------------------------
+
+    def hears(self, first: int, last: int) -> bool:
+        """Whether KVM hears of these leaves: subscribed, and a memslot that is there has some."""
+        return self.subscribed and self._kvm.memslots.there(first, last)
 
     def idle(self) -> Event | None:
         """None if no invalidation is active, else the event of the last one's end.
@@ -123,7 +151,7 @@ class MmuNotifier:
         kvm = self._kvm
         if change is None:
             change = kvm.zap_host
-        if not self.listening:
+        if not self.hears(first, last):
             t_ns = change(t_ns, first, last)
             if leaving is not None:
                 leaving.post(task.cpu.id, t_ns)
@@ -149,7 +177,7 @@ class MmuNotifier:
 
     def _start(self, task: Task, t_ns: int, first: int, last: int, blockable: bool) -> Steps:
         def begin(entry_ns: int) -> int:
-            self.in_progress += 1
+            self._begin(first, last)
             return entry_ns + self._kvm.costs.unmap.bookkeeping_ns
 
         return unmap_range(self._kvm, task, t_ns, first, last, RANGE_START, begin, blockable)
@@ -189,28 +217,59 @@ def unmap_range(
 ) -> Steps:
     """Take ``mmu_lock`` for write at ``site`` and unmap the leaves ``first`` up to ``last``.
 
-    ``begin`` is called once with the time of entry and returns when the walk starts. Between the
-    chunks of a blockable walk the lock may be dropped (``stage2_apply_range``). Returns the end.
+    ``begin`` is called once with the time of entry and returns when the walk starts. A blockable
+    walk may drop the lock: where ``unmap_yield`` says. Returns the end.
     """
-    parts = chunks(kvm.stage2, first, last)
-    entry = yield from _lock(kvm, task, t_ns, site)
+
+    def lock(task: Task, t_ns: int) -> Steps:
+        return _lock(kvm, task, t_ns, site)
+
+    entry = yield from lock(task, t_ns)
     end = yield from reach(kvm.env, begin(entry))
-    for number, (low, high) in enumerate(parts):
-        if not kvm.stage2.attached:
-            break
-        end = kvm.unmap_chunk(task.cpu.id, end, low, high)
-        task.cpu.atomic(entry, end)
-        if number + 1 == len(parts):
-            break
-        end = yield from reach(kvm.env, end)
-        if blockable and kvm.lock_break(task.cpu, end):
-            kvm.mmu_lock.release(end)
-            task.cpu.context_switch(end)
-            end = entry = yield from _lock(kvm, task, end + kvm.costs.ageing.resched_ns, site)
+    way = UNMAPS[kvm.kernel["unmap_yield"]](kvm, lock)
+    end = yield from way.run(task, entry, end, first, last, blockable)
     yield from reach(kvm.env, end)
     kvm.mmu_lock.release(end)
     task.cpu.enter_kernel(end)
     return end
+
+
+class UnmapChunks:
+    """Chunk by chunk (``stage2_apply_range``); ``lock`` takes ``mmu_lock`` again."""
+
+    def __init__(self, kvm: Kvm, lock: Callable[[Task, int], Steps]) -> None:
+        self._kvm = kvm
+        self._lock = lock
+
+    def run(
+        self, task: Task, entry_ns: int, t_ns: int, first: int, last: int, blockable: bool
+    ) -> Steps:
+        """Unmap the leaves ``first`` up to ``last`` from ``t_ns`` on, the lock had at ``entry_ns``.
+
+        Returns when the last chunk is done, with the lock held.
+        """
+        kvm = self._kvm
+        slots = [s for s in kvm.memslots.overlapping(first, last) if kvm.memslots.there(*s)]
+        parts = [part for low, high in slots for part in chunks(kvm.stage2, low, high)]
+        ends = {high for _, high in slots}  # behind a slot's last chunk the lock is not offered
+        for number, (low, high) in enumerate(parts):
+            if not kvm.stage2.attached:
+                break
+            t_ns = kvm.unmap_chunk(task.cpu.id, t_ns, low, high)
+            task.cpu.atomic(entry_ns, t_ns)
+            if number + 1 == len(parts):
+                break
+            t_ns = yield from reach(kvm.env, t_ns)
+            if blockable and high not in ends and kvm.lock_break(task.cpu, t_ns):
+                kvm.mmu_lock.release(t_ns)
+                task.cpu.context_switch(t_ns)
+                t_ns = yield from self._lock(task, t_ns + kvm.costs.ageing.resched_ns)
+                entry_ns = t_ns
+        return t_ns
+
+
+UNMAPS: dict[str, type[UnmapChunks | ZapLeafs]] = {"chunk": UnmapChunks, "entry": ZapLeafs}
+"""By the value of ``unmap_yield``."""
 
 
 def _lock(kvm: Kvm, task: Task, t_ns: int, site: int) -> Steps:
@@ -223,10 +282,11 @@ def _lock(kvm: Kvm, task: Task, t_ns: int, site: int) -> Steps:
 
 def unmap_walk(kvm: Kvm, first: int, last: int, t_ns: int) -> tuple[UnmapWalk, int]:
     """One chunk's walk that starts at ``t_ns``: what it did, and when it is done."""
-    walk = UnmapWalk(kvm.stage2, first, last, kvm.unmap_costs(t_ns))
+    walk = UnmapWalk(kvm.stage2, first, last, kvm.unmap_costs(t_ns), kvm.keep_tables)
     end = t_ns + walk.elapsed_ns
     flushes = len(walk.tables) + (1 if kvm.deferred_tlbi else walk.leaves)
-    kvm.tlbi.walk(end, flushes)
+    assert isinstance(kvm.remote_flush, TlbiPath)  # chunks are arm64's
+    kvm.remote_flush.walk(end, flushes)
     if kvm.deferred_tlbi:
         end += kvm.costs.tlbi_all_ns
     return walk, end

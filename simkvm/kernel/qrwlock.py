@@ -70,6 +70,7 @@ class QueuedRwlock:
         "_waiting",
         "_writer",
         "_writer_cpu",
+        "on_contention",
         "rows",
     )
 
@@ -91,6 +92,8 @@ class QueuedRwlock:
         self._queue: deque[Waiter] = deque()
         self._release = self._on_due  # bound once
         self.rows: list[int] = []
+        #: Called with the time at which the first one joins the line of a lock held open.
+        self.on_contention: Callable[[int], None] | None = None
 
     # -- asking -------------------------------------------------------------------------------
 
@@ -190,6 +193,8 @@ class QueuedRwlock:
                 holder.callbacks.insert(0, self._release)  # who goes on at the release itself
             else:
                 self._arm(self._due_ns)
+        elif self.on_contention is not None:
+            self.on_contention(self._queue[0][3])
 
     def _arm(self, at_ns: int) -> None:
         event = Event(self._env)

@@ -13,7 +13,7 @@ seen by the next one. Ticks are simulated only while a grace period runs or a ca
 nothing is pending no event is scheduled.
 
 Left out: the rcu_node tree (reports go straight to the root), preempted readers, expedited and
-polled grace periods, CPU hotplug, priority boosting, strict grace periods, lazy callbacks.
+polled grace periods, CPU hotplug, priority boosting, strict grace periods.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Rcu:
         self._env = env
         self._config = config
         self._costs = costs
-        self._data = [RcuData(cpu, config.blimit) for cpu in cpus]
+        self._data = [RcuData(cpu, config) for cpu in cpus]
         self._next_tick_ns = NEVER
         self._gp = GracePeriods(
             env,
@@ -80,6 +80,7 @@ class Rcu:
         self._offload = Offload(
             env,
             self._softirq,
+            config,
             number=self._number,
             housekeeping=self._gp.housekeeping,
             wake_ns=costs.switch_ns,
@@ -91,10 +92,18 @@ class Rcu:
         """Queue ``callback`` at ``t``, now or later, on a CPU. Returns what the call costs in ns.
 
         ``callback(t)`` runs after a full grace period, in softirq on the same CPU (or in a kthread
-        elsewhere if it is nohz_full), and returns how many nanoseconds it takes.
+        elsewhere if that is offloaded), and returns how many nanoseconds it takes. On an offloaded
+        CPU of a kernel with lazy callbacks it may first sit for ten seconds.
         """
+        return self._call(t_ns, cpu_id, callback, self._config.lazy)
+
+    def call_rcu_hurry(self, t_ns: int, cpu_id: int, callback: Callback) -> int:
+        """As :meth:`call_rcu`, but never lazy; what is lazy on that CPU goes with it."""
+        return self._call(t_ns, cpu_id, callback, lazy=False)
+
+    def _call(self, t_ns: int, cpu_id: int, callback: Callback, lazy: bool) -> int:
         data = self._data[cpu_id]
-        data.callbacks.enqueue(t_ns, callback)
+        data.callbacks.enqueue(t_ns, callback, lazy)
         self._queued(data, t_ns)
         return self._costs.call_rcu_ns
 
@@ -102,7 +111,7 @@ class Rcu:
         """Queue one ``callback(t, index)`` at each of ``times_ns``, which must not decrease."""
         if times_ns:
             data = self._data[cpu_id]
-            data.callbacks.enqueue_many(times_ns, callback)
+            data.callbacks.enqueue_many(times_ns, callback, self._config.lazy)
             self._queued(data, times_ns[0])
         return self._costs.call_rcu_ns * len(times_ns)
 
@@ -118,7 +127,31 @@ class Rcu:
             at(self._env, t_ns + self._costs.wakeup_ns, done.succeed)
             return 0
 
-        self.call_rcu(self._now() if t_ns is None else t_ns, cpu_id, wake)
+        self.call_rcu_hurry(self._now() if t_ns is None else t_ns, cpu_id, wake)
+        return done
+
+    def barrier(self, t_ns: int) -> Event:
+        """Wait for every callback queued up to ``t``, now (kernel/rcu/tree.c, rcu_barrier()).
+
+        Each CPU that has callbacks gets one more behind them, which waits for no grace period of
+        its own. The event happens when the caller runs again.
+        """
+        done = self._env.event()
+        left = 0
+
+        def reached(at_ns: int) -> int:
+            nonlocal left
+            left -= 1
+            if not left:
+                at(self._env, at_ns + self._costs.wakeup_ns, done.succeed)
+            return 0
+
+        for data in self._data:
+            if data.callbacks.entrain(t_ns, reached):
+                left += 1
+                self._queued(data, t_ns)
+        if not left:
+            at(self._env, t_ns, done.succeed)
         return done
 
     @property
@@ -130,6 +163,11 @@ class Rcu:
     def running(self) -> bool:
         """Whether a grace period is in progress."""
         return self._gp.running
+
+    @property
+    def per_cpu(self) -> list[RcuData]:
+        """What RCU keeps for each CPU."""
+        return self._data
 
     @property
     def idle(self) -> bool:
@@ -147,7 +185,7 @@ class Rcu:
 
     def _queued(self, data: RcuData, t_ns: int) -> None:
         if data.offloaded:
-            self._offload.queued(data, t_ns)
+            self._offload.queued(data)
             return
         if t_ns < self._next_tick_ns:
             self._plan_tick(t_ns)
@@ -195,7 +233,10 @@ class Rcu:
 
     def _batch_done(self, data: RcuData) -> None:
         """Leave flood mode when enough is gone (the end of rcu_do_batch)."""
-        data.callbacks.see(self._now())
+        if data.offloaded:
+            self._offload.see(data, self._now())
+        else:
+            data.callbacks.see(self._now())
         if data.blimit >= self._config.max_blimit and data.length <= self._config.qlowmark:
             data.blimit = self._config.blimit
         if data.length == 0 and data.qlen_last_fqs_check:
@@ -220,12 +261,15 @@ class Rcu:
         self._gp.timer_interrupt(tick_ns)
         follow_ns = tick_ns if self.running else NEVER
         for data in self._data:
-            if data.offloaded:
+            if data.cpu.nohz_full:
                 if data.forced_tick:
                     self._sched_clock_irq(data, tick_ns)
                 continue
-            if data.gp_seq != self._gp.seq or data.core_needs_qs or data.callbacks:
+            pending = not data.offloaded and len(data.callbacks) > 0
+            if data.gp_seq != self._gp.seq or data.core_needs_qs or pending:
                 self._sched_clock_irq(data, tick_ns)
+            if data.offloaded:
+                continue
             if data.callbacks.seen:
                 follow_ns = tick_ns
             elif data.callbacks.arriving:
@@ -235,10 +279,9 @@ class Rcu:
 
     def _sched_clock_irq(self, data: RcuData, t_ns: int) -> None:
         """The tick of one CPU (rcu_sched_clock_irq); an idle one has it only for its callbacks."""
-        callbacks = data.callbacks
-        callbacks.see(t_ns)
+        data.see(t_ns)
         state = data.cpu.state(t_ns)
-        if state is IDLE and (data.offloaded or not callbacks.seen):
+        if state is IDLE and (data.offloaded or not data.callbacks.seen):
             return
         if data.core_needs_qs and data.cpu_no_qs and not data.in_softirq(t_ns):
             self._look_for_quiescent_state(data, state, t_ns)
@@ -272,7 +315,7 @@ class Rcu:
 
     def _core(self, data: RcuData, t_ns: int) -> None:
         """rcu_core() up to its batch."""
-        data.callbacks.see(t_ns)
+        data.see(t_ns)
         self._note_gp_changes(data, t_ns)
         if data.core_needs_qs and not data.cpu_no_qs:
             self._report(data, t_ns)
@@ -302,7 +345,6 @@ class Rcu:
 
     def _number(self, data: RcuData, t_ns: int) -> None:
         """The same for an offloaded CPU, by its rcuog kthread."""
-        data.callbacks.see(t_ns)
         data.callbacks.advance(self.completed)
         self._accelerate(data)
 
@@ -315,4 +357,4 @@ class Rcu:
             self._gp.report(data, t_ns)
 
     def _wake_offloaded(self, t_ns: int) -> None:
-        self._offload.grace_period_ended(t_ns)
+        self._offload.grace_period_ended(t_ns, self.completed)

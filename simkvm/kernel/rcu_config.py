@@ -16,7 +16,8 @@ class RcuConfig:
     """Build and boot parameters.
 
     ``preemptible``: CONFIG_PREEMPT_RCU, which any CONFIG_PREEMPTION (also dynamic, lazy) selects.
-    ``nr_cpu_ids`` is the host's, whatever number of CPUs is simulated.
+    ``lazy``: CONFIG_RCU_LAZY, not switched off by rcutree.enable_rcu_lazy; it matters to offloaded
+    CPUs only. ``nr_cpu_ids`` is the host's, whatever number of CPUs is simulated.
     """
 
     hz: int
@@ -27,6 +28,7 @@ class RcuConfig:
     qhimark: int = 10_000
     qlowmark: int = 100
     qovld: int = 20_000
+    lazy: bool = False
     divisor: int = 7
     resched_ns: int = 3_000_000  #: rcu_resched_ns, the time cap of batches above 100
     softirq_restarts: int = 10  #: MAX_SOFTIRQ_RESTART
@@ -42,6 +44,16 @@ class RcuConfig:
     def jiffies_to_sched_qs(self) -> int:
         """Age at which a grace period begins to press CPUs (adjust_jiffies_till_sched_qs)."""
         return max(3 * self.jiffies_till_fqs, self.hz // 10 + self.nr_cpu_ids // 256)
+
+    @property
+    def nobypass_per_jiffy(self) -> int:
+        """Calls a jiffy from which on an offloaded CPU uses its bypass list (tree_nocb.h)."""
+        return 16 * 1000 // self.hz
+
+    @property
+    def lazy_flush_jiffies(self) -> int:
+        """How long lazy callbacks may stay in the bypass list (LAZY_FLUSH_JIFFIES): 10 s."""
+        return 10 * self.hz
 
     @property
     def softirq_jiffies(self) -> int:
@@ -69,6 +81,19 @@ class RcuConfig:
     def tick_after(self, t_ns: int) -> int:
         """Time of the first tick later than ``t``."""
         return self.tick_ns(self.jiffies(t_ns) + 1)
+
+
+def timer_wheel(jiffy: int, delta: int) -> int:
+    """The jiffy at which a timer fires that was armed at ``jiffy`` for ``delta`` jiffies later.
+
+    Levels of the wheel have 64 buckets, each level's eight times as coarse as those of the one
+    below; the expiry is rounded up to the next bucket, so that no timer is early
+    (calc_wheel_index() in kernel/time/timer.c, v6.12). The farthest level is not reached here.
+    """
+    shift = 0
+    while delta >= 63 << shift:
+        shift += 3
+    return ((jiffy + delta >> shift) + 1) << shift
 
 
 @dataclass(frozen=True, slots=True)

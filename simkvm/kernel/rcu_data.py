@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from simkvm.kernel.cpu import ATOMIC, NEVER, Cpu
+from simkvm.kernel.rcu_bypass import Bypass, Defer
+from simkvm.kernel.rcu_config import RcuConfig
 from simkvm.kernel.rcu_segcblist import SegmentedCallbackList
 
 
@@ -16,10 +18,12 @@ class RcuData:
     __slots__ = (
         "armed_ns",
         "blimit",
+        "bypass",
         "callbacks",
         "core_needs_qs",
         "cpu",
         "cpu_no_qs",
+        "extracted",
         "flood_check_ns",
         "forced_tick",
         "gp_seq",
@@ -28,9 +32,12 @@ class RcuData:
         "last_resched_jiffy",
         "n_force_qs_snap",
         "need_heavy_qs",
+        "nocb_defer",
         "nocb_invoking",
+        "nocb_look_ns",
+        "nocb_run_ns",
+        "nocb_timer_ns",
         "nocb_waiting",
-        "nocb_wake_ns",
         "offloaded",
         "qlen_last_fqs_check",
         "raised",
@@ -44,11 +51,11 @@ class RcuData:
         "urgent_qs",
     )
 
-    def __init__(self, cpu: Cpu, blimit: int) -> None:
+    def __init__(self, cpu: Cpu, config: RcuConfig) -> None:
         self.cpu = cpu
         self.id = cpu.id
         self.callbacks = SegmentedCallbackList()
-        self.offloaded = cpu.nohz_full
+        self.offloaded = cpu.offloaded
 
         # Its quiescent state in the grace period that it knows of.
         self.gp_seq = 0
@@ -74,15 +81,20 @@ class RcuData:
         self.taken = 0  # callbacks of the running batch that still count as queued
 
         # Flood control.
-        self.blimit = blimit
+        self.blimit = config.blimit
         self.qlen_last_fqs_check = 0
         self.n_force_qs_snap = 0
         self.flood_check_ns = NEVER
 
-        # Its rcuo kthreads, if offloaded.
-        self.nocb_wake_ns = NEVER
-        self.nocb_waiting = False  # asleep until a grace period ends
-        self.nocb_invoking = False
+        # Its rcuog and rcuo kthreads, if offloaded.
+        self.bypass = Bypass(self.callbacks, config)
+        self.nocb_run_ns = NEVER  # when rcuog runs, having been woken
+        self.nocb_defer = Defer.NOT  # what its timer was armed for
+        self.nocb_timer_ns = NEVER  # when rcuog runs if nothing but the timer wakes it
+        self.nocb_look_ns = NEVER  # the next event
+        self.nocb_waiting = False  # rcuog sleeps until a grace period ends
+        self.nocb_invoking = False  # rcuo is awake
+        self.extracted = 0  # callbacks in the hands of rcuo that were not invoked yet
 
     @property
     def length(self) -> int:
@@ -93,6 +105,15 @@ class RcuData:
     def ready(self) -> int:
         """Callbacks that softirqs may invoke; an offloaded CPU leaves that to its kthread."""
         return 0 if self.offloaded else self.callbacks.ready
+
+    def length_at(self, t_ns: int) -> int:
+        """The same as of ``t``: calls on an offloaded CPU are looked at later than they happen."""
+        return self.length + (self.callbacks.due(t_ns) if self.offloaded else 0)
+
+    def see(self, t_ns: int) -> None:
+        """Look at the calls before ``t``; those of an offloaded CPU are the business of rcuog."""
+        if not self.offloaded:
+            self.callbacks.see(t_ns)
 
     def in_softirq(self, t_ns: int) -> bool:
         """Whether the CPU serves softirqs at ``t``."""

@@ -45,7 +45,7 @@ class GracePeriods:
     ) -> None:
         self._env = env
         self._data = data
-        self._housekeepers = [each for each in data if not each.offloaded] or data[:1]
+        self._housekeepers = [each for each in data if not each.cpu.nohz_full] or data[:1]
         self._config = config
         self._costs = costs
         self._note = note
@@ -184,7 +184,7 @@ class GracePeriods:
     def _note_here(self, t_ns: int) -> None:
         """The kthread updates the CPU that it runs on as it goes."""
         data = self._kthread
-        data.callbacks.see(t_ns)
+        data.see(t_ns)
         self._note(data, t_ns)
 
     def _set_timer(self, t_ns: int) -> None:
@@ -202,7 +202,7 @@ class GracePeriods:
         self._scans += 1
         self.n_force_qs += 1
         self._overload = self._overload_next
-        self._overload_next = any(data.length >= self._config.qovld for data in self._data)
+        self._overload_next = any(data.length_at(t_ns) >= self._config.qovld for data in self._data)
         self._check_stall(t_ns)
         duration_ns = self._costs.core_ns + self._costs.fqs_scan_per_cpu_ns * len(looked_at)
         self._kthread.cpu.steal(t_ns, duration_ns)
@@ -251,14 +251,15 @@ class GracePeriods:
             data.need_heavy_qs |= heavy
             self._urge(data, t_ns)
         since_resched = jiffy - data.last_resched_jiffy
-        if data.offloaded and (since_resched > 3 * config.jiffies_to_sched_qs or self._overload):
+        resched_age = 3 * config.jiffies_to_sched_qs
+        if data.cpu.nohz_full and (since_resched > resched_age or self._overload):
             data.last_resched_jiffy = jiffy
             self._urge(data, t_ns)
 
     def _urge(self, data: RcuData, t_ns: int) -> None:
         """Set rcu_urgent_qs: the next cond_resched() reports, or the next tick asks for one."""
         data.urgent_qs = True
-        data.forced_tick = data.offloaded
+        data.forced_tick = data.cpu.nohz_full
         if not self._config.preemptible and data.resched_ns == NEVER:
             data.resched_ns = t_ns
 

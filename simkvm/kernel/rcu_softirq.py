@@ -158,7 +158,7 @@ class Invocation:
         return t_ns
 
     def _invoke(self, data: RcuData, t_ns: int) -> int:
-        _, callback, index = data.callbacks.take()
+        _, callback, index, _ = data.callbacks.take()
         data.taken += 1
         cost_ns = callback(t_ns) if index == ALONE else callback(t_ns, index)
         return t_ns + self._costs.callback_invoke_ns + cost_ns
@@ -206,17 +206,30 @@ class Invocation:
         drive(self._env, self._offloaded(data, host, t_ns))
 
     def _offloaded(self, data: RcuData, host: Cpu, t_ns: int) -> Work:
+        """Batches of nocb_cb_wait(): all that is ready, with a resched point after each callback.
+
+        A busy thread on the same CPU has it back after a turn, for as long as rcuo had it.
+        """
+        turn_ns = t_ns
         while data.callbacks.ready:
-            ready = data.callbacks.ready
+            ready = data.extracted = data.callbacks.ready
+            data.qlen_last_fqs_check = data.length
             begin_ns = t_ns
-            done = 0
-            while done < ready:
+            spent_ns = 0
+            while data.extracted:
                 part_ns = t_ns
-                while done < ready and t_ns - part_ns < PART_NS:
+                end_ns = min(part_ns + PART_NS, turn_ns + self._config.slice_ns)
+                while data.extracted and (t_ns == part_ns or t_ns < end_ns):
                     t_ns = self._invoke(data, t_ns)
-                    done += 1
+                    data.extracted -= 1
                 host.steal(part_ns, t_ns - part_ns)
+                spent_ns += t_ns - part_ns
                 yield t_ns
-            self._end_batch(data, begin_ns, done, t_ns)
+                if t_ns - turn_ns >= self._config.slice_ns:
+                    if host.state(t_ns) is not IDLE:
+                        t_ns += t_ns - turn_ns
+                        yield t_ns
+                    turn_ns = t_ns
+            self._end_batch(data, begin_ns, ready, begin_ns + spent_ns)
         data.nocb_invoking = False
         return t_ns

@@ -135,6 +135,10 @@ class Stage2:
         """Index, at its level, of the table that holds ``entry``."""
         return (entry + level.phase) >> self._bits
 
+    def first_entry(self, number: int) -> int:
+        """Number of the first entry of level ``number`` that the arrays have, from address 0."""
+        return self._first_page >> (self._bits * (LAST_LEVEL - number))
+
     def leaf_table(self, leaf: int) -> int:
         """Index of the leaf-level table that holds ``leaf``."""
         return (leaf + self.leaf.phase) >> self._bits
@@ -184,6 +188,14 @@ class Stage2:
         entries[leaf] = VALID | AF | flags
         return made
 
+    def unlink(self, number: int, entry: int) -> TableId:
+        """Take the table away that hangs at ``entry`` of level ``number``."""
+        level = self.levels[number]
+        level.fast[entry] = 0
+        level.fast_counts[self.holder(level, entry)] -= 1
+        self.linked_tables -= 1
+        return self.identity(number + 1, entry)
+
     def _grow(self, leaf: int, bottom: int = LAST_LEVEL) -> list[TableId]:
         """Link the tables that lack on the way to ``leaf``, down to level ``bottom``."""
         made: list[TableId] = []
@@ -198,6 +210,20 @@ class Stage2:
                 made.append(self.identity(lower.number, entry))
         self.linked_tables += len(made)
         return made
+
+    def map_all(self, flags: int) -> list[TableId]:
+        """Map every leaf of an empty tree, with AF set; returns all tables below the root."""
+        for level in self.levels.values():
+            is_leaf = level is self.leaf
+            level.entries[:] = VALID | AF | flags if is_leaf else TABLE
+            ends = np.arange(1, len(level.counts) + 1) << self._bits
+            ends = np.minimum(ends - level.phase, len(level.entries))
+            level.counts[:] = np.diff(ends, prepend=0)
+        for _, lower, _, _ in self.steps:
+            lower.incarnations += 1
+        tables = self.all_tables()
+        self.linked_tables = len(tables)
+        return tables
 
     # -- blocks among pages -------------------------------------------------------------------
 
@@ -218,7 +244,7 @@ class Stage2:
     def map_block(self, leaf: int, flags: int) -> list[TableId]:
         """Install, where nothing hangs, the block that covers ``leaf``; returns new tables above.
 
-        New leaves are accessed; that is noted at the block's first page.
+        New leaves are accessed; that is noted at each of the block's pages.
         """
         level = self.blocks
         assert level is not None
@@ -232,8 +258,7 @@ class Stage2:
     def _set_block(self, level: Level, entry: int, flags: int) -> None:
         level.fast[entry] = VALID | flags
         first, last = self.block_span(entry * self.block_leaves)
-        self.leaf.entries[first:last] = VALID | BLOCK | flags
-        self.leaf.fast[first] |= AF
+        self.leaf.entries[first:last] = VALID | BLOCK | AF | flags
 
     def break_block(self, leaf: int) -> None:
         """Remove the block that maps ``leaf``."""
@@ -296,6 +321,11 @@ class Stage2:
         self.blocks.fast[leaf // self.block_leaves] |= WRITE
         first, last = self.block_span(leaf)
         self.leaf.entries[first:last] |= np.uint8(WRITE)
+
+    def set_young(self, leaf: int) -> None:
+        """Set the accessed flag of ``leaf``, or of the block that maps it."""
+        first, last = self.block_span(leaf) if self.is_block(leaf) else (leaf, leaf + 1)
+        self.leaf.entries[first:last] |= np.uint8(AF)
 
     def write_protect(self, first: int, last: int) -> tuple[int, int]:
         """Take WRITE from the leaves ``first`` up to ``last``; entries visited, and changed.

@@ -9,6 +9,8 @@ machine-wide, on 152 CPUs, message 20221112081714.2169495-1-ricarkol@google.com)
 
 from __future__ import annotations
 
+from simkvm.scenario.machine import Machine
+
 
 class TlbiPath:
     """The server. ``latency_ns``: a flush alone; ``service_ns``: what it occupies."""
@@ -19,6 +21,13 @@ class TlbiPath:
         self._free_ns = 0
         self._streams: list[int] = []  # ends of walks that flush again and again
         self.broadcasts = 0
+        self.flushes = 0  #: that interrupt vCPUs, and
+        self.interrupts = 0  #: whom: see :mod:`simkvm.kernel.remote_flush`
+
+    @classmethod
+    def of(cls, machine: Machine) -> TlbiPath:
+        """The path of ``machine``."""
+        return cls(round(machine["tlbi_s2_page_ns"]), round(machine["tlbi_global_service_ns"]))
 
     def each_ns(self, t_ns: int) -> int:
         """What each flush costs a walk that starts at ``t_ns`` and issues one after the other.

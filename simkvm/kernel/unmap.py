@@ -45,6 +45,7 @@ class UnmapWalk:
     first: int
     last: int
     costs: UnmapCosts
+    keep: bool = False  #: tables stay linked, however empty (``unmap_tables``)
     visits: int = 0
     leaves: int = 0
     pages: int = 0
@@ -116,7 +117,7 @@ class UnmapWalk:
         """The visit of a table after its entries: unlink it if its count says empty."""
         self.visits += 1
         self.elapsed_ns += self.costs.table_visit_ns
-        if not lower.counts[entry]:
+        if not (lower.counts[entry] or self.keep):
             self.elapsed_ns += self.costs.table_flush_ns + self.costs.table_free_ns
             self._unlink(upper, lower, entry, self.elapsed_ns)
 
@@ -159,7 +160,7 @@ class UnmapWalk:
         removed = np.add.reduceat(valid, begin - first)
         lower.entries[first:last] = 0
         lower.counts[low:high] -= removed.astype(np.int32)
-        empty = linked & (lower.counts[low:high] == 0)
+        empty = linked & (lower.counts[low:high] == 0) & (not self.keep)
         spent = np.where(
             linked,
             costs.descend_ns + overlap * costs.visit_ns + costs.table_visit_ns,

@@ -12,22 +12,30 @@ import numpy as np
 from simpy import Environment, Event, Process
 
 from simkvm import contenders
+from simkvm.contenders.contender import Contender
 from simkvm.guest import patterns
+from simkvm.guest.software_af import SoftwareAfVcpu
 from simkvm.guest.vcpu import Vcpu
+from simkvm.kernel import bugs
 from simkvm.kernel.aging import AgeingThread
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.kvm import Kvm
+from simkvm.kernel.mglru import Lruvec
 from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
+from simkvm.kernel.remote_flush import FLUSHES
 from simkvm.kernel.task import Task
 from simkvm.kernel.teardown import Teardown
-from simkvm.kernel.tlb import TlbiPath
+from simkvm.kernel.zap_roots import teardown_of
 from simkvm.observe.record import Record
 from simkvm.observe.recorder import SAMPLES, Recorder
 from simkvm.observe.table_memory import TableMemory
 from simkvm.scenario.errors import InputError
+from simkvm.scenario.groups import every_guest, meant
 from simkvm.scenario.kernel import KernelVariant
+from simkvm.scenario.leaf_sizes import block_bytes, logs_writes
 from simkvm.scenario.machine import Machine
 from simkvm.scenario.schema import Guest, Scenario
+from simkvm.scenario.schema import Teardown as TeardownSpec
 
 FIRST_SAMPLE_NS = 1_000_000
 
@@ -47,42 +55,40 @@ class World:
             )
         self.scenario = scenario
         self.machine = machine
-        self.kernel = kernel
+        self.kernel = kernel = bugs.with_bugs(kernel, scenario.bugs)
         self.env = Environment()
         if scenario.ties == "shuffle":
             self.env._eid = shuffled(self.stream("ties"))  # type: ignore[assignment]
         self.recorder = Recorder()
         self.memory = TableMemory()
-        self.tlbi = TlbiPath(
-            round(machine["tlbi_s2_page_ns"]), round(machine["tlbi_global_service_ns"])
-        )
+        self.remote_flush = FLUSHES[kernel["remote_flush"]].of(machine)
         self.cpus = self._cpus()
         self.rcu = self._rcu()
         self._free_cpus = iter(self.cpus)
-        self.kvms = [self._guest(name, guest) for name, guest in scenario.guests.items()]
+        guests = every_guest(scenario)
+        self.kvms = [self._guest(name, guest) for name, guest in guests.items()]
+        self._charge(guests)
         self.ageing: AgeingThread | None = None
         if scenario.ageing is not None:
             task = Task("ageing", next(self._free_cpus))
             self.ageing = AgeingThread(self.kvms, task, scenario.ageing)
         by_name = {kvm.name: kvm for kvm in self.kvms}
         self.contenders = [
-            contenders.build(
-                by_name[spec.guest], Task(name, next(self._free_cpus)), self.stream(name), spec
-            )
+            contender
             for name, spec in scenario.contenders.items()
+            for contender in self._contender(
+                name, spec, [by_name[guest] for guest in meant(scenario, spec.guest)]
+            )
         ]
         self.teardowns = [
-            Teardown(
-                by_name[name],
-                Task(f"{name}/teardown", by_name[name].vcpus[0].cpu),
-                guest.teardown.order,
-                guest.teardown.at,
-            )
-            for name, guest in scenario.guests.items()
+            end
+            for name, guest in guests.items()
             if guest.teardown is not None
+            for end in self._ends(by_name[name], guest.teardown)
         ]
         self._running = sum(len(kvm.vcpus) for kvm in self.kvms) + len(self.teardowns)
         self._over = Event(self.env)
+        bugs.put_back(self, scenario.bugs)
 
     @property
     def events(self) -> int:
@@ -100,10 +106,11 @@ class World:
     def _cpus(self) -> list[Cpu]:
         host, machine = self.scenario.host, self.machine
         number = host.cpus or machine.cores
-        vcpus = sum(guest.vcpus for guest in self.scenario.guests.values())
+        vcpus = sum(guest.vcpus for guest in every_guest(self.scenario).values())
         per_node = -(-machine.cores // machine.nodes)
+        first = {"none": 0, "vcpus": vcpus, "all": number}  # vCPUs have the lowest numbers
         return [
-            Cpu(n, n // per_node, nohz_full=host.nohz_full == "vcpus" and n < vcpus)
+            Cpu(n, n // per_node, n < first[host.nohz_full], n < first[host.rcu.nocbs])
             for n in range(number)
         ]
 
@@ -111,11 +118,12 @@ class World:
         host, machine = self.scenario.host, self.machine
         config = RcuConfig(
             hz=host.hz,
-            preemptible=host.preemption in ("full", "lazy"),
+            preemptible=host.preemptible_rcu,
             nr_cpu_ids=machine.cores,
             blimit=host.rcu.blimit,
             qhimark=host.rcu.qhimark,
             qlowmark=host.rcu.qlowmark,
+            lazy=host.rcu.lazy,
         )
         costs = RcuCosts(
             call_rcu_ns=round(machine["call_rcu_ns"]),
@@ -138,7 +146,8 @@ class World:
             kvm.oracle.grace_period(start_ns, end_ns)
 
     def _guest(self, name: str, guest: Guest) -> Kvm:
-        preemptible = self.scenario.host.preemption in ("full", "lazy")
+        scenario = self.scenario
+        theirs = [c for c in scenario.contenders.values() if name in meant(scenario, c.guest)]
         kvm = Kvm(
             name,
             guest,
@@ -146,11 +155,11 @@ class World:
             self.machine,
             self.kernel,
             self.rcu,
-            self.tlbi,
+            self.remote_flush,
             self.memory,
-            break_lock=preemptible or self.kernel["lock_break"] == "build",
-            block_bytes=self.scenario.block_bytes(name),
-            logged=self.scenario.logs_writes(name),
+            break_lock=scenario.host.preemptible or self.kernel["lock_break"] == "build",
+            block_bytes=block_bytes(guest, theirs),
+            logged=logs_writes(theirs),
         )
         layout = self.stream(f"{name}/layout")
         for index in range(guest.vcpus):
@@ -165,8 +174,36 @@ class World:
                 base_dir=Path(),
                 instruction_ns=1 / self.machine.ghz,
             )
-            kvm.vcpus.append(Vcpu(kvm, index, next(self._free_cpus), chunks))
+            kind = SoftwareAfVcpu if kvm.software_af else Vcpu
+            kvm.vcpus.append(kind(kvm, index, next(self._free_cpus), chunks))
         return kvm
+
+    def _charge(self, guests: dict[str, Guest]) -> None:
+        """Put guests of one memcg on one lruvec."""
+        lruvecs: dict[str, Lruvec] = {}
+        for kvm in self.kvms:
+            memcg = guests[kvm.name].memcg
+            if memcg is not None:
+                lruvecs.setdefault(memcg, kvm.host.lru.lruvec).add(kvm.host.lru)
+
+    def _contender(self, name: str, spec: Any, kvms: list[Kvm]) -> list[Contender]:
+        """A thread: one contender, or one for each guest that it serves in turn."""
+        task = Task(name, next(self._free_cpus))
+        if len(kvms) == 1:
+            return [contenders.build(kvms[0], task, self.stream(name), spec)]
+        streams = [self.stream(f"{name}/{kvm.name}") for kvm in kvms]
+        return contenders.build_in_turn(kvms, task, streams, spec)
+
+    def _ends(self, kvm: Kvm, spec: TeardownSpec) -> Iterator[Teardown]:
+        """The processes that end a VM: its owner, on the CPU of its first vCPU, or two of them."""
+        end = teardown_of(self.kernel)
+        task = Task(f"{kvm.name}/teardown", kvm.vcpus[0].cpu)
+        if spec.order != "both":
+            yield end(kvm, task, spec.order, spec.at)
+            return
+        other = Task(f"{kvm.name}/close", next(self._free_cpus))
+        yield end(kvm, task, "process_exit", spec.at, last=False)
+        yield end(kvm, other, "close_vm", spec.close_at or spec.at)
 
     # -- running ------------------------------------------------------------------------------
 
@@ -182,14 +219,13 @@ class World:
             self._running += 1
             self._until_done(self.ageing.run(self._vcpus_run))
         for contender in self.contenders:
-            env.process(contender.run())
+            env.process(contender.thread())
         env.process(self._samples())
         env.run(self._over if duration is None else duration)
         end_ns = duration if duration is not None else self._end_ns()
-        if self.teardowns and self.rcu.idle:
-            for kvm in self.kvms:
-                if not kvm.stage2.attached:
-                    kvm.oracle.finished(end_ns)
+        for kvm in self.kvms:
+            if kvm.tree_freed:
+                kvm.oracle.finished(end_ns, kvm.waiting)
         return self.recorder.finish(self, end_ns)
 
     def _vcpus_run(self) -> bool:

@@ -3,14 +3,17 @@
 It is told of every table's birth, unlinking and free, of every grace period and of every walk
 that holds no ``mmu_lock``, each with its time, and reports what a kernel could only crash on:
 
-* ``use_after_free``: a table's page is freed while a walker is inside that table;
+* ``use_after_free``: a table's page is freed while a walker is inside that table, or a walk that
+  frees the tree comes back to a table that it freed before;
 * ``root_freed_under_walker``: a walker is in the root, or enters it, when that has been freed: the
   lock-free walk takes the root without looking whether the VM still has it (arm64 handler of
   message 20230526234435.662652-6-yuzhao@google.com);
 * ``free_before_grace_period``: a deferred free that no full grace period separates from unlink;
-* ``double_free``, ``unlink_twice``, ``unlink_with_entries``: broken life of a table;
+* ``double_free``, ``unlink_twice``, ``unlink_with_entries``: broken life of a table (a page that
+  is no table can be freed twice as well);
 * ``leaf_after_invalidate``: a mapping that survived, or appeared in, a range that was taken back;
-* ``leak``: a table that nobody freed although the VM and its callbacks are gone.
+* ``leak``: a table whose callback ran without freeing it, or that nobody freed although its VM is
+  gone and no callback of it is to come.
 
 A violation is a result: kind, time, guest, one sentence and the time line that led to it.
 """
@@ -18,7 +21,7 @@ A violation is a result: kind, time, guest, one sentence and the time line that 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -68,7 +71,6 @@ class _Life:
     born_ns: int
     unlinked_ns: int = -1
     freed_ns: int = -1
-    lost: bool = False  # reported as a leak already
 
 
 @dataclass
@@ -83,6 +85,8 @@ class Oracle:
     _recent: deque[TableId] = field(default_factory=deque)  # freed, perhaps in the future
     _leaving: deque[TableId] = field(default_factory=deque)  # unlinked, perhaps in the future
     _root_freed_ns: int = NEVER
+    _pages: dict[str, tuple[int, str]] = field(default_factory=dict)  # freed, and no tables
+    _leaked: set[TableId] = field(default_factory=set)
     _grace_periods: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=4096))
 
     # -- told by the model --------------------------------------------------------------------
@@ -129,9 +133,32 @@ class Oracle:
 
     def root_freed(self, t_ns: int) -> None:
         """The root tables were freed at ``t_ns``."""
+        if self._root_freed_ns != NEVER:
+            self._report("double_free", t_ns, f"{name(ROOT)} was free already", ROOT)
+            return
         self._root_freed_ns = t_ns
         for walk in self._walks:
             self._check_root(walk)
+
+    def page_freed(self, page: str, t_ns: int, by: str) -> None:
+        """A page of the VM that is no table, called ``page``, was freed at ``t_ns`` by ``by``."""
+        if page in self._pages:
+            what = f"{by} frees {page}, which is free"
+            self._report("double_free", t_ns, what, story=[self._pages[page]])
+        self._pages.setdefault(page, (t_ns, f"{page} freed by {by}"))
+
+    def read(self, walker: str, table: TableId, t_ns: int) -> None:
+        """``walker``, which holds no lock, reads ``table`` at ``t_ns``, whoever may have freed it.
+
+        For walks that free as they go; those that only look are told by :meth:`walk`.
+        """
+        life = self._lives.get(table)
+        freed_ns = life.freed_ns if life is not None else -1
+        if table == ROOT and self._root_freed_ns != NEVER:
+            freed_ns = self._root_freed_ns
+        if 0 <= freed_ns <= t_ns:
+            what = f"{walker} reads {name(table)} after its page was freed"
+            self._report("use_after_free", t_ns, what, table)
 
     def walk(self, walk: Walk) -> None:
         """A lock-free walk is planned: it may meet tables whose free is planned already."""
@@ -182,16 +209,17 @@ class Oracle:
             )
 
     def callback_done(self, table: TableId, t_ns: int) -> None:
-        """The callback that was to free ``table`` ran at ``t_ns``: nobody else knows the table."""
+        """The RCU callback that was to free ``table`` has run, at ``t_ns``."""
         life = self._lives.get(table)
         if life is not None and life.freed_ns < 0:
-            self._report("leak", t_ns, f"the callback did not free {name(table)}", table)
-            life.lost = True
+            self._leaked.add(table)
+            what = f"the callback of {name(table)} ran and left its last reference"
+            self._report("leak", t_ns, what, table)
 
-    def finished(self, t_ns: int) -> None:
-        """The VM is gone and no callback is left: every table must have been freed."""
+    def finished(self, t_ns: int, waiting: Container[TableId] = ()) -> None:
+        """The VM is gone: every table must have been freed but those ``waiting`` for a callback."""
         for table, life in sorted(self._lives.items()):
-            if life.freed_ns < 0 and not life.lost:
+            if life.freed_ns < 0 and table not in waiting and table not in self._leaked:
                 self._report("leak", t_ns, f"nobody freed {name(table)}", table)
 
     # -- inside -------------------------------------------------------------------------------
@@ -229,16 +257,19 @@ class Oracle:
         message: str,
         table: TableId | None = None,
         walk: Walk | None = None,
+        story: Iterable[tuple[int, str]] = (),
     ) -> None:
         self.total += 1
         if len(self.violations) >= KEPT:
             return
-        story: list[tuple[int, str]] = []
+        story = list(story)
         life = self._lives.get(table) if table is not None else None
         if life is not None and table is not None:
             story.append((life.born_ns, f"{name(table)} linked"))
             if life.unlinked_ns >= 0:
                 story.append((life.unlinked_ns, f"{name(table)} unlinked"))
+            if 0 <= life.freed_ns < t_ns:
+                story.append((life.freed_ns, f"{name(table)} freed"))
         if table == ROOT:
             story.append((self._root_freed_ns, "the root freed"))
         if walk is not None:

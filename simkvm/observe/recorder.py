@@ -51,7 +51,7 @@ class Recorder:
         for kvm in world.kvms:
             for vcpu in kvm.vcpus:
                 vcpu.catch_up(end_ns)
-            self.absorb(world, everything=True)
+        self.absorb(world, everything=True)
         passes = world.ageing.passes if world.ageing else []
         timeline = world.memory.timeline(end_ns)
         timeline["deferred_tables"] = timeline["deferred_bytes"] // min(
@@ -79,8 +79,11 @@ class Recorder:
                 ("number", "start_ns", "end_ns", "fqs_scans"), self.grace_periods
             ),
             passes=_columns(
-                ("guest", "start_ns", "end_ns", "scanned", "young", "calls"),
-                [(p.guest, p.start_ns, p.end_ns, p.scanned, p.young, p.calls) for p in passes],
+                ("guest", "start_ns", "end_ns", "scanned", "young", "calls", "idle"),
+                [
+                    (p.guest, p.start_ns, p.end_ns, p.scanned, p.young, p.calls, p.idle)
+                    for p in passes
+                ],
             ),
             series=table(SERIES_COLUMNS, self.series),
             violations=[violation._asdict() for violation in violations],
@@ -126,7 +129,9 @@ class Recorder:
             "faults": sum(vcpu.fault.faults for vcpu in vcpus),
             "fault_retries": sum(vcpu.fault.retries for vcpu in vcpus),
             "user_exits": sum(vcpu.fault.user_exits for vcpu in vcpus),
+            "access_faults": sum(vcpu.access_faults for vcpu in vcpus),
             **_passes_summary(passes),
+            **_young_summary(world),
             **self._lock_summary(world),
             "grace_periods": len(self.grace_periods),
             "grace_period_p50_ns": int(np.percentile(lengths, 50, method="lower")),
@@ -148,11 +153,14 @@ class Recorder:
             "table_bytes_peak": int(timeline["table_bytes"].max()),
             "tables_allocated": sum(kvm.tables_allocated for kvm in world.kvms),
             "tables_freed": sum(kvm.tables_freed for kvm in world.kvms),
-            "tlbi_broadcasts": world.tlbi.broadcasts,
+            "tlbi_broadcasts": world.remote_flush.broadcasts,
+            "remote_flushes": world.remote_flush.flushes,
+            "flush_interrupts": world.remote_flush.interrupts,
             "unmapped_pages": sum(kvm.unmapped_pages for kvm in world.kvms),
             "unmap_calls": sum(contender.calls for contender in world.contenders),
-            "teardown_visits": sum(teardown.visits for teardown in world.teardowns),
+            "teardown_visits": sum(t.visits for t in world.teardowns),
             "teardown_longest_ns": max((t.longest_ns for t in world.teardowns), default=0),
+            "teardown_walk_ns": max((t.walk_ns for t in world.teardowns), default=0),
             "events": world.events,
             "violations": violations,
             "safety": "violated" if violations else "clean",
@@ -196,6 +204,18 @@ def _passes_summary(passes: list[Pass]) -> dict[str, int | float | str]:
         "scanned_pages": sum(p.scanned for p in passes),
         "young_pages": sum(p.young for p in passes),
         "skipped_tables": sum(p.skipped_tables for p in passes),
+        "idle_pages": sum(p.idle for p in passes),
+    }
+
+
+def _young_summary(world: World) -> dict[str, int | float | str]:
+    """How the guests were asked: fallback calls, which take the lock after all, are locked ones."""
+    calls = [kvm.young_calls for kvm in world.kvms]
+    return {
+        "young_calls_locked": sum(call.locked for call in calls),
+        "young_calls_lockless": sum(call.lockless for call in calls),
+        "young_calls_fallback": sum(call.fallback for call in calls),
+        "failed_cmpxchgs": sum(kvm.races.failed for kvm in world.kvms if kvm.races is not None),
     }
 
 

@@ -6,12 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from simkvm.scenario.fields import Duration, Model
-
-
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
+from simkvm.scenario.fields import Duration, Model, as_tuple
 
 Touches = Annotated[
     int | None,
@@ -84,7 +79,7 @@ class Phases(Model):
     """One pattern after another, each to its end; vCPUs do not wait for one another."""
 
     pattern: Literal["phases"] = "phases"
-    phases: Annotated[tuple[Access, ...], BeforeValidator(_tuple)] = Field(
+    phases: Annotated[tuple[Access, ...], BeforeValidator(as_tuple)] = Field(
         min_length=1, description="The patterns, in order."
     )
     repeat: Repeat = 1

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from simkvm.kernel.geometry import Geometry
+from simkvm.kernel.bugs import BUGS
+from simkvm.kernel.geometry import GEOMETRIES
 from simkvm.scenario.access import Access, Phases, Populate, Trace
-from simkvm.scenario.contenders import Contender, DirtyLog, Khugepaged, ThpSplit
+from simkvm.scenario.contenders import Contender, DirtyLog, Khugepaged, Memslot, ThpSplit
 from simkvm.scenario.errors import Keys, Problem, nearest
 from simkvm.scenario.fields import KIB
+from simkvm.scenario.groups import every_guest, meant, member_names
 from simkvm.scenario.kernel import KernelVariant
 from simkvm.scenario.machine import Machine
+from simkvm.scenario.possible import kernel_problems
 from simkvm.scenario.schema import BLOCK_BYTES, Guest, Scenario
 from simkvm.units import exact_duration, exact_size
 
@@ -31,27 +34,68 @@ def problems(
     for name, guest in scenario.guests.items():
         keys = ("guests", name)
         yield from _sizes(guest, keys, machine)
+        yield from _memslots(guest, keys)
+        if guest.rmap_chain > 1 and kernel["mmu"] != "shadow":
+            message = f"mmu {kernel['mmu']} of {kernel.name} has no reverse-map chains"
+            yield Problem((*keys, "rmap_chain"), message)
         yield from _addresses(guest, keys)
         yield from _traces(guest, guest.access, (*keys, "access"), traces)
         yield from _ends(guest.access, (*keys, "access"), scenario.duration)
+        yield from _closing(guest, (*keys, "teardown"))
     for name, contender in scenario.contenders.items():
         yield from _contender(scenario, contender, ("contenders", name))
         yield from _sized(scenario, name, kernel)
+    yield from _names(scenario)
     yield from _times(scenario)
+    yield from _bugs(scenario)
+
+
+def _bugs(scenario: Scenario) -> Iterator[Problem]:
+    for index, name in enumerate(scenario.bugs):
+        if name not in BUGS:
+            hint = nearest(name, BUGS)
+            known = "" if hint else f", expected one of {', '.join(BUGS)}"
+            yield Problem(("bugs", index), f"no bug {name!r}{known}", hint)
+
+
+def _closed_apart(guest: Guest) -> bool:
+    return guest.teardown is not None and guest.teardown.order == "both"
+
+
+def _closing(guest: Guest, keys: Keys) -> Iterator[Problem]:
+    """The time of the second process that ends a VM needs a second process."""
+    end = guest.teardown
+    if end is not None and end.close_at is not None and end.order != "both":
+        yield Problem((*keys, "close_at"), f"only order both has it, not {end.order}")
+
+
+def _names(scenario: Scenario) -> Iterator[Problem]:
+    """A numbered guest may not have the name of another."""
+    owners: dict[str, str] = {}
+    for name, guest in scenario.guests.items():
+        for member in (name, *member_names(name, guest.count)):
+            other = owners.setdefault(member, name)
+            if other != name:
+                message = f"{member} is also the name of a guest of {other}"
+                yield Problem(("guests", name), message)
+                break
 
 
 def _host(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Iterator[Problem]:
-    if kernel.arch != machine.arch:
-        message = f"{kernel.name} is a kernel for {kernel.arch}, {machine.name} is {machine.arch}"
-        yield Problem(("kernel",), message)
-    if kernel["ageing_call"] == "bitmap" and kernel["ageing_lock"] != "none":
-        lock = kernel["ageing_lock"]
-        message = f"ageing_call bitmap is lock-free, it does not go with ageing_lock {lock}"
-        yield Problem(("kernel",), message)
+    yield from kernel_problems(kernel, machine, scenario.expect)
     rcu = scenario.host.rcu
     if rcu.qlowmark > rcu.qhimark:
         message = f"{rcu.qlowmark} is above qhimark, {rcu.qhimark}"
         yield Problem(("host", "rcu", "qlowmark"), message)
+    if machine.nodes > 1 and "c2c_remote_ns" not in machine:
+        message = f"{machine.nodes} nodes of {machine.name} need a c2c_remote_ns between them"
+        yield Problem(("machine",), f"{message}: {machine.not_applicable['c2c_remote_ns']}")
+    if rcu.lazy and rcu.nocbs == "none" and scenario.host.nohz_full == "none":
+        message = "needs an offloaded CPU: host.rcu.nocbs or host.nohz_full"
+        yield Problem(("host", "rcu", "lazy"), message)
+    if rcu.preemptible is False and scenario.host.preemptible:
+        message = f"preemption {scenario.host.preemption} always has preemptible RCU"
+        yield Problem(("host", "rcu", "preemptible"), message, "true")
     cpus = scenario.host.cpus or machine.cores
     if cpus > machine.cores:
         message = f"{cpus} CPUs are more than the {machine.cores} cores of {machine.name}"
@@ -61,18 +105,21 @@ def _host(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Iterat
 
 def _threads(scenario: Scenario, cpus: int) -> Iterator[Problem]:
     """Each vCPU, the ageing thread and each contender has a CPU to itself."""
-    vcpus = sum(guest.vcpus for guest in scenario.guests.values())
+    vcpus = sum(guest.vcpus for guest in every_guest(scenario).values())
     parts = [
         (vcpus, "vCPU"),
         (int(scenario.ageing is not None), "ageing thread"),
         (len(scenario.contenders), "contender"),
+        (sum(map(_closed_apart, scenario.guests.values())), "process that drops a last reference"),
     ]
     needed = sum(count for count, _ in parts)
     if needed > cpus:
         what = " + ".join(f"{n} {word}{'s' * (n > 1)}" for n, word in parts if n)
-        largest = max(scenario.guests, key=lambda name: scenario.guests[name].vcpus)
+        guests = scenario.guests
+        largest = max(guests, key=lambda name: guests[name].vcpus * guests[name].count)
         message = f"{what} need {needed} CPUs, the host has {cpus}"
-        yield Problem(("guests", largest, "vcpus"), message)
+        key = "vcpus" if guests[largest].count == 1 else "count"
+        yield Problem(("guests", largest, key), message)
 
 
 def _sizes(guest: Guest, keys: Keys, machine: Machine) -> Iterator[Problem]:
@@ -87,7 +134,7 @@ def _sizes(guest: Guest, keys: Keys, machine: Machine) -> Iterator[Problem]:
             + ", ".join(map(exact_size, leaves)),
         )
         return
-    geometry = Geometry(page, guest.ipa_bits)
+    geometry = GEOMETRIES[machine.arch](page, guest.ipa_bits)
     if mapping > geometry.span_bytes(geometry.start_level):
         yield Problem(
             (*keys, "mapping"),
@@ -119,6 +166,16 @@ def _folio(guest: Guest, keys: Keys) -> Iterator[Problem]:
         # Transparent huge pages end at the size of one PMD (HPAGE_PMD_ORDER, huge_mm.h, v6.12).
         message = f"{exact_size(folio)} is above {exact_size(BLOCK_BYTES[page][0])}, the largest"
         yield Problem(keys, f"{message} folio that is mapped by pages")
+
+
+def _memslots(guest: Guest, keys: Keys) -> Iterator[Problem]:
+    """Slots are equal and, like the selftests' (memstress.c), leave nothing over."""
+    unit, name = max((guest.page_size, "page_size"), (guest.mapping, "mapping"))
+    size, rest = divmod(guest.memory_bytes, guest.memslots)
+    if guest.memslots > 1 and (rest or size % unit):
+        memory, each = exact_size(guest.memory_bytes), exact_size(unit)
+        message = f"{memory} cannot be cut into {guest.memslots} slots that are equal multiples"
+        yield Problem((*keys, "memslots"), f"{message} of {name}, {each}")
 
 
 def _addresses(guest: Guest, keys: Keys) -> Iterator[Problem]:
@@ -180,18 +237,26 @@ def _endless(access: Access, keys: Keys) -> Iterator[Keys]:
 
 
 def _contender(scenario: Scenario, contender: Contender, keys: Keys) -> Iterator[Problem]:
-    guest = scenario.guests.get(contender.guest)
-    if guest is None:
-        hint = nearest(contender.guest, scenario.guests)
+    guests = every_guest(scenario)
+    found = meant(scenario, contender.guest)
+    if not found:
+        hint = nearest(contender.guest, [*scenario.guests, *guests])
         known = "" if hint else f", expected one of {', '.join(scenario.guests)}"
         yield Problem((*keys, "guest"), f"no guest {contender.guest!r}{known}", hint)
         return
+    guest = guests[found[0]]
     for name, size in contender.sizes().items():
         if size % guest.page_size:
             yield _not_multiple((*keys, name), size, guest.page_size, "the guest's page_size")
         elif size > guest.memory_bytes:
             message = f"{exact_size(size)} is more than the guest's memory"
             yield Problem((*keys, name), f"{message}, {exact_size(guest.memory_bytes)}")
+    if contender.pages_only and guest.mapping != guest.page_size:
+        message = f"works on pages, {contender.guest} is mapped by {exact_size(guest.mapping)}"
+        yield Problem((*keys, "kind"), message)
+    if isinstance(contender, Memslot) and contender.slot >= guest.memslots:
+        message = f"{contender.guest} has memslots 0 to {guest.memslots - 1}"
+        yield Problem((*keys, "slot"), message)
     for name, message in contender.complaints():
         yield Problem((*keys, name), message)
 
@@ -261,6 +326,8 @@ def _times(scenario: Scenario) -> Iterator[Problem]:
     for name, guest in scenario.guests.items():
         if guest.teardown is not None:
             starts["guests", name, "teardown", "at"] = guest.teardown.at
+            if guest.teardown.close_at is not None:
+                starts["guests", name, "teardown", "close_at"] = guest.teardown.close_at
     for keys, start in starts.items():
         if start >= scenario.duration:
             end = exact_duration(scenario.duration)

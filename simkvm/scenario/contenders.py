@@ -7,25 +7,32 @@ here and in :data:`Contender`, its thread in ``simkvm/contenders/``, a line in t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from simkvm import units
 from simkvm.scenario.fields import MIB, Duration, Model, Rate, Size, Span
 
+MS = units.DURATION_NS["ms"]
+
 
 class ContenderModel(Model):
     """What every contender has.
 
     ``resizes``: it makes the guest's leaves differ in size, so that each page needs a place of its
-    own. ``logs``: writes of the guest are logged.
+    own. ``logs``: writes of the guest are logged. ``pages_only``: it needs a guest that is mapped
+    by pages.
     """
 
     resizes: ClassVar[bool] = False
     logs: ClassVar[bool] = False
+    pages_only: ClassVar[bool] = False
 
-    guest: str = Field(description="The guest that it works on.")
+    guest: str = Field(
+        description="The guest that it works on. The name of a group of guests (count) means all: "
+        "one thread that serves them in turn, its rate shared equally; NAME07 means that one."
+    )
     start: Duration = Field(default=0, description="Simulated time at which it starts.")
 
     def sizes(self) -> dict[str, int]:
@@ -35,6 +42,18 @@ class ContenderModel(Model):
     def complaints(self) -> Iterator[tuple[str, str]]:
         """(key, what is wrong) for what two of its own keys tell together."""
         yield from ()
+
+    def share(self, number: int, guests: int) -> Self:
+        """What guest ``number`` of ``guests`` gets of a thread that serves them in turn.
+
+        A ``rate`` is that of the thread, so each guest's calls are rarer and begin one call later
+        than its neighbour's; everything else is the same for each.
+        """
+        rate = getattr(self, "rate", None)
+        if rate is None:
+            return self
+        later_ns = int(number * units.DURATION_NS["s"] / rate)
+        return self.model_copy(update={"rate": rate / guests, "start": self.start + later_ns})
 
 
 class MadviseDontneed(ContenderModel):
@@ -197,7 +216,183 @@ class ThpSplit(ContenderModel):
     )
 
 
+class Ksm(ContenderModel):
+    """The ksmd thread: pages of equal content become one write-protected page."""
+
+    pages_only: ClassVar[bool] = True
+
+    kind: Literal["ksm"] = "ksm"
+    pages_to_scan: int = Field(
+        default=100, ge=1, description="Pages looked at before it sleeps (ksm/pages_to_scan)."
+    )
+    sleep: Span = Field(
+        default=20 * MS, description="Sleep between two batches (ksm/sleep_millisecs)."
+    )
+    smart_scan: bool = Field(
+        default=True,
+        description="Whether pages that failed to merge are passed over more and more often "
+        "(ksm/smart_scan, since v6.7).",
+    )
+    duplicates: float = Field(
+        default=0.5, ge=0, le=1, description="Share of the guest's pages that others are equal to."
+    )
+    copies: int = Field(default=8, ge=2, description="Pages of each content that is not unique.")
+
+
+class _PageMover(ContenderModel):
+    batch: int
+    interval: Span | None
+
+
+class Migration(_PageMover):
+    """Pages of the guest move, as by migrate_pages(2) or a change of cpuset.mems."""
+
+    kind: Literal["migration"] = "migration"
+    range: Size | None = Field(
+        default=None, description="Memory that moves, from the guest's start; null: all of it."
+    )
+    batch: int = Field(
+        default=512,
+        ge=1,
+        description="Pages unmapped before the first is copied (NR_MAX_BATCHED_MIGRATION).",
+    )
+    interval: Span | None = Field(
+        default=None, description="From the start of one migration to the next; null: only one."
+    )
+
+    def sizes(self) -> dict[str, int]:
+        """The range."""
+        return {} if self.range is None else {"range": self.range}
+
+
+class Compaction(_PageMover):
+    """Compaction: pages of the guest move out of the way of large folios."""
+
+    kind: Literal["compaction"] = "compaction"
+    pages: int = Field(ge=1, description="Pages of the guest that one run moves.")
+    batch: int = Field(
+        default=32, ge=1, description="Pages isolated at once (COMPACT_CLUSTER_MAX)."
+    )
+    interval: Span | None = Field(
+        default=500 * MS,
+        description="From the start of one run to the next (proactive: "
+        "HPAGE_FRAG_CHECK_INTERVAL_MSEC); null: only one.",
+    )
+
+
+class NumaBalancing(ContenderModel):
+    """Automatic NUMA balancing: windows of memory become inaccessible, to see who uses them."""
+
+    kind: Literal["numa_balancing"] = "numa_balancing"
+    scan_size: Size = Field(
+        default=256 * MIB, description="Memory a scan changes (numa_balancing/scan_size_mb)."
+    )
+    period: Span = Field(
+        default=units.DURATION_NS["s"],
+        description="Time between two scans of a process: 1 s at the least, 60 s at the most "
+        "(numa_balancing/scan_period_min_ms, _max_ms); here it does not adapt.",
+    )
+    delay: Duration = Field(
+        default=units.DURATION_NS["s"],
+        description="Time from start to the first scan (numa_balancing/scan_delay_ms).",
+    )
+
+
+class Mprotect(ContenderModel):
+    """mprotect() of guest memory to read-only and back, as the selftest mmu_stress_test does."""
+
+    kind: Literal["mprotect"] = "mprotect"
+    range: Size | None = Field(
+        default=None, description="Memory that changes, from the guest's start; null: all of it."
+    )
+    read_only: Duration = Field(
+        default=MS, description="How long it stays read-only; a write gets -EFAULT meanwhile."
+    )
+    writable: Duration = Field(default=MS, description="How long it stays writable then.")
+    cycles: int | None = Field(
+        default=None, ge=1, description="Times that this is done; null: until the end."
+    )
+
+    def sizes(self) -> dict[str, int]:
+        """The range."""
+        return {} if self.range is None else {"range": self.range}
+
+
+class Fork(ContenderModel):
+    """The VMM forks a child that does nothing: guest memory is shared until it is written."""
+
+    kind: Literal["fork"] = "fork"
+    child: Duration = Field(default=10 * MS, description="How long the child lives.")
+    interval: Span | None = Field(
+        default=None, description="From one fork to the next; null: only one."
+    )
+
+    def complaints(self) -> Iterator[tuple[str, str]]:
+        """A child that outlives the next fork."""
+        if self.interval is not None and self.child > self.interval:
+            yield "child", f"{units.exact_duration(self.child)} is longer than interval"
+
+
+class OomReaper(ContenderModel):
+    """The VMM is killed at `start`, does not get to exit, and the OOM reaper takes its memory."""
+
+    kind: Literal["oom_reaper"] = "oom_reaper"
+    delay: Duration = Field(
+        default=2 * units.DURATION_NS["s"],
+        description="From the kill to the reaper's first try (OOM_REAPER_DELAY, mm/oom_kill.c).",
+    )
+
+
+class Memslot(ContenderModel):
+    """A memslot is deleted and created again, or moved (KVM_SET_USER_MEMORY_REGION)."""
+
+    kind: Literal["memslot"] = "memslot"
+    slot: int = Field(default=0, ge=0, description="Which of the guest's memslots.")
+    operation: Literal["delete", "move"] = Field(
+        default="delete",
+        description="delete: delete, pause, create; move: both in one call, the guest follows.",
+    )
+    pause: Duration = Field(default=0, description="Time without the slot (delete only).")
+    interval: Span | None = Field(
+        default=None, description="From one delete or move to the next; null: only one."
+    )
+
+
+class PreFault(ContenderModel):
+    """KVM_PRE_FAULT_MEMORY: memory is mapped before the guest comes to it."""
+
+    kind: Literal["pre_fault"] = "pre_fault"
+    range: Size | None = Field(
+        default=None, description="Memory to map, from the guest's start; null: all of it."
+    )
+    call: Size | None = Field(default=None, description="Memory a call; null: all in one.")
+    populated: bool = Field(
+        default=False,
+        description="Whether the VMM populated the range before the run (MAP_POPULATE); else "
+        "the call, which only reads, maps the zero page.",
+    )
+
+    def sizes(self) -> dict[str, int]:
+        """Range and call."""
+        given = {"range": self.range, "call": self.call}
+        return {name: size for name, size in given.items() if size is not None}
+
+
 Contender = Annotated[
-    MadviseDontneed | FreePageReporting | Balloon | DirtyLog | Khugepaged | ThpSplit,
+    MadviseDontneed
+    | FreePageReporting
+    | Balloon
+    | Ksm
+    | Migration
+    | Compaction
+    | NumaBalancing
+    | Mprotect
+    | Fork
+    | OomReaper
+    | Memslot
+    | PreFault
+    | DirtyLog
+    | Khugepaged
+    | ThpSplit,
     Field(discriminator="kind"),
 ]

@@ -35,9 +35,19 @@ class Axis:
         return ".".join(map(str, self.keys))
 
     def label(self, index: int) -> Scalar:
-        """A value as written; a mapping or list as one line of YAML."""
+        """A value as written; a mapping or list as one line of YAML.
+
+        Of mappings, what they all have in common is left out, but for the base of a change.
+        """
         value = self.values[index]
+        if all(isinstance(one, dict) for one in self.values):
+            kept = {k: v for k, v in value.items() if k == "base" or not self._common(k)}
+            return spelled(kept or value)
         return spelled(value) if isinstance(value, dict | list) else value
+
+    def _common(self, key: Any) -> bool:
+        first = self.values[0]
+        return all(key in one and one[key] == first.get(key) for one in self.values)
 
 
 def find_axes(document: Document) -> tuple[Axis, ...]:

@@ -139,6 +139,11 @@ class Model(BaseModel):
     model_config = STRICT
 
 
+def as_tuple(value: object) -> object:
+    """A list as what the frozen models hold instead."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _word(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
         raise refuse(f"{name!r} is not a name: letters, digits, '-' and '_', a letter first")

@@ -28,6 +28,10 @@ POLICIES: Final[dict[str, dict[str, str]]] = {
         "free_removed_table": "as put_page_rcu, and the callback walks the empty table first",
         "free_removed_table_count_test": "as free_removed_table, but a count of 1 skips the walk",
     },
+    "table_callback": {
+        "call_rcu": "a table's callback is lazy where the host has lazy callbacks",
+        "call_rcu_hurry": "a table's callback is never lazy",
+    },
     "ageing_call": {
         "blind": "MGLRU's page-table walk asks nobody: it sees host accesses only",
         "per_pte": "one notifier call for each present PTE",
@@ -59,8 +63,9 @@ POLICIES: Final[dict[str, dict[str, str]]] = {
     },
     "teardown_walk": {
         "single": "one walk over the whole IPA space, no reschedule point",
-        "chunked": "a walk a largest block, with a reschedule point between them",
+        "chunked": "a walk a largest block of the IPA space, with reschedule points between",
         "chunked_early": "as chunked, but a chunk drops an upper table whatever still hangs in it",
+        "chunked_whole_range": "as chunked, over all 64 bits of address instead of the IPA space",
         "zap_roots": "passes by level under the write lock, with yields between entries",
     },
     "mmu": {
@@ -193,9 +198,9 @@ def kernel_names() -> list[str]:
 def load_kernel(ref: Reference) -> KernelVariant:
     """Load a shipped variant, with the policies that ``ref`` sets.
 
-    ``ref`` is a name or ``{base: NAME, set: {POLICY: VALUE}}``. Any combination may be asked
-    for, safe or not: finding out is what the simulator's oracle is for. Raises `InputError` for
-    an unknown base, policy or value.
+    ``ref`` is a name or ``{base: NAME, set: {POLICY: VALUE}}``. Any combination can be loaded;
+    what a scenario may have is for :mod:`simkvm.scenario.possible` to say. Raises `InputError`
+    for an unknown base, policy or value.
     """
     base, changes = shipped.split(ref, "kernel", kernel_names())
     kernel = _shipped_kernel(base)
@@ -234,7 +239,12 @@ def safety_reasons(kernel: KernelVariant) -> list[str]:
     if kernel["ageing_lock"] != "none":
         return []  # unmap and teardown take mmu_lock for write, which keeps out any lock holder
     reasons = []
-    if kernel["table_free"] == "inline":
+    if kernel["table_free"] == "inline" and kernel["teardown_walk"] == "zap_roots":
+        reasons.append(
+            "ageing_lock none with table_free inline: zapping the roots frees tables at once, "
+            "while an ageing walk without mmu_lock may still be reading them"
+        )
+    elif kernel["table_free"] == "inline" and kernel["unmap_tables"] == "free":
         reasons.append(
             "ageing_lock none with table_free inline: unmap frees a table at once, while an "
             "ageing walk without mmu_lock may still be reading it"

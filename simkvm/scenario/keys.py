@@ -36,7 +36,7 @@ class Shape:
     @property
     def sweepable(self) -> bool:
         """Whether a list here means one point for each of its values."""
-        return self.items is None and self.names is None and (self.scalar or len(self.branches) > 1)
+        return self.items is None and self.names is None
 
     def branch(self, raw: object) -> type | None:
         """The branch that a raw mapping says it is, or None if it does not say."""

@@ -31,7 +31,7 @@ from simkvm.scenario.expand import (
     star,
 )
 from simkvm.scenario.kernel import KernelVariant, load_kernel
-from simkvm.scenario.machine import Machine, load_machine
+from simkvm.scenario.machine import BETWEEN_NODES, Machine, load_machine
 from simkvm.scenario.override import apply_setting
 from simkvm.scenario.recordings import Recordings, replays
 from simkvm.scenario.schema import Scenario
@@ -235,4 +235,7 @@ def _references(kind: str, written: Any) -> Iterator[tuple[Keys, Any]]:
         base, changes = written["base"], written.get("set")
         yield (kind, "base"), base
         for name, value in changes.items() if isinstance(changes, dict) else ():
-            yield (kind, "set", name), {"base": base, "set": {name: value}}
+            alone = {name: value}
+            if name in BETWEEN_NODES and isinstance(changes, dict) and "nodes" in changes:
+                alone["nodes"] = changes["nodes"]  # without which it means nothing
+            yield (kind, "set", name), {"base": base, "set": alone}

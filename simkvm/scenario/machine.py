@@ -33,7 +33,9 @@ UNITS: Final = {
 BASES: Final = ("V", "D", "R", "E")
 ARCHITECTURES: Final = ("arm64", "x86")
 FLAGS: Final = ("hw_af", "tlbirange", "fwb")
-SHAPE: Final = ("cores", "ghz")
+SHAPE: Final = ("cores", "nodes", "ghz")
+BETWEEN_NODES: Final = ("dram_remote_ns", "c2c_remote_ns")
+"""Costs that a machine with one node lacks, and that a scenario which gives it more has to set."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +108,14 @@ def load_machine(ref: Reference) -> Machine:
 
     ``ref`` is a name or ``{base: NAME, set: {PARAMETER: VALUE}}``. A value is a number in the
     parameter's unit, or for a time a duration such as ``"60 ns"``. It may lie outside the
-    parameter's range: that is what asking "what if" means. Cores, GHz and the flags can be set
-    too. Raises `InputError` for an unknown base or parameter and for an impossible value.
+    parameter's range: that is what asking "what if" means. Cores, nodes, GHz and the flags can be
+    set too, and the costs between nodes where the base has but one. Raises `InputError` for an
+    unknown base or parameter and for an impossible value.
     """
     base, changes = shipped.split(ref, "machine", machine_names())
     machine = _own(_shipped_machines()[base])
-    for name, value in changes.items():
-        machine = _override(machine, name, value)
+    for name in sorted(changes, key=BETWEEN_NODES.__contains__):  # after the nodes that need them
+        machine = _override(machine, name, changes[name])
     return machine
 
 
@@ -227,11 +230,15 @@ def _override(machine: Machine, name: str, value: Any) -> Machine:
         changed = replace(machine, **flag)
     elif name == "cores":
         changed = replace(machine, cores=_cores(machine, value, key))
+    elif name == "nodes":
+        changed = replace(machine, nodes=_nodes(machine, value, key))
     elif name == "ghz":
         changed = replace(machine, ghz=_number(name, value, key))
     elif name in machine.parameters:
         new = _changed(machine.parameters[name], _number(name, value, key))
         changed = replace(machine, parameters={**machine.parameters, name: new})
+    elif name in BETWEEN_NODES and machine.nodes > 1 and name in machine.not_applicable:
+        changed = _between_nodes(machine, name, _number(name, value, key))
     else:
         raise machine._missing(name, key)
     set_to = changed[name] if name in changed else getattr(changed, name)
@@ -243,11 +250,29 @@ def _changed(old: Parameter, value: float) -> Parameter:
     return replace(old, value=value, basis="E", source=source)
 
 
+def _between_nodes(machine: Machine, name: str, value: float) -> Machine:
+    """A cost that the base, with its one node, does not have."""
+    reasons = dict(machine.not_applicable)
+    source = f"set by the scenario; as shipped: {reasons.pop(name)}"
+    new = Parameter(name, value, value, value, str(_unit(name)), "E", source)
+    parameters = {**machine.parameters, name: new}
+    return replace(machine, parameters=parameters, not_applicable=reasons)
+
+
 def _flag(machine: Machine, name: str, value: Any, key: str) -> bool:
     if not isinstance(value, bool):
         raise InputError(f"expected true or false, not {value!r}", key=key)
     if value and name != "hw_af" and machine.arch != "arm64":
         message = f"{name} is an arm64 feature, {machine.name} is {machine.arch}"
+        raise InputError(message, key=key)
+    return value
+
+
+def _nodes(machine: Machine, value: Any, key: str) -> int:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= machine.cores:
+        message = f"expected a whole number from 1 to the {machine.cores} cores, not {value!r}"
         raise InputError(message, key=key)
     return value
 

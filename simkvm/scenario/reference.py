@@ -30,7 +30,8 @@ class MachineChange(TypedDict):
         Field(
             default={},
             description="Parameters to change, each in the unit of its name (times also as "
-            "'60 ns'); cores, ghz and the flags hw_af, tlbirange, fwb too.",
+            "'60 ns'); cores, nodes, ghz and the flags hw_af, tlbirange, fwb too. More nodes than "
+            "one need c2c_remote_ns.",
         ),
         AfterValidator(FrozenDict),
     ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from simkvm import units
 from simkvm.scenario.access import Access
@@ -29,6 +29,7 @@ from simkvm.scenario.fields import (
     Name,
     Size,
     Span,
+    as_tuple,
     refuse,
 )
 from simkvm.scenario.reference import KernelRef, MachineRef
@@ -53,7 +54,7 @@ def _granule(value: int) -> int:
 
 
 class Rcu(Model):
-    """RCU's callback limits, as `rcutree` takes them on the kernel command line."""
+    """RCU as it is built and booted: limits of `rcutree`, offloading, lazy callbacks."""
 
     blimit: int = Field(
         default=10, ge=1, description="Callbacks invoked in one batch (rcutree.blimit, rcu/tree.c)."
@@ -68,6 +69,22 @@ class Rcu(Model):
         ge=0,
         description="Queued callbacks of one CPU below which batches shrink back "
         "(rcutree.qlowmark).",
+    )
+    nocbs: Literal["none", "vcpus", "all"] = Field(
+        default="none",
+        description="CPUs whose callbacks are left to the rcuog and rcuo kthreads (rcu_nocbs=, "
+        "rcu/tree_nocb.h): none, those that run vCPUs, or all. nohz_full CPUs always are.",
+    )
+    lazy: bool = Field(
+        default=False,
+        description="Whether call_rcu() on an offloaded CPU may sit for 10 s to save power "
+        "(CONFIG_RCU_LAZY with rcutree.enable_rcu_lazy). What the kernel's policy table_callback "
+        "says decides whether tables wait with it; needs an offloaded CPU.",
+    )
+    preemptible: bool | None = Field(
+        default=None,
+        description="Whether RCU readers can be preempted (CONFIG_PREEMPT_RCU); null: as "
+        "`preemption` says. A PREEMPT_DYNAMIC kernel booted with preempt=none has true.",
     )
 
 
@@ -90,17 +107,41 @@ class Host(Model):
         description="CPUs without ticks in guest mode (nohz_full=): none, or those that run vCPUs. "
         "Such a CPU is an extended quiescent state for RCU while in the guest.",
     )
-    rcu: Rcu = Field(default=Rcu(), description="RCU's callback limits.")
+    rcu: Rcu = Field(default=Rcu(), description="How RCU is built and booted.")
+
+    @property
+    def preemptible(self) -> bool:
+        """Whether the kernel runs preemptible (sched/core.c, preempt_model_preemptible())."""
+        return self.preemption in ("full", "lazy")
+
+    @property
+    def preemptible_rcu(self) -> bool:
+        """Whether the kernel is built with CONFIG_PREEMPT_RCU."""
+        return self.preemptible if self.rcu.preemptible is None else self.rcu.preemptible
 
 
 class Teardown(Model):
     """The end of a virtual machine while others go on."""
 
-    order: Literal["process_exit", "close_vm"] = Field(
+    order: Literal["process_exit", "close_vm", "both"] = Field(
         description="What comes first: the process exits (exit_mmap calls the notifier's "
-        "release), or the VM's file is closed (kvm_destroy_vm unregisters it)."
+        "release), or the VM's file is closed (kvm_destroy_vm unregisters it); or both at once, "
+        "by two processes (exit_mm of the owner while another drops the last reference)."
     )
     at: Duration = Field(description="Simulated time at which the teardown starts.")
+    close_at: Duration | None = Field(
+        default=None,
+        description="Of order both: simulated time at which the other process drops the last "
+        "reference; null: at.",
+    )
+    split_cache: int = Field(
+        default=0,
+        ge=0,
+        le=1 << 20,
+        description="Pages in the VM's cache for eager splitting when it ends "
+        "(KVM_CAP_ARM_EAGER_SPLIT_CHUNK_SIZE: 2 with chunks of 2 MiB, 513 with 1 GiB); 0: it was "
+        "never filled.",
+    )
 
 
 def _page_size(data: dict[str, int]) -> int:
@@ -114,6 +155,14 @@ def _folio(data: dict[str, int]) -> int:
 class Guest(Model):
     """One virtual machine: its vCPUs, its memory, how that is mapped and how it is used."""
 
+    count: int = Field(
+        default=1,
+        ge=1,
+        le=4096,
+        description="Identical guests of this kind. Above 1 they are called NAME0, NAME1... (with "
+        "as many digits as the last needs), each with its own mmu_lock, tables and random streams; "
+        "NAME then stands for all of them.",
+    )
     vcpus: int = Field(default=1, ge=1, le=4096, description="Virtual CPUs (selftests: -v).")
     memory: Size | None = Field(
         default=None, description="Memory of the guest; give this or memory_per_vcpu."
@@ -130,7 +179,8 @@ class Guest(Model):
         ge=32,
         le=52,
         description="Guest-physical address bits (machine type of KVM_CREATE_VM; "
-        "40 is KVM's default); with the granule it decides the levels of the stage-2 table.",
+        "40 is KVM's default); with the granule it decides the levels of the stage-2 table. "
+        "x86: the guest's MAXPHYADDR; four levels up to 48 bits, else five.",
     )
     ipa_base: AnySize = Field(
         default=GIB,
@@ -147,7 +197,31 @@ class Guest(Model):
         description="Size of the host folios behind the memory, a power-of-two multiple of "
         "page_size; it is `mapping` if that is a block. Default: mapping.",
     )
+    memslots: int = Field(
+        default=1,
+        ge=1,
+        le=32764,
+        description="Equal memslots that the memory is cut into (selftests: -x, -s; at most "
+        "KVM_USER_MEM_SLOTS of x86). A look-up goes a level deeper each time they double.",
+    )
+    memcg: Name | None = Field(
+        default=None,
+        description="Memory cgroup of the VMM. Guests that name the same one share its lruvec, and "
+        "an ageing command walks them all before it opens a generation; null: each has its own.",
+    )
+    rmap_chain: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="Entries that map one page, by as many shadow roots: the length of its "
+        "reverse-map chain (x86's shadow MMU only).",
+    )
     access: Access = Field(description="What each vCPU touches.")
+    mapped: bool = Field(
+        default=False,
+        description="Whether all of the memory is mapped, in the host and in stage 2, when the "
+        "run begins, as if every page had been written to.",
+    )
     teardown: Teardown | None = Field(
         default=None, description="End this VM during the run; null: it lives to the end."
     )
@@ -172,6 +246,12 @@ class Guest(Model):
 class Ageing(Model):
     """The thread that ages guests (lru_gen's "+" command, access_tracking_perf_test's loop)."""
 
+    method: Literal["lru_gen", "page_idle", "folio_referenced"] = Field(
+        default="lru_gen",
+        description='What a pass does: MGLRU\'s walk of the page table (debugfs lru_gen, "+"); '
+        "idle page tracking, which reads back and marks every page (mm/page_idle.c); or eviction's "
+        "check of every folio (mm/rmap.c, folio_referenced).",
+    )
     interval: Duration = Field(
         default=0,
         description="Pause between two passes; 0: the next starts at once, as in the selftest.",
@@ -216,24 +296,14 @@ class Scenario(Model):
         default="fifo",
         description="Order of simultaneous events: as scheduled, or a seeded shuffle.",
     )
-    expect: Literal["safe", "unsafe"] = Field(
-        default="safe",
-        description="Whether the safety oracle should find nothing, or a violation: the run fails "
-        "(exit status 1) if it is safe that was expected and a violation was found.",
+    bugs: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = Field(
+        default=(),
+        description="Known mistakes to put back into the kernel (`simkvm bugs` lists them): what "
+        "the safety oracle has to find.",
     )
-
-    def block_bytes(self, guest: str) -> int | None:
-        """Size of the blocks of a guest that may have blocks and pages; None if all are alike.
-
-        A guest mapped by blocks has pages too once its writes are logged or its huge pages split;
-        one mapped by pages has blocks once khugepaged is at work.
-        """
-        spec = self.guests[guest]
-        theirs = [c for c in self.contenders.values() if c.guest == guest]
-        if spec.mapping > spec.page_size:
-            return spec.mapping if any(c.resizes or c.logs for c in theirs) else None
-        return BLOCK_BYTES[spec.page_size][0] if any(c.resizes for c in theirs) else None
-
-    def logs_writes(self, guest: str) -> bool:
-        """Whether somebody logs the guest's writes."""
-        return any(c.logs for c in self.contenders.values() if c.guest == guest)
+    expect: Literal["safe", "unsafe", "any"] = Field(
+        default="safe",
+        description="Whether the safety oracle should find nothing, or a violation, or whether "
+        "that is the question: the run fails (exit status 1) if it is safe that was expected and "
+        "a violation was found.",
+    )

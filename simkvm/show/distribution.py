@@ -63,6 +63,30 @@ def distribution(
     table = pd.concat(rows) if rows else pd.DataFrame()
     if table.empty:
         return None
+    return _merged(table)
+
+
+def together(locks: pd.DataFrame, histograms: pd.DataFrame) -> pd.DataFrame:
+    """The locks of several guests as if they were one: a row a call site and mode.
+
+    Counts and maxima are exact, percentiles come from the histograms; the other columns of `locks`
+    are left out.
+    """
+    rows = []
+    for (site, mode), table in locks.groupby(["site", "mode"]):
+        row = {"site": site, "mode": mode, "queue_max": table["queue_max"].max()}
+        row |= {name: table[name].sum() for name in ("acquisitions", "contended")}
+        here = histograms[(histograms["site"] == site) & (histograms["mode"] == mode)]
+        for quantity in ("wait", "hold"):
+            seen = _merged(here[(here["quantity"] == quantity) & (here["count"] > 0)])
+            top = row[f"{quantity}_max_ns"] = table[f"{quantity}_max_ns"].max()
+            for figure, share in PERCENTILES.items():
+                row[f"{quantity}_{figure}_ns"] = min(top, seen.quantile_ns(share))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _merged(table: pd.DataFrame) -> Distribution:
     merged = table.groupby(["low_ns", "high_ns"], sort=True)["count"].sum().reset_index()
     return Distribution(
         low_ns=merged["low_ns"].to_numpy(dtype=np.float64),

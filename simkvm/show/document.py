@@ -17,8 +17,8 @@ def run_document(result: ResultLike) -> dict[str, Any]:
     """One run: fingerprint, safety, summary, locks (a mapping a row), grace periods, scenario,
     axes.
 
-    `safety.expected` is what the scenario expects, "safe" or "unsafe". Units are in the names, as
-    in the tables; a value that does not exist is null.
+    `safety.expected` is what the scenario expects, "safe", "unsafe" or "any". Units are in the
+    names, as in the tables; a value that does not exist is null.
     """
     summary = summary_of(result)
     document = {

@@ -15,6 +15,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from simkvm.scenario.errors import InputError, nearest
+from simkvm.show.figure_callbacks import callback_cost, frees_in_callbacks
 from simkvm.show.figure_deferred import (
     deferred_memory,
     deferred_panel,
@@ -30,6 +31,7 @@ __all__ = [
     "FIGURES",
     "FigureKind",
     "ageing_scaling",
+    "callback_cost",
     "deferred_memory",
     "deferred_panel",
     "deferred_peak",
@@ -79,6 +81,13 @@ FIGURES: dict[str, FigureKind] = {
         ageing_scaling,
         lambda results: ordered_axis(results, ".vcpus") is not None and ages(results),
         "a sweep over the number of vCPUs of a guest, with ageing",
+    ),
+    "callback_cost": FigureKind(
+        callback_cost,
+        lambda results: (
+            ordered_axis(results, ".page_size") is not None and frees_in_callbacks(results)
+        ),
+        "a sweep over page sizes, with tables that callbacks free",
     ),
 }
 """All figures, in the order in which they are written."""

@@ -39,10 +39,12 @@ TABLE_LINE_PT = 11
 
 KERNEL_COLOURS = {
     "linux-6.1": "#8a8a8a",
+    "linux-6.3": "#b5651d",
     "linux-6.4": "#8c564b",
     "linux-6.4-yuzhao-v1": "#e69f00",
     "linux-6.4-yuzhao-v2": "#cc79a7",
     "linux-6.4-upton": "#56b4e9",
+    "linux-6.4-upton-count-test": "#0b7a75",
     "linux-6.12": "#0072b2",
     "linux-7.1": "#332288",
     "linux-7.1-read-locked": "#009e73",

@@ -16,7 +16,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from simkvm.show.distribution import site_figure
+from simkvm.scenario.groups import member_names
+from simkvm.show.distribution import site_figure, together
 from simkvm.show.points import (
     AxisOfStudy,
     OneOrMany,
@@ -32,6 +33,7 @@ from simkvm.show.text import NOTHING, Row, titled_table, wrapped
 from simkvm.units import format_count, format_duration, format_size
 
 WIDTH = 100
+END_OF_VMS = "End of VMs"
 TABLES_AND_RCU = "RCU and stage-2 tables"
 CALLBACKS = "What RCU callbacks do"
 MOST_VIOLATIONS = 5
@@ -41,13 +43,14 @@ FIGURES = ("p50", "p99", "max")
 
 
 def run_report(result: ResultLike) -> Group:
-    """Everything about one run: headline, guests, ageing, mmu_lock, RCU and tables, safety."""
+    """Everything about one run: headline, guests, ageing, mmu_lock, RCU, ends of VMs, safety."""
     return Group(
         headline(result),
         guest_table(result),
         ageing_table(result),
         *lock_tables(result),
         rcu_table(result),
+        *teardown_table(result),
         *violations(result),
     )
 
@@ -65,13 +68,15 @@ def headline(result: ResultLike) -> RenderableType:
     events = _count(summary.get("events"))
     grid.add_row("  simulated", f"{_time(summary.get('sim_ns'))} in {events} events")
     grid.add_row("  fingerprint", result.fingerprint)
+    if scenario.get("bugs"):
+        grid.add_row("  bugs", ", ".join(scenario["bugs"]))
     grid.add_row("  safety", verdict(result))
     return Group(Text(title, "bold"), grid, "")
 
 
 def describe_guest(guest: Mapping[str, Any]) -> str:
     """One line about a guest of a resolved scenario."""
-    vcpus = int(guest.get("vcpus", 1))
+    vcpus, count = int(guest.get("vcpus", 1)), int(guest.get("count", 1))
     memory = _size_of(guest.get("memory") or guest.get("memory_per_vcpu"))
     each = "" if guest.get("memory") else " each"
     pages = f"{_size_of(guest.get('page_size', 4096))} pages"
@@ -79,13 +84,15 @@ def describe_guest(guest: Mapping[str, Any]) -> str:
     mapped = f" mapped as {_size_of(mapping)}" if mapping not in (None, page) else ""
     pattern = guest.get("access", {}).get("pattern", "?")
     plural = "vCPU" if vcpus == 1 else "vCPUs"
-    return f"{vcpus} {plural}, {memory}{each} in {pages}{mapped}, {pattern}"
+    times = f"{count} x " if count > 1 else ""
+    return f"{times}{vcpus} {plural}, {memory}{each} in {pages}{mapped}, {pattern}"
 
 
 def verdict(result: ResultLike) -> Text:
     """Clean, violated, and whether that was expected."""
-    expected_unsafe = result.scenario.get("expect", "safe") == "unsafe"
-    found = len(result.violations)
+    expected = result.scenario.get("expect", "safe")
+    expected_unsafe = expected == "unsafe"
+    found = _found(result)
     if not found:
         return (
             Text("clean, though a violation was expected", "yellow")
@@ -93,16 +100,18 @@ def verdict(result: ResultLike) -> Text:
             else (Text("clean", "green"))
         )
     text = f"VIOLATED: {found} violation{'s' if found > 1 else ''}"
+    if expected == "any":
+        return Text(f"{text}, which was the question", "yellow")
     return Text(f"{text}, as expected", "yellow") if expected_unsafe else Text(text, "bold red")
 
 
 def guest_table(result: ResultLike) -> RenderableType:
-    """Touches and faults, one row a guest if there are several and samples of each."""
+    """Touches and faults, one row a guest or group if there are several and samples of each."""
     summary = summary_of(result)
     headers = ["guest", "touches", "touches/s", "faults", "retries", "vCPU wall"]
     rows = [
         [
-            "all" if len(result.scenario.get("guests", {})) > 1 else _only_guest(result),
+            "all" if len(set(_labels(result).values())) > 1 else _only_guest(result),
             _count(summary.get("touches")),
             _count(summary.get("touches_per_s")),
             _count(summary.get("faults")),
@@ -114,7 +123,7 @@ def guest_table(result: ResultLike) -> RenderableType:
 
 
 def ageing_table(result: ResultLike) -> RenderableType:
-    """Ageing passes of each guest."""
+    """Ageing passes over each guest, those over the guests of a group together."""
     passes = result.passes
     if passes.empty:
         return Group(Text("Ageing", "bold"), "  no pass was completed", "")
@@ -123,15 +132,21 @@ def ageing_table(result: ResultLike) -> RenderableType:
         *("pages\nscanned", "young", "young\nshare", "calls"),
     ]
     return titled_table(
-        "Ageing passes", headers, [_ageing_row(*group) for group in passes.groupby("guest")]
+        "Ageing passes",
+        headers,
+        [_ageing_row(*group) for group in passes.groupby(_labelled(result, passes["guest"]))],
     )
 
 
 def lock_tables(result: ResultLike) -> list[RenderableType]:
-    """Acquisitions, contention, waits and holds by call site and mode; a table a guest and lock."""
+    """Acquisitions, contention, waits and holds by call site and mode.
+
+    A table a lock and guest; the locks of the guests of a group are shown together.
+    """
     locks = result.locks
     if locks.empty:
         return [Group(Text("mmu_lock", "bold"), "  was never taken", "")]
+    label = _labelled(result, locks["guest"])
     several = locks["guest"].nunique() > 1
     headers = [
         *("site", "mode", "acqui-\nsitions", "con-\ntended"),
@@ -142,10 +157,10 @@ def lock_tables(result: ResultLike) -> list[RenderableType]:
         titled_table(
             f"{lock}{f' of {guest}' if several else ''}, by call site and mode",
             headers,
-            _lock_rows(table),
+            _lock_rows(_one_lock(result, table)),
             left=2,
         )
-        for (lock, guest), table in locks.groupby(["lock", "guest"])
+        for (lock, guest), table in locks.groupby(["lock", label])
     ]
 
 
@@ -172,6 +187,20 @@ def rcu_table(result: ResultLike) -> RenderableType:
     return titled_table("RCU and stage-2 tables", headers, [row], left=0)
 
 
+def teardown_table(result: ResultLike) -> list[RenderableType]:
+    """The walk that freed a tree; nothing if no VM came to its end."""
+    if not _ends_a_vm(result):
+        return []
+    summary = summary_of(result)
+    row = [
+        _time(summary.get("teardown_longest_ns")),
+        _time(summary.get("teardown_walk_ns")),
+        _count(summary.get("teardown_visits")),
+    ]
+    headers = ["longest stretch", "walk", "entries visited"]
+    return [titled_table(END_OF_VMS, headers, [row], left=0)]
+
+
 def violations(result: ResultLike) -> list[RenderableType]:
     """The first violations with the events that led to them, oldest first; nothing if clean."""
     found = result.violations
@@ -181,12 +210,12 @@ def violations(result: ResultLike) -> list[RenderableType]:
     for i, violation in enumerate(found[:MOST_VIOLATIONS], start=1):
         parts += _violation(i, violation)
     if len(found) > MOST_VIOLATIONS:
-        parts.append(f"  and {len(found) - MOST_VIOLATIONS} more")
+        parts.append(f"  and {_found(result) - MOST_VIOLATIONS} more")
     return [*parts, ""]
 
 
 def sweep_report(results: OneOrMany, failed: Iterable[Mapping[str, Any]] = ()) -> Group:
-    """A sweep in three tables with a row a point: guests and ageing; mmu_lock; RCU and memory.
+    """A sweep with a row a point: guests and ageing; mmu_lock; ends of VMs; RCU and memory.
 
     `failed`: points without a result, as mappings with `axes` and `reason`.
     """
@@ -195,33 +224,68 @@ def sweep_report(results: OneOrMany, failed: Iterable[Mapping[str, Any]] = ()) -
     if points:
         axes = list(axes_of(points).values())
         for title, columns in SWEEP_TABLES.items():
-            if title not in APPLIES or any(map(APPLIES[title], points)):
-                parts.append(_sweep_table(title, columns, points, axes))
+            if title not in NEEDS or any(map(NEEDS[title], points)):
+                parts += _sweep_table(title, columns, points, axes)
     for failure in failed:
         place = ", ".join(f"{key}={reference_label(v)}" for key, v in failure["axes"].items())
         parts.append(Text(f"failed: {place or 'the point'}: {failure['reason']}", "red"))
     return Group(*parts) if parts else Group("no finished point")
 
 
+def _labels(result: ResultLike) -> dict[str, str]:
+    """What reports call each guest: its name, or that of its group and how many there are."""
+    return {
+        member: name if (count := int(guest.get("count", 1))) == 1 else f"{name} ({count})"
+        for name, guest in result.scenario.get("guests", {}).items()
+        for member in member_names(name, int(guest.get("count", 1)))
+    }
+
+
+def _labelled(result: ResultLike, guests: pd.Series[Any]) -> pd.Series[Any]:
+    labels = _labels(result)
+    return guests.map(lambda guest: labels.get(guest, guest))
+
+
+def _one_lock(result: ResultLike, table: pd.DataFrame) -> pd.DataFrame:
+    """A row a site and mode, whether the rows are those of one guest's lock or of several."""
+    guests = set(table["guest"])
+    if len(guests) == 1:
+        return table
+    histograms = result.histograms
+    ours = histograms["guest"].isin(guests) & histograms["lock"].isin(set(table["lock"]))
+    return together(table, histograms[ours])
+
+
 def _only_guest(result: ResultLike) -> str:
-    return next(iter(result.scenario.get("guests", {})), "all")
+    return next(iter(_labels(result).values()), "all")
 
 
 def _rows_by_guest(result: ResultLike) -> list[Row]:
     series = getattr(result, "series", None)
-    if series is None or series.empty or len(result.scenario.get("guests", {})) < 2:
+    labels = _labels(result)
+    if series is None or series.empty or len(labels) < 2:
         return []
     last = series.sort_values("t_ns", kind="stable").groupby("guest", sort=False).last()
+    groups = last.groupby(last.index.map(lambda guest: labels.get(guest, guest)), sort=False)
+    rows: list[Row] = []
+    for label, members in groups:
+        if len(groups) > 1:
+            rows.append(_guest_row(str(label), {**members.sum(), "t_ns": members["t_ns"].max()}))
+        if len(members) > 1:
+            by_touches = members.sort_values("touches", kind="stable")
+            rows.append(_guest_row(f"  least: {by_touches.index[0]}", by_touches.iloc[0]))
+            rows.append(_guest_row(f"  most: {by_touches.index[-1]}", by_touches.iloc[-1]))
+    return rows
+
+
+def _guest_row(name: str, sample: Mapping[str, Any] | pd.Series[Any]) -> Row:
     return [
-        [
-            str(guest),
-            _count(row["touches"]),
-            _count(row["touches"] / (row["t_ns"] / 1e9)) if row["t_ns"] else NOTHING,
-            _count(row["faults"]),
-            _count(row["retries"]),
-            NOTHING,
-        ]
-        for guest, row in last.iterrows()
+        name,
+        _count(sample["touches"]),
+        _count(sample["touches"] / (sample["t_ns"] / 1e9)) if sample["t_ns"] else NOTHING,
+        _count(sample["faults"]),
+        _count(sample["retries"]),
+        NOTHING,
     ]
 
 
@@ -296,8 +360,8 @@ def _sweep_table(
     columns: Sequence[tuple[str, Cell]],
     points: Sequence[ResultLike],
     axes: Sequence[AxisOfStudy],
-) -> RenderableType:
-    """Axes, replications and those columns in which any point has something to say."""
+) -> list[RenderableType]:
+    """Axes, replications and those columns in which any point has something to say, if any."""
     places = {
         axis.name: [wrapped(value_of(point, axis.key), PLACE_WIDTH) for point in points]
         for axis in axes
@@ -307,9 +371,11 @@ def _sweep_table(
         places["rep"] = repeated
     shown = [(header, [cell(point) for point in points]) for header, cell in columns]
     shown = [(header, found) for header, found in shown if set(found) != {NOTHING}]
+    if not shown:
+        return []
     headers = [*places, *(header for header, _ in shown)]
     rows = zip(*places.values(), *(found for _, found in shown), strict=True)
-    return titled_table(title, headers, rows, left=len(places))
+    return [titled_table(title, headers, rows, left=len(places))]
 
 
 def _grace(summary: Mapping[str, Any], figure: str) -> str:
@@ -328,12 +394,29 @@ def _has_callbacks(result: ResultLike) -> bool:
     return bool(summary_of(result).get("callbacks"))
 
 
+def _found(result: ResultLike) -> int:
+    """Violations, those included that the oracle only counted."""
+    return max(len(result.violations), int(summary_of(result).get("violations") or 0))
+
+
+def _ends_a_vm(result: ResultLike) -> bool:
+    return bool(summary_of(result).get("teardown_walk_ns"))
+
+
 def _missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _time(value: Any) -> str:
     return NOTHING if _missing(value) else format_duration(round(value))
+
+
+def _time_spent(value: Any) -> str:
+    return _time(value) if value else NOTHING
+
+
+def _count_made(value: Any) -> str:
+    return _count(value) if value else NOTHING
 
 
 def _size(value: Any) -> str:
@@ -368,6 +451,12 @@ SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("range_start\nhold\np99", _at_site("range_start", "hold", "p99")),
         ("max", _at_site("range_start", "hold", "max")),
     ),
+    END_OF_VMS: (
+        ("longest\nstretch", _figure("teardown_longest_ns", _time_spent)),
+        ("walk", _figure("teardown_walk_ns", _time_spent)),
+        ("visits", _figure("teardown_visits", _count_made)),
+        ("violations", _figure("violations", _count)),
+    ),
     TABLES_AND_RCU: (
         ("grace\nperiod\np50", lambda result: _grace(summary_of(result), "p50")),
         ("p99", lambda result: _grace(summary_of(result), "p99")),
@@ -387,8 +476,9 @@ SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {
 }
 """The tables of a sweep: each column's header and its cell of a point."""
 
-APPLIES: dict[str, Callable[[ResultLike], bool]] = {
+NEEDS: dict[str, Callable[[ResultLike], bool]] = {
+    END_OF_VMS: _ends_a_vm,
     TABLES_AND_RCU: _frees_tables,
     CALLBACKS: _has_callbacks,
 }
-"""Whether a point has something to say in a table; one that is not here is always shown."""
+"""Tables that are shown only if some point has to do with them."""

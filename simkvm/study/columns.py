@@ -28,7 +28,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("reported_table_bytes", "table_bytes"),
     ),
     "grace_periods": ("number", "start_ns", "end_ns", "fqs_scans"),
-    "passes": ("guest", "start_ns", "end_ns", "scanned", "young", "calls"),
+    "passes": ("guest", "start_ns", "end_ns", "scanned", "young", "calls", "idle"),
     "series": ("guest", "t_ns", "touches", "faults", "retries"),
 }
 """The tables of a point and the columns that each has even when it is empty."""

@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 import worlds
 
+from simkvm.scenario.load import load
+
+ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("fingerprints.json")
 UPDATE = "python -m pytest tests/golden --update-golden"
 MS = 1_000_000
@@ -80,6 +83,37 @@ CASES: dict[str, dict[str, Any]] = {
         "ageing": {"interval": MS},
         "duration": 6 * MS,
     },
+    "x86, write-locked ageing": {
+        "guest": {"vcpus": 4, "memory": 8 * MIB, "access": {"pattern": "populate"}},
+        "machine": "x86-icelake-64c",
+        "kernel": "linux-6.12-x86",
+        "ageing": {},
+    },
+    "x86, lock-free ageing, ranges, then the file is closed": {
+        "guest": {
+            "vcpus": 4,
+            "memory": 16 * MIB,
+            "access": ZIPF,
+            "teardown": {"order": "close_vm", "at": 12 * MS},
+        },
+        "machine": "x86-icelake-64c",
+        "kernel": "linux-6.15-x86",
+        "ageing": {"interval": MS},
+        "contenders": {"vmm": {**DONTNEED, "rate": 500.0}},
+        "host": {"hz": 1000},
+        "duration": 18 * MS,
+    },
+    "x86, shadow MMU, chains": {
+        "guest": {
+            "vcpus": 4,
+            "memory": 8 * MIB,
+            "rmap_chain": 4,
+            "access": {"pattern": "populate"},
+        },
+        "machine": "x86-icelake-64c",
+        "kernel": "linux-6.15-x86-shadow",
+        "ageing": {},
+    },
     "balloon and reporting": {
         "guest": {"vcpus": 2, "memory": 16 * MIB, "access": {"pattern": "populate", "repeat": 9}},
         "kernel": "linux-7.1-lockless",
@@ -94,21 +128,94 @@ CASES: dict[str, dict[str, Any]] = {
             },
         },
     },
+    "a mapped VM that ends in chunks": {
+        "guest": {
+            "memory": 64 * MIB,
+            "ipa_bits": 48,
+            "mapped": True,
+            "access": {"pattern": "uniform", "touches": 100, "think": 1000},
+            "teardown": {"order": "close_vm", "at": MS},
+        },
+        "kernel": "linux-7.1",
+        "ageing": {"interval": MS},
+    },
 }
+CASES["many guests, two to a memcg, slots, two nodes"] = {
+    "machine": {
+        "base": "ampere-altra-80c",
+        "set": {"cores": 32, "nodes": 2, "c2c_remote_ns": 350},
+    },
+    "guests": {
+        name: {
+            "count": 6,
+            "vcpus": 2,
+            "memory": 4 * MIB,
+            "memslots": 4,
+            "memcg": "shared" if name == "pod" else None,
+            "access": ZIPF,
+        }
+        for name in ("pod", "vm")
+    },
+    "ageing": {"interval": MS},
+    "contenders": {"vmm": {**DONTNEED, "guest": "vm", "rate": 20000.0}},
+    "duration": 8 * MS,
+}
+#: The shipped workload of each taker of mmu_lock, reduced.
+TAKERS: dict[str, list[str]] = {
+    "madvise_dontneed": ["guests.vm0.memory=8 MiB", "contenders.vmm.start=2 ms", "duration=12 ms"],
+    "free_page_reporting": [
+        *("guests.vm0.memory=32 MiB", "contenders.reporting.delay=5 ms"),
+        *("contenders.reporting.idle=2 ms", "duration=30 ms"),
+    ],
+    "balloon": [
+        *("guests.vm0.memory=8 MiB", "contenders.balloon.target=1 MiB"),
+        *("contenders.balloon.start=2 ms", "duration=12 ms"),
+    ],
+    "ksm": ["guests.vm0.memory=2 MiB", "duration=40 ms"],
+    "migration": ["guests.vm0.memory=4 MiB", "contenders.mover.start=4 ms", "duration=12 ms"],
+    "compaction": [
+        *("guests.vm0.memory=4 MiB", "contenders.kcompactd.start=4 ms"),
+        *("contenders.kcompactd.pages=96", "duration=15 ms"),
+    ],
+    "numa_balancing": [
+        *("guests.vm0.memory=8 MiB", "contenders.numa.start=0 ns"),
+        *("contenders.numa.scan_size=2 MiB", "contenders.numa.delay=2 ms", "duration=40 ms"),
+    ],
+    "mprotect": ["guests.vm0.memory=4 MiB", "contenders.vmm.start=4 ms", "duration=20 ms"],
+    "fork": [
+        *("guests.vm0.memory=4 MiB", "contenders.vmm.start=4 ms", "contenders.vmm.child=4 ms"),
+        "duration=14 ms",
+    ],
+    "oom_reaper": [
+        *("guests.victim.memory=8 MiB", "contenders.oom.start=3 ms", "contenders.oom.delay=1 ms"),
+        "duration=8 ms",
+    ],
+    "memslot": ["guests.vm0.memory=8 MiB", "contenders.vmm.start=4 ms", "duration=20 ms"],
+    "pre_fault": ["guests.vm0.memory=8 MiB", "guests.vm0.access.touches=2000"],
+}
+ALL = [*CASES, *(f"takers/{taker}" for taker in TAKERS)]
 KEPT = (
     *("sim_ns", "touches", "faults", "fault_retries", "ageing_calls", "young_pages"),
     *("grace_periods", "callbacks", "tables_allocated", "tables_freed", "tlbi_broadcasts"),
     *("unmapped_pages", "mmu_lock_wait_total_ns", "mmu_lock_hold_total_ns", "safety"),
 )
+ENDS = ("teardown_visits", "teardown_longest_ns", "teardown_walk_ns")
 
 
 def outcome(case: str) -> dict[str, Any]:
-    record = worlds.run(**CASES[case])
-    return {"fingerprint": record.fingerprint, **{key: record.summary[key] for key in KEPT}}
+    taker = case.removeprefix("takers/")
+    if taker != case:
+        (point,) = load(str(ROOT / "workloads" / f"{case}.yaml"), TAKERS[taker]).points
+        record = worlds.run(point.scenario)
+    else:
+        record = worlds.run(**CASES[case])
+    ends = "mapped" in CASES.get(case, {}).get("guest", {})
+    kept = (*KEPT, *ENDS) if ends else KEPT
+    return {"fingerprint": record.fingerprint, **{key: record.summary[key] for key in kept}}
 
 
 def test_fingerprints_are_as_they_were(request: pytest.FixtureRequest) -> None:
-    found = {case: outcome(case) for case in CASES}
+    found = {case: outcome(case) for case in ALL}
     if request.config.getoption("--update-golden"):
         GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
     stored = json.loads(GOLDEN.read_text())
@@ -119,7 +226,7 @@ def test_fingerprints_are_as_they_were(request: pytest.FixtureRequest) -> None:
         if stored.get(case, {}).get(key) != value
     ]
     assert not changed, "\n".join([*changed, f"if that is meant: {UPDATE}"])
-    assert len({values["fingerprint"] for values in found.values()}) == len(CASES)
+    assert len({values["fingerprint"] for values in found.values()}) == len(ALL)
 
 
 def test_a_second_run_in_the_process_feels_nothing_of_the_first() -> None:

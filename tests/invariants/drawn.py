@@ -13,20 +13,16 @@ from hypothesis import strategies as st
 from worlds import KIB, MIB, MS, US, scenario
 
 from simkvm.scenario.kernel import POLICIES, kernel_names, load_kernel
+from simkvm.scenario.possible import NEEDS, ONLY
 from simkvm.scenario.schema import Scenario
 
-KERNELS = [name for name in kernel_names() if load_kernel(name).arch == "arm64"]
+KERNELS = {
+    arch: [name for name in kernel_names() if load_kernel(name).arch == arch]
+    for arch in ("arm64", "x86")
+}
+MACHINES = {"arm64": ["ampere-altra-80c", "graviton3-64c"], "x86": ["x86-icelake-64c"]}
 DEFERRED = [value for value in POLICIES["table_free"] if value != "inline"]
 DURATION = 8 * MS
-#: What a policy may be set to: as some arm64 kernel has it, or what the model can do besides.
-VALUES = {policy: {load_kernel(name)[policy] for name in KERNELS} for policy in POLICIES}
-VALUES |= {
-    policy: set(POLICIES[policy])
-    for policy in (
-        *("recover_huge", "collapse_free", "permission_fault_lock", "eager_split", "relax_tlbi"),
-        *("write_protect_lock", "dirty_log_clear_lock"),
-    )
-}
 
 #: Page size, leaf size and memory that give a few tables and at most some thousand leaves.
 SHAPES = [
@@ -49,36 +45,58 @@ SIZED = [
 
 
 def scenarios(
-    safe: bool = True, teardown: bool | None = None, sized: bool = False
+    safe: bool = True,
+    teardown: bool | None = None,
+    takers: bool = False,
+    arch: str = "arm64",
+    sized: bool = False,
 ) -> st.SearchStrategy[Scenario]:
-    """One guest and whatever disturbs it for some milliseconds.
+    """One guest and whatever disturbs it for some milliseconds; ``teardown``: with its end.
 
-    ``teardown``: with its end; ``sized``: with leaves of two sizes, or a dirty log.
+    ``takers``: what disturbs it does more than drop memory; ``sized``: its leaves are of two
+    sizes, or its writes are logged.
     """
-    return st.integers(0, 2**32).map(lambda number: drawn(Random(number), safe, teardown, sized))
+    numbers = st.integers(0, 2**32)
+    return numbers.map(lambda number: drawn(Random(number), safe, teardown, takers, arch, sized))
 
 
-def drawn(dice: Random, safe: bool, teardown: bool | None, sized: bool = False) -> Scenario:
+def drawn(
+    dice: Random,
+    safe: bool,
+    teardown: bool | None,
+    takers: bool = False,
+    arch: str = "arm64",
+    sized: bool = False,
+) -> Scenario:
     """The scenario that ``dice`` gives."""
-    page, leaf, memory = dice.choice(SIZED if sized else SHAPES)
+    disturb = taker if takers else contender
+    shapes = SIZED if sized else SHAPES
+    page, leaf, memory = dice.choice([s for s in shapes if arch == "arm64" or s[0] == 4 * KIB])
     folio = leaf if leaf > page else page * dice.choice([1, 1, 4, 16])
     memory = max(folio, memory - memory % folio)
     if teardown is None:
         teardown = dice.random() < 0.4
     end = {"order": dice.choice(["process_exit", "close_vm"]), "at": dice.randrange(DURATION)}
     pace = {"interval": dice.choice([0, 0, 300 * US]), "start": dice.randrange(MS)}
-    vcpus, takers = dice.randint(1, 4), dice.choice([0, 1, 1, 2])
-    variant = kernel(dice, safe)
-    others = resizers(dice, page, leaf, load_kernel(variant)["eager_split"]) if sized else {}
+    more = Random(pace["start"])  # one of its own, so that the other draws do not shift
+    pace["method"] = more.choice(["lru_gen", "lru_gen", "page_idle", "folio_referenced"])
+    flags = {"hw_af": more.random() < 0.7}
+    vcpus, disturbers = dice.randint(1, 4), dice.choice([0, 1, 1, 2]) + takers
+    variant = kernel(dice, safe, arch)
+    others = {}
+    if sized:
+        others = resizers(more, page, leaf, load_kernel(variant)["eager_split"])
     return scenario(
         seed=dice.randrange(100),
-        machine=dice.choice(["ampere-altra-80c", "graviton3-64c"]),
+        expect="safe" if safe else "unsafe",
+        machine={"base": dice.choice(MACHINES[arch]), "set": flags},
         kernel=variant,
         host={
-            "cpus": vcpus + 1 + takers + len(others) + dice.choice([0, 3]),
+            "cpus": vcpus + 1 + disturbers + len(others) + dice.choice([0, 3]),
             "hz": dice.choice([250, 1000, 1000]),
             "preemption": dice.choice(["none", "full"]),
             "nohz_full": dice.choice(["none", "none", "vcpus"]),
+            "rcu": rcu(dice),
         },
         duration=DURATION,
         guest={
@@ -91,8 +109,7 @@ def drawn(dice: Random, safe: bool, teardown: bool | None, sized: bool = False) 
             "teardown": end if teardown else None,
         },
         ageing=pace if dice.random() < 0.8 else None,
-        contenders={f"c{number}": contender(dice, memory, page, leaf) for number in range(takers)}
-        | others,
+        contenders={f"c{n}": disturb(dice, memory, page, leaf) for n in range(disturbers)} | others,
         ties=dice.choice(["fifo", "fifo", "shuffle"]),
     )
 
@@ -106,7 +123,7 @@ def resizers(dice: Random, page: int, leaf: int, split: str) -> dict[str, Any]:
     if dice.random() < 0.7:
         made["log"] = common | {
             "kind": "dirty_log",
-            "interval": dice.choice([0, 300 * US, MS]),
+            "interval": dice.choice([50 * US, 300 * US, MS]),
             "rounds": dice.choice([None, 1, 2, 4]),
             "manual_protect": manual,
             "initially_set": manual and dice.random() < 0.4,
@@ -129,27 +146,48 @@ def resizers(dice: Random, page: int, leaf: int, split: str) -> dict[str, Any]:
     return made or resizers(dice, page, leaf, split)
 
 
-def kernel(dice: Random, safe: bool) -> dict[str, Any]:
+def rcu(dice: Random) -> dict[str, Any]:
+    """Offloaded callbacks or not; lazy ones outlast the run."""
+    nocbs = dice.choice(["none", "none", "vcpus", "all"])
+    lazy = nocbs != "none" and dice.random() < 0.3
+    return {"nocbs": nocbs, "lazy": lazy, "preemptible": dice.choice([None, True])}
+
+
+def kernel(dice: Random, safe: bool, arch: str) -> dict[str, Any]:
     """A shipped kernel with some policies changed; if not ``safe``, lock-free and freed at once."""
-    base = dice.choice(KERNELS)
-    changes = {
-        policy: dice.choice(sorted(values))
-        for policy, values in VALUES.items()
-        if dice.random() < 0.3
+    base = dice.choice(KERNELS[arch])
+    drawn = {
+        policy: dice.choice([*values]) for policy, values in POLICIES.items() if dice.random() < 0.3
     }
+    changes = {policy: value for policy, value in drawn.items() if may_have(arch, policy, value)}
+    if arch == "x86":
+        return {"base": base, "set": changes}
     made = load_kernel({"base": base, "set": changes})
     if made["ageing_call"] == "bitmap" or not safe:
         changes["ageing_lock"] = "none"  # windows take no lock
     lock_free = changes.get("ageing_lock", made["ageing_lock"]) == "none"
     if safe and lock_free:
         changes["root_free"] = "after_unregister"
+        changes["collapse_free"] = "subtree"
         if made["table_free"] == "inline":
             changes["table_free"] = dice.choice(DEFERRED)
     if not safe:
-        changes |= {"root_free": "in_release", "table_free": "inline"}
+        changes |= {"root_free": "in_release", "table_free": "inline", "unmap_tables": "free"}
         if made["ageing_call"] == "blind":
             changes["ageing_call"] = "per_pte"
     return {"base": base, "set": changes}
+
+
+def may_have(arch: str, policy: str, value: str) -> bool:
+    """Whether a kernel of ``arch`` may change that, on any machine and with anything else.
+
+    On x86 the locks of ageing and faults hang together with the MMU: there they stay as they are.
+    """
+    if arch == "x86" and policy in ("mmu", "fault_lock", "ageing_lock", "ageing_call"):
+        return False
+    if arch == "x86" and (policy, value) in [("table_free", "inline"), ("collapse_free", "inline")]:
+        return False
+    return (policy, value) not in NEEDS and ONLY.get((policy, value), (arch, ""))[0] == arch
 
 
 def access(dice: Random) -> dict[str, Any]:
@@ -186,3 +224,33 @@ def contender(dice: Random, memory: int, page: int, leaf: int) -> dict[str, Any]
         "idle": dice.choice([0, 500 * US]),
         "batch": 2,
     }
+
+
+def taker(dice: Random, memory: int, page: int, leaf: int) -> dict[str, Any]:
+    """One that changes host pages in another way, or the memory slot, or maps ahead."""
+    part = min(memory, leaf * dice.choice([1, 7, 64, 600]))
+    kinds: list[dict[str, Any]] = [
+        {"kind": "migration", "range": part, "batch": dice.choice([1, 64, 512]), "interval": MS},
+        {"kind": "compaction", "pages": dice.choice([5, 70]), "interval": 500 * US},
+        {"kind": "numa_balancing", "scan_size": part, "period": 300 * US, "delay": 0},
+        {"kind": "mprotect", "range": part, "read_only": 200 * US, "writable": 400 * US},
+        {"kind": "fork", "child": dice.choice([0, 300 * US]), "interval": MS},
+        {"kind": "memslot", "operation": dice.choice(["delete", "move"]), "interval": MS},
+        {"kind": "memslot", "pause": 300 * US},
+        {"kind": "pre_fault", "populated": dice.random() < 0.5, "call": dice.choice([None, part])},
+    ]
+    if leaf == page:
+        kinds += 3 * [
+            {
+                "kind": "ksm",
+                "sleep": 50 * US,
+                "duplicates": dice.choice([0.1, 0.9]),
+                "copies": dice.choice([2, 30]),
+                "smart_scan": dice.random() < 0.5,
+            }
+        ]
+    if dice.random() < 0.15:
+        kinds = [{"kind": "oom_reaper", "delay": dice.choice([0, MS])}]
+    if dice.random() < 0.25:
+        return contender(dice, memory, page, leaf)
+    return {"guest": "vm0", "start": dice.randrange(2 * MS), **dice.choice(kinds)}

@@ -28,7 +28,7 @@ COSTS = RcuCosts(call_rcu_ns=106, callback_invoke_ns=50, wakeup_ns=3900, context
 
 #: What an actor does for a while: (kind, duration in ns).
 Step = tuple[str, int]
-#: (ticks of time, index of the CPU, callbacks, apart by ns, cost in ns each).
+#: (time in ns, index of the CPU, callbacks, apart by ns, cost in ns each); a single one hurries.
 Call = tuple[int, int, int, int, int]
 
 KINDS = ("guest", "user", "kernel", "atomic", "spin", "sleep", "switch")
@@ -39,6 +39,8 @@ class Run:
     hz: int
     preemptible: bool
     nohz_full: frozenset[int]
+    offloaded: frozenset[int]
+    lazy: bool
     steps: list[list[Step]]
     calls: list[Call]
     small: bool  # small thresholds, so that floods happen
@@ -82,6 +84,8 @@ def runs(draw: st.DrawFn) -> Run:
         hz=hz,
         preemptible=draw(st.booleans()),
         nohz_full=frozenset(draw(st.sets(st.integers(1, 3), max_size=2))),
+        offloaded=frozenset(draw(st.sets(st.integers(0, 3), max_size=4))),
+        lazy=draw(st.booleans()),
         steps=[draw(steps(tick_ns)) for _ in range(cpus)],
         calls=draw(st.lists(call, min_size=1, max_size=8)),
         small=draw(st.booleans()),
@@ -137,7 +141,7 @@ def caller(seen: Seen, call: Call) -> Iterator[Event]:
         return cost
 
     if count == 1:
-        seen.rcu.call_rcu(times[0], cpu, lambda t_ns: invoke(t_ns, 0))
+        seen.rcu.call_rcu_hurry(times[0], cpu, lambda t_ns: invoke(t_ns, 0))
     else:
         seen.rcu.call_rcu_many(times, cpu, invoke)
 
@@ -145,12 +149,9 @@ def caller(seen: Seen, call: Call) -> Iterator[Event]:
 def simulate(run: Run) -> Seen:
     env = Environment()
     count = len(run.steps)
-    cpus = [Cpu(i, nohz_full=i in run.nohz_full) for i in range(count)]
-    config = RcuConfig(run.hz, run.preemptible, nr_cpu_ids=count)
-    if run.small:
-        config = RcuConfig(
-            run.hz, run.preemptible, nr_cpu_ids=count, qhimark=20, qlowmark=5, qovld=60
-        )
+    cpus = [Cpu(i, 0, i in run.nohz_full, i in run.offloaded) for i in range(count)]
+    marks = {"qhimark": 20, "qlowmark": 5, "qovld": 60} if run.small else {}
+    config = RcuConfig(run.hz, run.preemptible, nr_cpu_ids=count, lazy=run.lazy, **marks)
     periods: list[tuple[int, int, int, int]] = []
     rcu = Rcu(env, cpus, config, COSTS, on_grace_period=lambda *row: periods.append(row))
     seen = Seen(rcu, env, periods)
@@ -242,6 +243,8 @@ OVERLOAD = Run(
     hz=300,
     preemptible=True,
     nohz_full=frozenset(),
+    offloaded=frozenset(),
+    lazy=False,
     steps=[[]],
     calls=[
         (361_228, 0, 150, 1, 100),

@@ -49,7 +49,7 @@ def watched(spec: Scenario) -> tuple[World, Journal, Record]:
             writes.check()
             if notes.changes != seen:  # else nothing that the arrays hold has moved
                 rules.counts_are_entries(kvm.stage2)
-                rules.tree_hangs_together(kvm.stage2)
+                rules.tree_hangs_together(kvm.stage2, kvm.keep_tables)
                 rules.shadows_agree_with_blocks(kvm.stage2)
                 rules.blocks_lie_in_huge_pages(kvm)
                 rules.nothing_maps_what_the_host_took(kvm)
@@ -107,9 +107,28 @@ def test_every_rule_holds_at_the_end_of_a_vm_with_leaves_that_differ(spec: Scena
     every_rule_holds(spec)
 
 
+@settings(max_examples=12, phases=[Phase.generate])
+@given(drawn.scenarios(sized=True, arch="x86"))
+def test_every_rule_holds_on_x86_where_leaves_differ_in_size(spec: Scenario) -> None:
+    every_rule_holds(spec)
+
+
+@settings(max_examples=24, phases=[Phase.generate])
+@given(drawn.scenarios(takers=True))
+def test_every_rule_holds_whatever_takes_the_lock(spec: Scenario) -> None:
+    every_rule_holds(spec)
+
+
+@settings(max_examples=12, phases=[Phase.generate])
+@given(drawn.scenarios(arch="x86"))
+def test_every_rule_holds_on_x86(spec: Scenario) -> None:
+    every_rule_holds(spec)
+
+
 def ending(at: int) -> Scenario:
     """A VM closed while its one host table is aged without the lock, its root freed in release."""
     return scenario(
+        expect="unsafe",
         kernel={"base": "linux-7.1-lockless", "set": {"root_free": "in_release"}},
         guest={
             "memory": 2 * MIB,

@@ -38,7 +38,7 @@ from simkvm.guest import patterns
 from simkvm.kernel.costs import Costs
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
-from simkvm.kernel.sites import AGE, FAULT, RANGE_END, RANGE_START
+from simkvm.kernel.sites import ACCESS_FAULT, AGE, FAULT, RANGE_END, RANGE_START
 from simkvm.kernel.world import World
 from simkvm.scenario.contenders import MadviseDontneed
 from simkvm.scenario.kernel import KernelVariant
@@ -290,6 +290,8 @@ class Page:
     granted_at: int = 0
     valid_from: int = 0  #: entry of the fault that mapped it: the guest can use it from then on
     accessed: bool = False
+    flag_since: int = 0  #: software AF: before that the flag was the other way round
+    idle: bool = False
     writable: bool = False
     present: bool = False
     own: bool = False
@@ -300,6 +302,10 @@ class Page:
     def usable(self, write: bool, t: int) -> bool:
         """Whether a touch at ``t`` is possible without a fault."""
         return self.valid and self.valid_from <= t and (self.writable or not write)
+
+    def flagged(self, t: int) -> bool:
+        """Whether a touch at ``t`` finds the accessed flag set."""
+        return self.accessed if t >= self.flag_since else not self.accessed
 
 
 @dataclass(eq=False)
@@ -317,6 +323,7 @@ class HostTable:
 
     pages: dict[int, Page] = field(default_factory=dict)
     faults_inside: int = 0
+    claims: list[tuple[int, int]] = field(default_factory=list)  #: when faults want the lock
     aged: Event | None = None  #: happens when ageing, which has the lock, lets go
 
 
@@ -369,11 +376,19 @@ class Flushes:
         self.alone = round(machine["tlbi_s2_page_ns"])
         self.service = round(machine["tlbi_global_service_ns"])
         self.ends: list[int] = []
+        self.free_at = 0
         self.broadcasts = 0
 
     def each(self, now: int) -> int:
         """What one flush costs a walk that starts now."""
         return max(self.alone, (1 + sum(end > now for end in self.ends)) * self.service)
+
+    def all(self, now: int, alone: int) -> int:
+        """A flush of everything, issued now: when its barrier is done."""
+        self.broadcasts += 1
+        start = max(now, self.free_at) + sum(end > now for end in self.ends) * self.service
+        self.free_at = start + self.service
+        return max(now + alone, self.free_at)
 
     def walk(self, end: int, flushes: int) -> None:
         self.broadcasts += flushes
@@ -388,6 +403,7 @@ class Vm:
         self.host, self.name, self.clock = host, name, host.clock
         kernel, machine = host.kernel, host.machine
         self.kernel = kernel
+        self.software = not machine.hw_af
         self.costs = Costs.of(machine, spec.mapping, spec.page_size)
         self.base = spec.ipa_base
         self.page_bytes, self.leaf_bytes = spec.page_size, spec.mapping
@@ -406,6 +422,7 @@ class Vm:
         self.tables: dict[int, HostTable] = {}
         self.pages: dict[int, Page] = {}
         self.generations = Generations(kernel["promotion"] == "two_step")
+        self.promoted: set[int] = set()  #: folios that a look-around found in this pass
         self.lock = Lock(self.clock, self.costs)
         self.mmap = Line(self.clock, self.costs.line)
         self.deferred_flush = (
@@ -454,6 +471,7 @@ class Vm:
             table = table.entries[entry]
         table.entries[self.entry_of(table, page.leaf)] = page
         page.valid, page.accessed, page.writable = True, True, page.own
+        page.flag_since = 0
         self.allocated += made
         return table, made
 
@@ -549,7 +567,7 @@ class Vm:
                 continue
             if page.own:
                 self.generations.remove(page)
-            page.present = page.own = page.young = False
+            page.present = page.own = page.young = page.idle = False
             del self.host_table(leaf).pages[leaf]
             gone += 1
         return gone
@@ -628,7 +646,7 @@ class Vcpu:
         self.entered_at = 0
         self.moved = False  #: whether the next exit is not the one that was due on entry
         self.cached = 0
-        self.touches = self.faults = self.retries = 0
+        self.touches = self.faults = self.retries = self.access_faults = 0
         self.finished = -1
 
     def run(self) -> Steps:
@@ -661,13 +679,22 @@ class Vcpu:
         """One touch that begins at ``t``; returns when the next may."""
         while True:
             t = yield from self.wait(t, TOUCH)
+            cached = self.tlb.get(page.leaf % self.vm.costs.tlb_entries) == page.leaf
+            there = page.valid and page.valid_from <= t
+            if self.vm.software and there and not cached and not page.flagged(t):
+                self.inside = False
+                done, t = yield from self.access_fault(page, write, busy)
+                if done:
+                    return t
+                continue
             if page.usable(write, t):
                 self.moved |= page.granted_at > self.entered_at
                 self.touches += 1
                 slot = page.leaf % self.vm.costs.tlb_entries
                 if self.tlb.get(slot) != page.leaf:
                     self.tlb[slot] = page.leaf
-                    self.untold.append(page)
+                    if not self.vm.software:
+                        self.untold.append(page)
                 return t + busy
             self.inside = False
             mapped, t = yield from self.fault(page, write, busy)
@@ -703,7 +730,29 @@ class Vcpu:
             extra += self.refill()
         return extra
 
-    # -- the fault --
+    # -- the faults --
+
+    def access_fault(self, page: Page, write: bool, busy: int) -> Steps:
+        """Software sets the accessed flag: as :meth:`fault`."""
+        clock, vm, costs = self.clock, self.vm, self.vm.costs.access_fault
+        left = int(clock.now) + vm.costs.touch_ns
+        self.cpu.enter_kernel(left)
+        yield clock.at(left + costs.exit_ns, STEP, self.number)
+        self.access_faults += 1
+        ask = vm.lock.ask(self.cpu.id, ACCESS_FAULT, vm.kernel["access_fault_lock"] == "write")
+        if ask.granted is not None:
+            self.cpu.spin(clock.now)
+            yield ask.granted
+        if page.valid and not page.accessed:
+            page.accessed, page.flag_since, page.granted_at = True, ask.forecast, int(clock.now)
+        done = page.valid and (page.writable or not write)
+        if done:
+            self.touches += 1
+            self.tlb[page.leaf % vm.costs.tlb_entries] = page.leaf
+        extra = self.enter(ask.number) + (busy if done else 0)
+        yield from vm.lock.hold(ask, costs.hold_ns)
+        self.cpu.enter_guest(int(clock.now) + costs.enter_ns, NEVER)
+        return done, int(clock.now) + costs.enter_ns + extra
 
     def fault(self, page: Page, write: bool, busy: int) -> Steps:
         """Handle the abort of a touch that begins now.
@@ -746,6 +795,7 @@ class Vcpu:
         """GUP's slow path, which would be over at ``t`` if nobody had the host table's lock."""
         clock, vm = self.clock, self.vm
         table, lock_ns = vm.host_table(page.leaf), self.costs.ptl_ns
+        table.claims.append((t - lock_ns, t))
         clock.process(self.leave_mmap(t))
         yield clock.at(t - lock_ns, TAKE_TABLE)
         freed = -1
@@ -804,6 +854,7 @@ class Pass:
     young: int = 0
     calls: int = 0
     skipped: int = 0
+    idle: int = 0
 
 
 class Ager:
@@ -821,7 +872,7 @@ class Ager:
         while any(vcpu.finished < 0 for vm in self.host.vms for vcpu in vm.vcpus):
             cpu.enter_kernel(clock.now)
             for vm in self.host.vms:
-                yield from self.age(vm)
+                yield from METHODS[spec.method](self, vm)
             t = int(clock.now) + cpu.take_stolen()
             if spec.interval:
                 cpu.sleep(t)
@@ -837,8 +888,18 @@ class Ager:
 
     def age(self, vm: Vm) -> Steps:
         """One pass over ``vm``."""
-        clock, costs, cpu = self.clock, vm.costs.ageing, self.cpu.id
+        clock, costs = self.clock, vm.costs.ageing
         report = Pass(vm.name, int(clock.now))
+        if not vm.software:
+            yield from self.walk(vm, report)
+        yield from clock.pause(costs.lru_lock_ns + costs.resched_ns)
+        yield from clock.pause(vm.generations.open_one() * costs.folio_move_ns)
+        report.end = int(clock.now)
+        self.passes.append(report)
+
+    def walk(self, vm: Vm, report: Pass) -> Steps:
+        """Every host table that maps something."""
+        clock, costs, cpu = self.clock, vm.costs.ageing, self.cpu.id
         yield from self.take_mmap(vm)
         promoted = 0
         for number in range(-(-vm.memory // vm.leaf_bytes // vm.entries)):
@@ -854,10 +915,6 @@ class Ager:
                 promoted += yield from self.age_table(vm, table, report)
         yield clock.let_go(clock.now, cpu)
         vm.mmap.ask(cpu)
-        yield from clock.pause(costs.lru_lock_ns + costs.resched_ns)
-        yield from clock.pause(vm.generations.open_one() * costs.folio_move_ns)
-        report.end = int(clock.now)
-        self.passes.append(report)
 
     def take_mmap(self, vm: Vm) -> Steps:
         request = vm.mmap.visit(self.cpu.id, 1)
@@ -893,6 +950,9 @@ class Ager:
         if not pages or kind == "blind":
             yield from self.clock.pause(len(pages) * vm.costs.ageing.scan_ns)
             return set()
+        if kind == "bitmap" and vm.software:
+            yield from self.clock.pause(len(pages) * vm.costs.ageing.scan_ns)
+            return set()
         if kind == "bitmap":
             return (yield from self.ask_windows(vm, pages, report))
         size = vm.folio if kind == "per_folio" else 1
@@ -918,13 +978,29 @@ class Ager:
             ask = vm.lock.ask(self.cpu.id, AGE, write)
             if ask.granted is not None:
                 yield ask.granted
-            young = self.test_and_clear(run)
-            yield from vm.lock.hold(ask, costs.walk_ns + (len(run) - 1) * costs.visit_ns)
+            young = self.test_and_clear(run, ask.forecast)
+            hold = costs.walk_ns + (len(run) - 1) * costs.visit_ns
+            flush = bool(young) and vm.kernel["ageing_flush"] == "per_call"
+            yield from self.hold(vm, ask, hold, flush)
             number = ask.number
             t = int(clock.now) + len(run) * costs.scan_ns + (costs.promote_ns if young else 0)
             used |= young
         yield clock.at(t, STEP, number)
         return used
+
+    def hold(self, vm: Vm, ask: Ask, hold: int, flush: bool) -> Steps:
+        """Be inside ``mmu_lock`` for ``hold``, and as long as it takes to flush what the VM has."""
+        clock = self.clock
+        if not flush:
+            yield from vm.lock.hold(ask, hold)
+            return
+        yield from vm.lock.enter(ask)
+        yield clock.at(ask.entry + hold, STEP, ask.number)
+        vm.tell_touches()
+        for vcpu in vm.vcpus:
+            vcpu.flush()
+        yield clock.let_go(self.host.flushes.all(int(clock.now), vm.costs.tlbi_all_ns), ask.cpu)
+        vm.lock.release(ask)
 
     def ask_without_lock(self, vm: Vm, runs: list[list[Page]]) -> Steps:
         """One call for each run, under RCU only."""
@@ -945,7 +1021,8 @@ class Ager:
         """A call that tests each window, and one that clears from its first to its last bit."""
         clock, costs = self.clock, vm.costs.ageing
         used: set[Page] = set()
-        for _, group in groupby(pages, lambda page: page.leaf // WINDOW):
+        size = max(1, WINDOW * vm.page_bytes // vm.leaf_bytes)
+        for _, group in groupby(pages, lambda page: page.leaf // size):
             window = list(group)
             young = self.test_and_clear(window)
             number = clock.number()
@@ -965,12 +1042,171 @@ class Ager:
         costs = vm.costs.ageing
         return costs.call_ns + costs.walk_ns + (max(leaves) - min(leaves)) * costs.visit_ns
 
-    def test_and_clear(self, pages: Iterable[Page]) -> set[Page]:
-        """The accessed flags in stage 2."""
+    def test_and_clear(self, pages: Iterable[Page], at: int = -1) -> set[Page]:
+        """The accessed flags in stage 2; ``at``: when, if not now."""
         young = {page for page in pages if page.valid and page.accessed}
         for page in young:
-            page.accessed = False
+            page.accessed, page.flag_since = False, int(self.clock.now) if at < 0 else at
         return young
+
+    # -- a folio at a time --
+
+    def folios(self, vm: Vm, pages: list[Page]) -> list[list[Page]]:
+        return [list(group) for _, group in groupby(pages, lambda page: page.leaf // vm.folio)]
+
+    def check(self, vm: Vm, folio: list[Page], owed: int, at_entry: Any) -> Steps:
+        """Find and lock the entries of ``folio`` and ask at each; ``owed``: work to do before.
+
+        Returns whether one of them was young.
+        """
+        clock = self.clock
+        yield from clock.pause(owed + vm.costs.ageing.rmap_ns)
+        table = vm.host_table(folio[0].leaf)
+        while any(begin <= clock.now < end for begin, end in table.claims):
+            yield clock.at(int(clock.now) + 1)
+        table.aged = clock.event()
+        self.cpu.spin(clock.now)
+        vm.tell_touches()
+        young = False
+        for page in folio:
+            if page.own:
+                young |= yield from at_entry(page)
+        clock.fire(table.aged, int(clock.now))
+        table.aged = None
+        self.cpu.enter_kernel(clock.now)
+        return young
+
+    def ask_one(self, vm: Vm, page: Page, report: Pass, flush: bool = False) -> Steps:
+        """The host's flag, then one call for one page; returns both answers."""
+        clock, costs = self.clock, vm.costs.ageing
+        by_host, page.young = page.young, False
+        yield from clock.pause(costs.call_ns)
+        report.calls += 1
+        lock, falls_back = vm.kernel["ageing_lock"], False
+        if lock == "none":
+            falls_back = vm.software and vm.kernel["ageing_call"] == "bitmap"
+        if lock == "none" and not falls_back:
+            young = self.test_and_clear([page])
+            yield from clock.pause(costs.walk_ns)
+            return by_host, bool(young)
+        ask = vm.lock.ask(self.cpu.id, AGE, lock != "read")
+        if ask.granted is not None:
+            yield ask.granted
+        young = self.test_and_clear([page], ask.forecast)
+        flush = flush or vm.kernel["ageing_flush"] == "per_call"
+        yield from self.hold(vm, ask, costs.walk_ns, flush and bool(young))
+        yield clock.at(int(clock.now), STEP, ask.number)
+        return by_host, bool(young)
+
+    def page_idle(self, vm: Vm) -> Steps:
+        """Read every word of the bitmap back and mark what is not idle."""
+        clock, costs = self.clock, vm.costs.ageing
+        report = Pass(vm.name, int(clock.now))
+
+        def at_entry(page: Page) -> Steps:
+            by_host, by_guest = yield from self.ask_one(vm, page, report)
+            return by_host or by_guest
+
+        owed = 0
+        per_word = WINDOW * vm.page_bytes
+        for table in range(-(-vm.memory // vm.leaf_bytes // vm.entries)):
+            pages = sorted(vm.host_table(table * vm.entries).pages.items())
+            heads = [
+                (page.leaf // vm.folio * vm.folio * vm.leaf_bytes // per_word, page)
+                for _, page in pages
+                if page.own
+            ]
+            for _, group in groupby(heads, lambda pair: pair[0]):
+                folios = self.folios(vm, [page for _, page in group])
+                report.scanned += sum(map(len, folios))
+                for folio in folios:
+                    if not folio[0].idle:
+                        continue
+                    used = yield from self.check(vm, folio, owed, at_entry)
+                    owed = costs.resched_ns
+                    if used:
+                        report.young += len(folio)
+                        for page in folio:
+                            page.idle = False
+                    elif folio[0].idle:
+                        report.idle += len(folio)
+                for folio in folios:
+                    there = [page for page in folio if page.own]
+                    if there and not there[0].idle:
+                        yield from self.check(vm, there, owed, at_entry)
+                        owed = costs.resched_ns
+                        for page in there:
+                            page.idle = page.own
+        yield from clock.pause(owed)
+        report.end = int(clock.now)
+        self.passes.append(report)
+
+    def folio_referenced(self, vm: Vm) -> Steps:
+        """Eviction's check of every folio."""
+        clock, costs = self.clock, vm.costs.ageing
+        report = Pass(vm.name, int(clock.now))
+        blocks = vm.leaf_bytes > vm.page_bytes
+        flush = blocks or vm.kernel["eviction_young"] == "clear_flush_young"
+        answered = not vm.software or vm.kernel["ageing_call"] != "bitmap"
+        vm.promoted.clear()
+
+        def at_entry(page: Page) -> Steps:
+            by_host, by_guest = yield from self.ask_one(vm, page, report, flush)
+            if (by_host or (by_guest and answered)) and not flush and not self.awaited(vm, page):
+                yield from self.look_around(vm, page, report)
+            return by_host or by_guest
+
+        owed = 0
+        for table in range(-(-vm.memory // vm.leaf_bytes // vm.entries)):
+            pages = sorted(vm.host_table(table * vm.entries).pages.items())
+            for folio in self.folios(vm, [page for _, page in pages if page.own]):
+                if folio[0].leaf // vm.folio in vm.promoted:
+                    continue
+                report.scanned += len(folio)
+                used = yield from self.check(vm, folio, owed, at_entry)
+                owed = costs.resched_ns
+                if used:
+                    there = [page for page in folio if page.own]
+                    report.young += len(there)
+                    for page in there:
+                        vm.generations.promote(page)
+                    owed += costs.promote_ns
+        yield from clock.pause(owed)
+        report.end = int(clock.now)
+        self.passes.append(report)
+
+    def awaited(self, vm: Vm, page: Page) -> bool:
+        """Whether a fault waits for the lock of the host table that maps ``page``."""
+        aged = vm.host_table(page.leaf).aged
+        return aged is not None and bool(aged.callbacks)
+
+    def look_around(self, vm: Vm, page: Page, report: Pass) -> Steps:
+        """Ask for the other pages of the window of 64 around ``page``, within its host table."""
+        clock, costs = self.clock, vm.costs.ageing
+        low = page.leaf // vm.entries * vm.entries
+        high = min(low + vm.entries, -(-vm.memory // vm.leaf_bytes))
+        first = max(low, min(page.leaf - WINDOW // 2, high - WINDOW))
+        around = [vm.page(n) for n in range(first, min(first + WINDOW, high)) if n != page.leaf]
+        pages = [other for other in around if other.own]
+        if not pages:
+            return
+        young = {other for other in pages if other.young}
+        for other in pages:
+            other.young = False
+        used = yield from self.ask(vm, pages, report)
+        yield from clock.pause(len(young - used) * costs.promote_ns)
+        for other in sorted(young | used, key=lambda one: one.leaf):
+            if other.own:
+                vm.generations.promote(other)
+                vm.promoted.add(other.leaf // vm.folio)
+                report.young += other.leaf // vm.folio != page.leaf // vm.folio
+
+
+METHODS = {
+    "lru_gen": Ager.age,
+    "page_idle": Ager.page_idle,
+    "folio_referenced": Ager.folio_referenced,
+}
 
 
 # -- the rest of the host -------------------------------------------------------------------------
@@ -1015,7 +1251,7 @@ class Outcome:
 
     end: int
     rows: dict[str, list[tuple[int, ...]]]
-    vcpus: list[tuple[str, int, int, int, int]]  #: guest, finish, touches, faults, retries
+    vcpus: list[tuple[Any, ...]]  #: guest, finish, touches, faults, retries, access faults
     passes: list[tuple[Any, ...]]
     tables: dict[str, tuple[int, int, int]]  #: allocated, freed, leaves unmapped
     generations: dict[str, list[int]]
@@ -1114,12 +1350,13 @@ class Host:
             end=int(self.clock.now),
             rows={vm.name: vm.lock.rows for vm in self.vms},
             vcpus=[
-                (vm.name, v.finished, v.touches, v.faults, v.retries)
+                (vm.name, v.finished, v.touches, v.faults, v.retries, v.access_faults)
                 for vm in self.vms
                 for v in vm.vcpus
             ],
             passes=[
-                (p.guest, p.start, p.end, p.scanned, p.young, p.calls, p.skipped) for p in passes
+                (p.guest, p.start, p.end, p.scanned, p.young, p.calls, p.skipped, p.idle)
+                for p in passes
             ],
             tables={vm.name: (vm.allocated, vm.freed, vm.unmapped) for vm in self.vms},
             generations={vm.name: vm.generations.sizes() for vm in self.vms},

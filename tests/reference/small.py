@@ -37,7 +37,7 @@ COSTS = [
 
 def drawn(number: int) -> Scenario:
     """The scenario of ``number``."""
-    dice = Random(number)
+    dice, more = Random(number), Random(number + 1)
     guests, sizes = {}, {}
     for name in ["vm0"] if dice.random() < 0.75 else ["vm0", "vm1"]:
         guests[name], *sizes[name] = guest(dice)
@@ -49,13 +49,15 @@ def drawn(number: int) -> Scenario:
         "interval": dice.choice([0, 0, 7 * US, 150 * US]),
         "start": dice.choice([0, 11 * US, 100 * US]),
         "passes": dice.choice([1, 3, 5]),
+        "method": more.choice(["lru_gen", "lru_gen", "page_idle", "folio_referenced"]),
     }
     costs = {"tlb_l2_entries": dice.choice([4, 16, 100, 1280])}
     costs |= {name: dice.randint(low, high) for name, low, high in COSTS if dice.random() < 0.5}
+    costs["hw_af"] = more.random() < 0.6
     return scenario(
         seed=dice.randrange(1000),
         machine={"base": dice.choice(["ampere-altra-80c", "graviton3-64c"]), "set": costs},
-        kernel={"base": "linux-6.12", "set": policies(dice)},
+        kernel={"base": "linux-6.12", "set": policies(dice) | ageing_policies(more)},
         host={"hz": 1000, "preemption": dice.choice(["none", "full"]), "cpus": 16},
         guests=guests,
         ageing=pace if dice.random() < 0.7 else None,
@@ -77,6 +79,15 @@ def policies(dice: Random) -> dict[str, str]:
         "unmap_tlbi": dice.choice(["per_leaf", "deferred"]),
         "lock_break": dice.choice(["build", "runtime"]),
         "promotion": dice.choice(["direct", "two_step"]),
+    }
+
+
+def ageing_policies(dice: Random) -> dict[str, str]:
+    """How that kernel handles the accessed flag."""
+    return {
+        "access_fault_lock": dice.choice(["read", "read", "write"]),
+        "eviction_young": dice.choice(["clear_flush_young", "look_around"]),
+        "ageing_flush": dice.choice(["none", "none", "per_call"]),
     }
 
 

@@ -32,20 +32,24 @@ def fast(spec: Scenario) -> plain.Outcome:
         end=int(world.env.now) if spec.duration is None else spec.duration,
         rows={kvm.name: [tuple(row) for row in notes.rows(kvm.name)] for kvm in world.kvms},
         vcpus=[
-            (kvm.name, v.finished_ns, v.touches, v.fault.faults, v.fault.retries)
+            (kvm.name, v.finished_ns, v.touches, v.fault.faults, v.fault.retries, v.access_faults)
             for kvm in world.kvms
             for v in kvm.vcpus
         ],
         passes=[
-            (p.guest, p.start_ns, p.end_ns, p.scanned, p.young, p.calls, p.skipped_tables)
+            (p.guest, p.start_ns, p.end_ns, p.scanned, p.young, p.calls, p.skipped_tables, p.idle)
             for p in passes
         ],
         tables={
-            kvm.name: (kvm.tables_allocated, kvm.tables_freed, kvm.unmapped_pages)
+            kvm.name: (
+                kvm.tables_allocated,
+                kvm.tables_freed,
+                kvm.unmapped_pages // kvm.leaf_pages,
+            )
             for kvm in world.kvms
         },
         generations={kvm.name: [int(n) for n in kvm.host.lru.sizes] for kvm in world.kvms},
-        broadcasts=world.tlbi.broadcasts,
+        broadcasts=world.remote_flush.broadcasts,
         grace_periods=list(world.recorder.grace_periods),
     )
 
@@ -118,7 +122,67 @@ NOBODY_LOCKS = {"ageing_lock": "none", "table_free": "put_page_rcu"}
 SMALL_TLB = {"base": "ampere-altra-80c", "set": {"tlb_l2_entries": 16}}
 AGED = {"interval": 0, "passes": 4, "start": 20 * US}
 
+SOFTWARE = {"base": "ampere-altra-80c", "set": {"hw_af": False, "tlb_l2_entries": 64}}
+
 SCENARIOS: dict[str, dict[str, Any]] = {
+    "idle page tracking": {
+        "guest": guest(3, MIB, "zipf", touches=3000, think=150),
+        "machine": SMALL_TLB,
+        "ageing": {"method": "page_idle", "passes": 3, "start": 300 * US},
+    },
+    "idle page tracking of large folios, some taken back": {
+        "guest": guest(2, 2 * MIB, "uniform", touches=2000, think=150, folio=64 * KIB),
+        "machine": SMALL_TLB,
+        "ageing": {"method": "page_idle", "passes": 3, "start": 300 * US},
+        "contenders": madvise(12 * KIB, 2e4),
+        "duration": 3 * MS,
+    },
+    "software sets the flag": {
+        "guest": guest(1, MIB, "uniform", touches=3000, think=150),
+        "machine": SOFTWARE,
+        "ageing": {"method": "page_idle", "passes": 4, "start": 200 * US},
+    },
+    "software sets the flag of shared pages": {
+        "guest": guest(4, 600 * KIB, "zipf", touches=3000, think=150, write_ratio=0.5),
+        "machine": SOFTWARE,
+        "ageing": {"method": "page_idle", "passes": 4, "start": 200 * US},
+        "contenders": madvise(12 * KIB, 2e4),
+        "duration": 3 * MS,
+    },
+    "software sets the flag under the write lock": {
+        "guest": guest(3, MIB, "hot_cold", touches=3000, think=250),
+        "machine": SOFTWARE,
+        "kernel": "linux-6.1",
+        "ageing": {"method": "folio_referenced", "passes": 4, "start": 200 * US},
+    },
+    "MGLRU without a flag of the hardware": {
+        "guest": guest(2, MIB, "uniform", touches=2000),
+        "machine": SOFTWARE,
+        "ageing": AGED,
+    },
+    "eviction's check with a flush": {
+        "guest": guest(3, MIB, "zipf", touches=3000, think=150),
+        "kernel": "linux-6.4",
+        "machine": SMALL_TLB,
+        "ageing": {"method": "folio_referenced", "passes": 3, "start": 300 * US},
+    },
+    "eviction's check that looks around": {
+        "guest": guest(3, 3 * MIB, "zipf", touches=3000, think=150),
+        "machine": SMALL_TLB,
+        "ageing": {"method": "folio_referenced", "passes": 3, "start": 300 * US},
+    },
+    "eviction's check in windows, fallen back": {
+        "guest": guest(2, MIB, "zipf", touches=2000, think=150),
+        "machine": SOFTWARE,
+        "kernel": "linux-6.4-yuzhao-v2",
+        "ageing": {"method": "folio_referenced", "passes": 3, "start": 300 * US},
+    },
+    "a flush for each call": {
+        "guest": guest(3, MIB, "zipf", touches=2000, think=150),
+        "kernel": "linux-6.4-yuzhao-v1-baseline",
+        "machine": SMALL_TLB,
+        "ageing": {"passes": 3, "start": 300 * US},
+    },
     "one vCPU fills its memory": {"guest": guest(1, MIB, "populate")},
     "six vCPUs fill their memory": {"guest": guest(6, 2 * MIB, "populate", repeat=2)},
     "faults take the lock for write": {

@@ -26,17 +26,24 @@ class Stream:
     """Callbacks of CPU 0, queued at ``times_ns``, on a host with guests on ``busy`` CPUs."""
 
     def __init__(
-        self, times_ns: list[int], hz: int, busy: int, cpus: int = 4, cost_ns: int = 60
+        self,
+        times_ns: list[int],
+        hz: int,
+        busy: int,
+        cpus: int = 4,
+        cost_ns: int = 60,
+        offloaded: bool = False,
+        lazy: bool = False,
     ) -> None:
         env = Environment()
-        hosts = [Cpu(i) for i in range(cpus)]
+        hosts = [Cpu(i, offloaded=offloaded) for i in range(cpus)]
         for cpu in hosts[:busy]:
             cpu.enter_guest(0, EVER)
         self.periods: list[tuple[int, int, int, int]] = []
         self.batches: list[tuple[int, int, int, int]] = []
         self.queued = times_ns
         self.invoked = [0] * len(times_ns)
-        config = RcuConfig(hz, True, cpus)
+        config = RcuConfig(hz, True, cpus, lazy=lazy)
         self.rcu = Rcu(
             env,
             hosts,
@@ -70,13 +77,14 @@ def mean(values: list[int]) -> float:
     return sum(values) / len(values)
 
 
-def test_littles_law() -> None:
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_littles_law(offloaded: bool) -> None:
     """Mean outstanding = arrival rate * mean wait, by two independent countings.
 
     The left side integrates the number outstanding over time, in the order in which queueing and
     invoking happen; over a drained run the law is exact.
     """
-    stream = Stream(poisson(50_000, 20_000, seed=1), hz=250, busy=4)
+    stream = Stream(poisson(50_000, 20_000, seed=1), hz=250, busy=4, offloaded=offloaded)
     steps = sorted([(t, 1) for t in stream.queued] + [(t, -1) for t in stream.invoked])
     end_ns = steps[-1][0]
     outstanding = area = last = 0
@@ -182,3 +190,68 @@ def test_callbacks_cost_what_they_say() -> None:
     passes = ticks + len(stream.batches)
     kthread = 4 * len(stream.periods) * 2 * COSTS.context_switch_ns
     assert callbacks <= stream.stolen_ns <= callbacks + passes * COSTS.core_ns + kthread
+
+
+# -- offloaded and lazy callbacks -------------------------------------------------------------
+
+#: Grace period of idle CPUs, in ticks, by HZ: jiffies_till_first_fqs and one.
+PERIOD = {100: 2, 250: 2, 300: 3, 1000: 4}
+WAKE = COSTS.switch_ns
+SCAN = COSTS.core_ns + 4 * COSTS.fqs_scan_per_cpu_ns
+
+
+@pytest.mark.parametrize("hz", list(PERIOD))
+def test_rare_offloaded_callbacks_wait_two_ticks_less(hz: int) -> None:
+    """Half a tick to be numbered, half of one in the period, and one to learn the end are saved.
+
+    The period begins two wake-ups after the call, at any moment of a tick, and ends with one: the
+    fraction that has passed is uniform. A third wake-up ends it, two more lead to the callback.
+    """
+    rng = random.Random(hz)
+    tick = 1_000_000_000 / hz
+    count = 500
+    times = list(accumulate(int(tick * (20 + 30 * rng.random())) for _ in range(count)))
+    stream = Stream(times, hz, busy=0, offloaded=True)
+    assert len(stream.periods) == count
+    const = 5 * WAKE + SCAN
+    error = Z * tick / sqrt(12 * count)
+    assert mean(stream.waits) == pytest.approx((PERIOD[hz] - 0.5) * tick, abs=error + const)
+    assert min(stream.waits) >= (PERIOD[hz] - 1) * tick + 3 * WAKE
+    assert max(stream.waits) <= PERIOD[hz] * tick + const + 1
+
+
+@pytest.mark.parametrize(("hz", "bucket"), [(100, 64), (250, 64), (300, 64), (1000, 512)])
+def test_a_lone_lazy_callback_waits_for_the_end_of_its_timers_bucket(hz: int, bucket: int) -> None:
+    """10 s, then uniform over the bucket of jiffies in which the timer is, then a grace period."""
+    rng = random.Random(hz)
+    tick = 1_000_000_000 / hz
+    count = 300
+    times = list(accumulate(int((12 + 3 * rng.random()) * 1e9) for _ in range(count)))
+    stream = Stream(times, hz, busy=0, offloaded=True, lazy=True)
+    assert len(stream.periods) == count
+    after = PERIOD[hz] * tick + 3 * WAKE + SCAN
+    error = Z * bucket * tick / sqrt(12 * count)
+    assert mean(stream.waits) == pytest.approx(1e10 + bucket / 2 * tick + after, abs=error)
+    assert min(stream.waits) >= 1e10 + after - 1
+    assert max(stream.waits) <= 1e10 + bucket * tick + after + 1
+
+
+@pytest.mark.parametrize("rate_per_s", [0.5, 5.0])
+def test_lazy_callbacks_wait_for_the_first_of_them(rate_per_s: float) -> None:
+    """The first waits D; those that come meanwhile, rate * D of them, half of it on average.
+
+    D is 10 s to 10.256 s (HZ=250) and a grace period of 2 ticks. Given the first ones the others
+    are independent and uniform, so the mean of n waits has a deviation below D / sqrt(12 n), to
+    which the number of the first ones adds less than as much.
+    """
+    count = 4_000
+    stream = Stream(poisson(rate_per_s, count, seed=5), 250, busy=0, offloaded=True, lazy=True)
+
+    def theory(d_s: float) -> float:
+        return (d_s + rate_per_s * d_s**2 / 2) / (1 + rate_per_s * d_s)
+
+    waited_s = mean(stream.waits) / 1e9
+    error_s = Z * 2 * 10.27 / sqrt(12 * count)
+    assert theory(10.0) - error_s < waited_s < theory(10.256 + 0.012) + error_s
+    cycle_s = 1 / rate_per_s + 10.14
+    assert len(stream.periods) == pytest.approx(stream.invoked[-1] / 1e9 / cycle_s, rel=0.05)

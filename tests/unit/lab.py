@@ -15,7 +15,7 @@ from simpy import Environment
 
 from simkvm.guest.patterns import Chunk
 from simkvm.guest.vcpu import Vcpu
-from simkvm.kernel.aging import AgeingWalk
+from simkvm.kernel.aging import METHODS, AgeingMethod
 from simkvm.kernel.aging_call import Pass
 from simkvm.kernel.qrwlock import FAST, ROW
 from simkvm.kernel.sites import NAMES
@@ -24,6 +24,7 @@ from simkvm.kernel.task import Task
 from simkvm.kernel.teardown import Teardown
 from simkvm.kernel.unmap import UnmapWalk
 from simkvm.kernel.world import World
+from simkvm.kernel.zap_roots import teardown_of
 from simkvm.scenario.kernel import load_kernel
 from simkvm.scenario.machine import load_machine
 from simkvm.scenario.schema import Scenario
@@ -71,6 +72,7 @@ class Lab:
         self.kvm = self.world.kvms[0]
         self.vcpus, self.kvm.vcpus = self.kvm.vcpus, []  # those that run are the guest's
         self.task = Task("lab", self.world.cpus[-1])
+        self.methods: dict[str, AgeingMethod] = {}
         self.t_ns = 0
 
     # -- commands -----------------------------------------------------------------------------
@@ -94,7 +96,8 @@ class Lab:
         pages, writes, gaps = (np.array(column) for column in zip(*touches, strict=True))
         chunk = Chunk(pages.astype(np.int64), writes.astype(np.bool_), gaps.astype(np.int64))
         index = len(self.kvm.vcpus)
-        return self._start(Vcpu(self.kvm, index, self.world.cpus[index], iter([chunk])))
+        kind = type(self.vcpus[0])
+        return self._start(kind(self.kvm, index, self.world.cpus[index], iter([chunk])))
 
     def _start(self, vcpu: Vcpu) -> Vcpu:
         self.kvm.vcpus.append(vcpu)
@@ -128,15 +131,18 @@ class Lab:
         for start in range(first, end, size):
             self.drop(start, size)
 
-    def age(self) -> Pass:
-        """One pass of the page-table walk, by the lab's thread."""
-        report: Pass = self.run(AgeingWalk(self.kvm, self.task).run(self.t_ns))
+    def age(self, method: str = "lru_gen") -> Pass:
+        """One pass of an ageing method, by the lab's thread, that keeps it for the next one."""
+        if method not in self.methods:
+            self.methods[method] = METHODS[method](self.kvm, self.task)
+        report: Pass = self.run(self.methods[method].run(self.t_ns))
         self.t_ns = max(self.t_ns, report.end_ns)
         return report
 
     def destroy(self, order: str = "close_vm") -> Teardown:
         """The end of the VM."""
-        teardown = Teardown(self.kvm, self.task, order, self.t_ns)
+        ends = teardown_of(self.kvm.kernel)
+        teardown = ends(self.kvm, self.task, order, self.t_ns)
         self.run(teardown.run())
         return teardown
 
@@ -154,7 +160,7 @@ class Lab:
 
     def broadcasts(self) -> int:
         """Invalidations issued so far."""
-        return self.world.tlbi.broadcasts
+        return self.world.remote_flush.broadcasts
 
     def young(self) -> int:
         """Leaves that are valid and accessed."""

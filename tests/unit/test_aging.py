@@ -103,6 +103,28 @@ def test_one_call_for_each_large_folio(lock: str) -> None:
     assert sum(made.acquisitions().values()) == (0 if lock == "none" else 32)
 
 
+@pytest.mark.parametrize("lock", ["write", "none"])
+@pytest.mark.parametrize(
+    ("taken", "calls"),
+    [
+        ([range(5)], 32),  # the first folio lacks its head
+        ([range(11, 16)], 32),  # and its tail
+        ([range(16)], 31),  # a whole one is gone
+        ([range(1, 2), range(3, 4), range(5, 6)], 32 + 3),
+        ([range(8, 24)], 32),  # two that lack half each
+    ],
+)
+def test_a_partial_folio_is_a_call_for_each_run(taken: list[range], calls: int, lock: str) -> None:
+    """16 entries each: only consecutive present ones of the same folio share a call."""
+    made = lab("per_folio", lock, folio=64 * KIB)
+    for run in taken:
+        made.drop(4 * KIB * run.start, 4 * KIB * len(run))
+    made.kvm.mmu_lock.rows.clear()
+    report = made.age()
+    assert (report.calls, report.scanned) == (calls, 512 - sum(map(len, taken)))
+    assert sum(made.acquisitions().values()) == (0 if lock == "none" else calls)
+
+
 @pytest.mark.parametrize(("folio", "calls"), [(4 * KIB, 512), (16 * KIB, 128), (2 * MIB, 1)])
 def test_calls_by_folio_size(folio: int, calls: int) -> None:
     assert lab("per_folio", "write", folio=folio).age().calls == calls
@@ -216,6 +238,65 @@ def test_mmap_lock_is_given_back_after_a_gib_with_4096_promotions() -> None:
         extra.append(report.end_ns - report.start_ns - young * costs.promote_ns)
     back = costs.lru_lock_ns + costs.resched_ns + 2 * made.kvm.costs.line.same_ns
     assert 0 < extra[1] - extra[0] <= back
+
+
+# -- blocks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "lock", "calls"),
+    [("per_pte", "write", 32), ("per_folio", "write", 32), ("bitmap", "none", 32 + 2)],
+)
+def test_a_block_is_one_entry(call: str, lock: str, calls: int) -> None:
+    """One call a block, one visit; with a bitmap one bit, and a second call if it is set."""
+    made = lab(call, lock, 64 * MIB, mapping=2 * MIB)
+    use(made, 3, 4)
+    report = made.age()
+    assert (report.calls, report.scanned, report.young) == (calls, 32, 2)
+    assert made.young() == 0
+    costs = made.kvm.costs.ageing
+    for row in account(made.kvm.mmu_lock.rows):
+        assert row["hold"] == costs.walk_ns
+    if call == "bitmap":
+        each = 32 * costs.scan_ns + 34 * (costs.call_ns + costs.walk_ns) + 2 * costs.promote_ns
+        rest = made.kvm.costs.line.transfer_ns + costs.lru_lock_ns + costs.resched_ns
+        assert report.end_ns - report.start_ns == each + rest
+
+
+# -- a flush for each call --------------------------------------------------------------------
+
+
+def test_the_baseline_of_the_first_posting_flushes_under_the_lock() -> None:
+    """<Y/e6Z+KIl6sYJoRg@google.com>: a call that found something young, and only that one."""
+    holds = {}
+    for kernel in ("linux-6.4-yuzhao-v1-baseline", "linux-6.12"):
+        made = Lab(2 * MIB, kernel=kernel)
+        made.fill()
+        forget(made)
+        use(made, 7, 300)
+        assert made.age().young == 2
+        holds[kernel] = [row["hold"] for row in account(made.kvm.mmu_lock.rows)]
+        assert made.broadcasts() == (2 if "v1" in kernel else 0)
+    longer = np.array(holds["linux-6.4-yuzhao-v1-baseline"]) - np.array(holds["linux-6.12"])
+    assert np.flatnonzero(longer).tolist() == [7, 300]
+    assert set(longer[[7, 300]].tolist()) == {made.kvm.costs.tlbi_all_ns}
+
+
+def test_the_guest_loses_its_translations_to_it() -> None:
+    """With a flush each pass sees what the guest used since; without, the TLB hides it."""
+    young = {}
+    for flush in ("per_call", "none"):
+        access = {"pattern": "uniform", "touches": 100_000, "write_ratio": 1.0, "think": 50}
+        phases = [{"pattern": "populate"}, access]
+        built = world(
+            guest={"memory": 64 * 4 * KIB, "access": {"pattern": "phases", "phases": phases}},
+            kernel={"base": "linux-6.4-yuzhao-v1-baseline", "set": {"ageing_flush": flush}},
+            ageing={"start": 200_000, "interval": 300_000, "passes": 4},
+        )
+        built.run()
+        young[flush] = [report.young for report in built.ageing.passes]
+    assert young["none"] == [64, 0, 0, 0]
+    assert min(young["per_call"]) > 60
 
 
 # -- generations ------------------------------------------------------------------------------

@@ -2,50 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
-from lab import GIB, KIB, MIB, Lab, world
+from bench import Bench
+from lab import GIB, KIB, MIB, world
 
-from simkvm import contenders
-from simkvm.contenders.contender import Contender
 from simkvm.kernel.cacheline import CacheLine
 from simkvm.scenario import contenders as schema
 
 MS, SECOND = 1_000_000, 1_000_000_000
-Call = tuple[int, int, int]  # when it began, first leaf, last leaf (not included)
-
-
-class Bench:
-    """A contender on a guest of its own; the ranges that it takes back are written down."""
-
-    def __init__(self, spec: Any, memory: int = 16 * MIB, fill: bool = True, **guest: Any) -> None:
-        self.lab = Lab(memory, guest)
-        if fill:
-            self.lab.fill()
-        self.calls: list[Call] = []
-        notifier = self.lab.kvm.notifier
-        invalidate = notifier.invalidate
-
-        def heard(task: Any, t_ns: int, first: int, last: int, *more: Any, **keys: Any) -> Any:
-            self.calls.append((t_ns, first, last))
-            return invalidate(task, t_ns, first, last, *more, **keys)
-
-        notifier.invalidate = heard  # type: ignore[method-assign]
-        rng = np.random.default_rng(11)
-        self.contender: Contender = contenders.build(self.lab.kvm, self.lab.task, rng, spec)
-        self.process = self.lab.env.process(self.contender.run())
-
-    def run(self, until_ns: int) -> list[Call]:
-        self.lab.env.timeout(until_ns)  # somebody else, so that nothing runs ahead for ever
-        self.lab.env.run(until_ns)
-        return [call for call in self.calls if call[0] <= until_ns]
-
-    def begins(self, until_ns: int) -> list[int]:
-        """When calls began, without what a call costs before it reaches the notifier."""
-        costs = self.lab.kvm.costs.line
-        return [t_ns - costs.same_ns for t_ns, _, _ in self.run(until_ns)]
 
 
 def madvise(**keys: Any) -> schema.MadviseDontneed:
@@ -64,11 +31,6 @@ def reporting(**keys: Any) -> schema.FreePageReporting:
 
 
 # -- what they share --------------------------------------------------------------------------
-
-
-def test_every_kind_of_the_schema_can_be_built() -> None:
-    models = get_args(get_args(schema.Contender)[0])
-    assert {model.model_fields["kind"].default for model in models} == set(contenders.KINDS)
 
 
 def test_a_call_is_one_range_under_mmap_lock_whatever_its_size() -> None:

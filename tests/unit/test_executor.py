@@ -216,7 +216,9 @@ def test_workers_that_cannot_start_are_said_so(tmp_path: Path) -> None:
         [sys.executable, str(script)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert "__main__" in done.stderr.strip().splitlines()[-1]
+    # On a busy machine Python's own resource tracker may have a last word.
+    told = [line for line in done.stderr.splitlines() if "resource_tracker" not in line]
+    assert "__main__" in "".join(told[-1:])
     assert done.stderr.count("executor.BackendLost: ") == 1
 
 

@@ -18,89 +18,89 @@ from simkvm.scenario.kernel import (
 # Policies in columns, in the order of POLICIES. A change here is a change of what is simulated.
 PINNED = {
     "linux-6.1": (
-        "write inline blind write clear_flush_young per_leaf build in_release single "
-        "stage2 write read any free chunk inline on_fault none broadcast write write none "
-        "srcu direct broadcast vmid"
+        "write inline call_rcu blind write clear_flush_young per_leaf build in_release "
+        "single stage2 write read any free chunk inline on_fault none broadcast write "
+        "write none srcu direct broadcast vmid"
     ),
     "linux-6.12": (
-        "read inline per_pte write look_around deferred runtime in_release single stage2 "
-        "read read any free chunk subtree on_fault none broadcast write write chunked "
-        "srcu direct local range"
+        "read inline call_rcu per_pte write look_around deferred runtime in_release "
+        "single stage2 read read any free chunk subtree on_fault none broadcast write "
+        "write chunked srcu direct local range"
     ),
     "linux-6.12-x86": (
-        "read put_page_rcu per_pte write look_around deferred runtime zap_rcu zap_roots "
-        "tdp none none range keep entry per_table zap none ipi read write chunked "
-        "mmu_lock direct local vmid"
+        "read put_page_rcu call_rcu per_pte write look_around deferred runtime zap_rcu "
+        "zap_roots tdp none none range keep entry per_table zap none ipi read write "
+        "chunked mmu_lock direct local vmid"
     ),
     "linux-6.12-x86-shadow": (
-        "write inline per_pte write look_around deferred runtime zap_rcu zap_roots shadow "
-        "none none range keep entry inline zap none ipi write write chunked mmu_lock "
-        "direct local vmid"
+        "write inline call_rcu per_pte write look_around deferred runtime zap_rcu "
+        "zap_roots shadow none none range keep entry inline zap none ipi write write "
+        "chunked mmu_lock direct local vmid"
     ),
     "linux-6.15-x86": (
-        "read put_page_rcu per_pte none look_around deferred runtime zap_rcu zap_roots "
-        "tdp none none range keep entry per_table recover none ipi read write chunked "
-        "mmu_lock direct local vmid"
+        "read put_page_rcu call_rcu per_pte none look_around deferred runtime zap_rcu "
+        "zap_roots tdp none none range keep entry per_table recover none ipi read write "
+        "chunked mmu_lock direct local vmid"
     ),
     "linux-6.15-x86-shadow": (
-        "write inline per_pte rmap_bit look_around deferred runtime zap_rcu zap_roots "
-        "shadow none none range keep entry inline recover none ipi write write chunked "
-        "mmu_lock direct local vmid"
+        "write inline call_rcu per_pte rmap_bit look_around deferred runtime zap_rcu "
+        "zap_roots shadow none none range keep entry inline recover none ipi write write "
+        "chunked mmu_lock direct local vmid"
     ),
     "linux-6.17-chunked-destroy": (
-        "read inline per_pte write look_around deferred runtime in_release chunked_early "
-        "stage2 read read any free chunk subtree on_fault none broadcast write write "
-        "chunked srcu direct local range"
+        "read inline call_rcu per_pte write look_around deferred runtime in_release "
+        "chunked_early stage2 read read any free chunk subtree on_fault none broadcast "
+        "write write chunked srcu direct local range"
     ),
     "linux-6.3": (
-        "read inline blind write clear_flush_young per_leaf build in_release single "
-        "stage2 read read any free chunk subtree_leak on_fault none broadcast write write "
-        "none srcu direct broadcast vmid"
+        "read inline call_rcu blind write clear_flush_young per_leaf build in_release "
+        "single stage2 read read any free chunk subtree_leak on_fault none broadcast "
+        "write write none srcu direct broadcast vmid"
     ),
     "linux-6.4": (
-        "read inline blind write clear_flush_young per_leaf build in_release single "
-        "stage2 read read any free chunk subtree on_fault none broadcast write write none "
-        "srcu direct broadcast vmid"
-    ),
-    "linux-6.4-upton": (
-        "read free_removed_table bitmap none look_around per_leaf build after_unregister "
+        "read inline call_rcu blind write clear_flush_young per_leaf build in_release "
         "single stage2 read read any free chunk subtree on_fault none broadcast write "
         "write none srcu direct broadcast vmid"
     ),
-    "linux-6.4-upton-count-test": (
-        "read free_removed_table_count_test bitmap none look_around per_leaf build "
+    "linux-6.4-upton": (
+        "read free_removed_table call_rcu bitmap none look_around per_leaf build "
         "after_unregister single stage2 read read any free chunk subtree on_fault none "
         "broadcast write write none srcu direct broadcast vmid"
     ),
+    "linux-6.4-upton-count-test": (
+        "read free_removed_table_count_test call_rcu bitmap none look_around per_leaf "
+        "build after_unregister single stage2 read read any free chunk subtree on_fault "
+        "none broadcast write write none srcu direct broadcast vmid"
+    ),
     "linux-6.4-yuzhao-v1": (
-        "read put_page_rcu bitmap none look_around per_leaf build after_unregister single "
-        "stage2 read read any free chunk subtree on_fault none broadcast write write none "
-        "srcu direct broadcast vmid"
+        "read put_page_rcu call_rcu bitmap none look_around per_leaf build "
+        "after_unregister single stage2 read read any free chunk subtree on_fault none "
+        "broadcast write write none srcu direct broadcast vmid"
     ),
     "linux-6.4-yuzhao-v1-baseline": (
-        "read inline per_pte write clear_flush_young per_leaf build in_release single "
-        "stage2 read read any free chunk subtree on_fault per_call broadcast write write "
-        "none srcu direct broadcast vmid"
+        "read inline call_rcu per_pte write clear_flush_young per_leaf build in_release "
+        "single stage2 read read any free chunk subtree on_fault per_call broadcast write "
+        "write none srcu direct broadcast vmid"
     ),
     "linux-6.4-yuzhao-v2": (
-        "read put_page_rcu bitmap none look_around per_leaf build after_unregister single "
-        "stage2 read read any free chunk subtree on_fault none broadcast write write none "
-        "srcu direct broadcast vmid"
+        "read put_page_rcu call_rcu bitmap none look_around per_leaf build "
+        "after_unregister single stage2 read read any free chunk subtree on_fault none "
+        "broadcast write write none srcu direct broadcast vmid"
     ),
     "linux-7.1": (
-        "read inline per_folio write look_around deferred runtime in_release chunked "
-        "stage2 read read any free chunk subtree on_fault none broadcast write write "
-        "chunked srcu two_step local range"
-    ),
-    "linux-7.1-lockless": (
-        "read put_page_rcu per_folio none look_around deferred runtime after_unregister "
+        "read inline call_rcu per_folio write look_around deferred runtime in_release "
         "chunked stage2 read read any free chunk subtree on_fault none broadcast write "
         "write chunked srcu two_step local range"
     ),
+    "linux-7.1-lockless": (
+        "read put_page_rcu call_rcu per_folio none look_around deferred runtime "
+        "after_unregister chunked stage2 read read any free chunk subtree on_fault none "
+        "broadcast write write chunked srcu two_step local range"
+    ),
     "linux-7.1-read-locked": (
-        "read inline per_folio read look_around deferred runtime in_release chunked "
-        "stage2 read read any free chunk subtree on_fault none broadcast write write "
-        "chunked srcu two_step local range"
+        "read inline call_rcu per_folio read look_around deferred runtime in_release "
+        "chunked stage2 read read any free chunk subtree on_fault none broadcast write "
+        "write chunked srcu two_step local range"
     ),
 }
 RELEASED = {

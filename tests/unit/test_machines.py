@@ -256,11 +256,26 @@ class TestOverrides:
             ("hw_af", 1),
             ("tlbirange", "yes"),
             ("name", "mine"),
-            ("nodes", 2),
+            ("nodes", 0),
+            ("nodes", 1.5),
+            ("nodes", 81),
         ],
     )
     def test_impossible_values_are_refused_with_their_key(self, name: str, value: object) -> None:
         assert refused(setting(**{name: value})).key == f"machine.set.{name}"
+
+    def test_a_second_node_brings_the_costs_between_nodes(self) -> None:
+        changes = {"c2c_remote_ns": 350, "cores": 160, "nodes": 2.0}  # files sort them like this
+        machine = load_machine({"base": ALTRA, "set": changes})
+        assert (machine.cores, machine.nodes, machine["c2c_remote_ns"]) == (160, 2, 350)
+        assert machine.parameters["c2c_remote_ns"].basis == "E"
+        assert "one socket" in machine.parameters["c2c_remote_ns"].source
+        assert "c2c_remote_ns" not in machine.not_applicable
+        assert "dram_remote_ns" in machine.not_applicable
+        assert "c2c_remote_ns" in load_machine(ALTRA).not_applicable, "the shipped one is as it was"
+
+    def test_a_cost_between_nodes_is_refused_where_there_is_one(self) -> None:
+        assert "one socket" in refused(setting(c2c_remote_ns=350)).message
 
     def test_arm64_features_are_refused_on_x86(self) -> None:
         error = refused({"base": ICELAKE, "set": {"tlbirange": True}})

@@ -9,7 +9,7 @@ import pytest
 from lab import KIB, MIB, world
 
 from simkvm.kernel.stage2 import TableId
-from simkvm.observe.oracle import KEPT, ROOT, Oracle, Walk
+from simkvm.observe.oracle import KEPT, ROOT, Oracle, Walk, name
 
 L2, L3, OTHER = TableId(2, 0, 1), TableId(3, 4, 1), TableId(3, 5, 1)
 
@@ -230,6 +230,67 @@ def test_a_table_that_nobody_frees_leaks(freed: bool) -> None:
         made.freed(L3, 1010, deferred=False)
     made.finished(5000)
     assert kinds(made) == ([] if freed else ["leak"])
+
+
+def test_what_waits_for_a_callback_is_no_leak() -> None:
+    made = oracle(L2, L3)
+    made.unlinked(L3, 1000)
+    made.unlinked(L2, 1000)
+    made.finished(5000, {L3})
+    assert [violation.message for violation in made.violations] == [f"nobody freed {name(L2)}"]
+
+
+def test_a_callback_that_ran_must_have_freed_its_table() -> None:
+    """The leak of 2023: found when the callback is over, and told once."""
+    made = oracle(L2, L3)
+    for table in (L2, L3):
+        made.unlinked(table, 1000)
+    made.grace_period(1100, 1900)
+    made.freed(L2, 2000, deferred=True)
+    made.callback_done(L2, 2000)
+    made.callback_done(L3, 2010)
+    made.finished(5000)
+    (found,) = made.violations
+    assert (found.kind, found.time_ns) == ("leak", 2010)
+    told = [line.partition(": ")[2] for line in found.timeline]
+    assert told == [f"{name(L3)} linked", f"{name(L3)} unlinked", f"leak: {found.message}"]
+
+
+def test_a_root_is_freed_once() -> None:
+    made = oracle()
+    made.root_freed(1000)
+    made.root_freed(1500)
+    (found,) = made.violations
+    assert (found.kind, found.time_ns) == ("double_free", 1500)
+    told = [line.partition(": ")[2] for line in found.timeline]
+    assert told == ["the root freed", "double_free: the root was free already"]
+
+
+def test_a_page_that_is_no_table_is_freed_once() -> None:
+    made = oracle()
+    made.page_freed("page 7 of the split cache", 1000, "one")
+    made.page_freed("page 8 of the split cache", 1000, "one")
+    assert not made.violations
+    made.page_freed("page 7 of the split cache", 1200, "another")
+    (found,) = made.violations
+    assert (found.kind, found.message) == (
+        "double_free",
+        "another frees page 7 of the split cache, which is free",
+    )
+    assert found.timeline[0].endswith("page 7 of the split cache freed by one")
+
+
+@pytest.mark.parametrize(("read_at", "found"), [(999, 0), (1000, 1), (2000, 1)])
+def test_a_walk_that_comes_back_to_what_it_freed(read_at: int, found: int) -> None:
+    made = oracle()
+    made.read("teardown", L3, 500)
+    made.read("teardown", ROOT, 500)
+    made.freed(L3, 1000, deferred=False)
+    made.root_freed(1000)
+    made.read("teardown", L3, read_at)
+    made.read("teardown", ROOT, read_at)
+    made.read("teardown", OTHER, read_at)
+    assert kinds(made) == ["use_after_free"] * (2 * found)
 
 
 def test_a_mapping_that_survives_its_range() -> None:

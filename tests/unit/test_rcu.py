@@ -30,11 +30,12 @@ class Host:
         cpus: int = 4,
         preemptible: bool = True,
         nohz_full: tuple[int, ...] = (),
+        offloaded: tuple[int, ...] = (),
         costs: RcuCosts = COSTS,
         **config: int,
     ) -> None:
         self.env = Environment()
-        self.cpus = [Cpu(i, nohz_full=i in nohz_full) for i in range(cpus)]
+        self.cpus = [Cpu(i, 0, i in nohz_full, i in offloaded) for i in range(cpus)]
         self.config = RcuConfig(hz, preemptible, nr_cpu_ids=cpus, **config)
         self.periods: list[tuple[int, int, int, int]] = []
         self.batches: list[tuple[int, int, int, int]] = []
@@ -51,12 +52,13 @@ class Host:
     def tick(self, jiffy: int) -> int:
         return self.config.tick_ns(jiffy)
 
-    def call(self, t_ns: int, cpu: int = 0, cost_ns: int = 60) -> None:
+    def call(self, t_ns: int, cpu: int = 0, cost_ns: int = 60, hurry: bool = False) -> None:
         def callback(now_ns: int) -> int:
             self.invoked.append((cpu, t_ns, now_ns))
             return cost_ns
 
-        self.rcu.call_rcu(t_ns, cpu, callback)
+        queue = self.rcu.call_rcu_hurry if hurry else self.rcu.call_rcu
+        queue(t_ns, cpu, callback)
 
     def call_many(self, times_ns: list[int], cpu: int = 0, cost_ns: int = 60) -> None:
         def callback(now_ns: int, index: int) -> int:

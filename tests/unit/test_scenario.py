@@ -204,7 +204,7 @@ WRONG = {
     ),
     "unlike any key": (
         changed(("vcpus: 2", "colour: 2")),
-        f"{GUEST}.colour: unknown key, expected one of vcpus, memory, memory_per_vcpu, page_size",
+        f"{GUEST}.colour: unknown key, expected one of count, vcpus, memory, memory_per_vcpu, ",
     ),
     "required key misspelled": (
         changed(("    access:", "    acess:")),
@@ -245,8 +245,8 @@ WRONG = {
         "w.yaml:12:1: ageing: expects a mapping, not '5 ms'",
     ),
     "list for a mapping": (
-        changed(("duration: 1 s", "duration: 1 s\nhost: [{hz: 100}, {hz: 250}]")),
-        "w.yaml:5:1: host: expects a mapping, not a list",
+        changed(("duration: 1 s", "duration: 1 s\nhost: [{hz: 100}, 250]")),
+        "w.yaml:5:19: host: expects a mapping, not 250",
     ),
     "guests as a list": ("name: a\nguests: []\n", "w.yaml:1:1: machine: is missing"),
     "no guests": (
@@ -471,6 +471,15 @@ WRONG = {
         changed(("duration: 1 s", "duration: 1 s\nhost: {rcu: {qlowmark: 10001}}")),
         "w.yaml:5:14: host.rcu.qlowmark: 10001 is above qhimark, 10000",
     ),
+    "lazy callbacks without a CPU that has them": (
+        changed(("duration: 1 s", "duration: 1 s\nhost: {rcu: {lazy: true}}")),
+        "w.yaml:5:14: host.rcu.lazy: needs an offloaded CPU: host.rcu.nocbs or host.nohz_full",
+    ),
+    "preemption without preemptible RCU": (
+        changed(("duration: 1 s", "duration: 1 s\nhost: {rcu: {preemptible: false}}")),
+        "w.yaml:5:14: host.rcu.preemptible: preemption full always has preemptible RCU "
+        "(did you mean 'true'?)",
+    ),
     "range and pages": (
         changed(("2 MiB", "6 KiB")),
         "w.yaml:18:5: contenders.drop.range: 6 KiB is not a multiple of the guest's page_size",
@@ -661,6 +670,20 @@ def test_mappings_and_null_can_be_swept(file: Path) -> None:
         "base": "linux-7.1",
         "set": {"table_free": "put_page_rcu"},
     }
+
+
+def test_whole_guests_can_be_swept_and_are_told_apart_by_what_differs(file: Path) -> None:
+    """So count and vcpus change together, where two axes would give every combination."""
+    start = BASE.index("  vm0:\n")
+    each = "memory: 4 MiB, access: {pattern: populate}"
+    cuts = f"  vm0:\n    - {{count: 1, vcpus: 4, {each}}}\n    - {{count: 2, vcpus: 2, {each}}}\n"
+    study = loaded(file, BASE[:start] + cuts)
+    assert [point.axes["guests.vm0"] for point in study.points] == [
+        "{count: 1, vcpus: 4}",
+        "{count: 2, vcpus: 2}",
+    ]
+    guests = [point.scenario.guests["vm0"] for point in study.points]
+    assert [(guest.count, guest.vcpus) for guest in guests] == [(1, 4), (2, 2)]
 
 
 def test_a_list_by_type_is_no_axis_but_may_hold_one(file: Path) -> None:
@@ -1127,5 +1150,7 @@ def test_windows_are_refused_under_a_lock(tmp_path: Path) -> None:
     )
     path = tmp_path / "x.yaml"
     path.write_text(text)
-    with pytest.raises(InputError, match=r"x\.yaml:3:1: kernel: ageing_call bitmap is lock-free"):
+    with pytest.raises(
+        InputError, match=r"x\.yaml:3:\d+: kernel\.set\.ageing_lock: ageing_call bitmap does"
+    ):
         load(str(path))

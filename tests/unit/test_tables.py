@@ -66,6 +66,8 @@ def test_guest_is_described_from_a_resolved_scenario():
         (0, "unsafe", "clean, though a violation was expected"),
         (1, "safe", "VIOLATED: 1 violation"),
         (3, "unsafe", "VIOLATED: 3 violations, as expected"),
+        (0, "any", "clean"),
+        (2, "any", "VIOLATED: 2 violations, which was the question"),
     ],
 )
 def test_verdict_weighs_what_was_found_against_what_was_expected(found, expect, text):
@@ -99,6 +101,44 @@ def test_each_guest_has_its_own_lock_table():
 
     assert "mmu_lock of vm0, by call site and mode" in text
     assert "mmu_lock of vm1, by call site and mode" in text
+
+
+def group(number: int) -> synthetic.SyntheticResult:
+    """A result of ``number`` guests vm0, vm1... that were asked for as one group."""
+    result = synthetic.result(guests=number)
+    one = next(iter(result.scenario["guests"].values()))
+    result.scenario = {**result.scenario, "guests": {"vm": {**one, "count": number}}}
+    return result
+
+
+def test_a_group_of_guests_is_one_lock_table_with_the_figures_of_all():
+    result = group(3)
+    (table,) = tables.lock_tables(result)
+    text = render(table)
+    assert "mmu_lock of vm (3), by call site and mode" in text
+    for site in ("fault", "range_start"):
+        stored = result.locks[result.locks["site"] == site]
+        cell = row(text, f"{site} ")
+        assert cell[2] == format_count(stored["acquisitions"].sum())
+        assert cell[6] == format_duration(stored["wait_max_ns"].max())
+        merged = distribution([result], site, "wait")
+        assert cell[5] == format_duration(round(merged.quantile_ns(0.99)))
+
+
+def test_of_a_group_the_extremes_are_shown_and_the_whole():
+    text = render(tables.guest_table(group(2)))
+    assert row(text, "least: vm0")[1:3] == ["400 k", "2 M"]
+    assert row(text, "most: vm1")[1:3] == ["800 k", "4 M"]
+    assert row(text, "vm (2)")
+    assert "  all " not in text
+
+
+def test_passes_over_the_guests_of_a_group_are_one_row():
+    result = group(2)
+    passes = [("vm0", 0, 4_000_000, 1_000, 100, 16), ("vm1", 5_000_000, 7_000_000, 3_000, 500, 48)]
+    columns = ["guest", "start_ns", "end_ns", "scanned", "young", "calls"]
+    result.passes = pd.DataFrame(passes, columns=columns)
+    assert row(render(tables.ageing_table(result)), "vm (2)")[1:3] == ["2", "3 ms"]
 
 
 def test_guests_are_told_apart_and_added_up():

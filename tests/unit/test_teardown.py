@@ -140,6 +140,7 @@ def test_nothing_is_left(order: str, root_free: str) -> None:
     assert made.kvm.tables_freed == made.kvm.tables_allocated == 9
     made.kvm.oracle.finished(end)
     assert not made.kvm.oracle.violations
+    assert not made.kvm.waiting
     assert teardown.done
 
 

@@ -61,6 +61,59 @@ def test_nohz_full_is_for_cpus_of_vcpus(nohz_full: str) -> None:
     assert tickless == ([0, 1, 2] if nohz_full == "vcpus" else [])
 
 
+@pytest.mark.parametrize(
+    ("host", "offloaded"),
+    [
+        ({}, 0),
+        ({"nohz_full": "vcpus"}, 3),
+        ({"rcu": {"nocbs": "vcpus"}}, 3),
+        ({"rcu": {"nocbs": "all"}}, 8),
+        ({"nohz_full": "vcpus", "rcu": {"nocbs": "all"}}, 8),
+    ],
+)
+def test_callbacks_are_offloaded_as_asked_and_where_there_is_no_tick(
+    host: dict[str, Any], offloaded: int
+) -> None:
+    built = world(host={"cpus": 8, **host}, guest={"vcpus": 3})
+    assert [cpu.offloaded for cpu in built.cpus] == [n < offloaded for n in range(8)]
+    tickless = 3 if "nohz_full" in host else 0
+    assert [cpu.nohz_full for cpu in built.cpus] == [n < tickless for n in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("preemption", "said", "rcu", "breaks"),
+    [
+        ("none", None, False, False),
+        ("voluntary", None, False, False),
+        ("full", None, True, True),
+        ("lazy", None, True, True),
+        ("none", True, True, False),  # PREEMPT_DYNAMIC, preempt=none
+        ("none", False, False, False),
+    ],
+)
+def test_preemptible_rcu_is_built_in_and_lock_breaking_is_a_matter_of_run_time(
+    preemption: str, said: bool | None, rcu: bool, breaks: bool
+) -> None:
+    built = world(host={"preemption": preemption, "rcu": {"preemptible": said}})
+    assert built.kernel["lock_break"] == "runtime"
+    assert (built.rcu._config.preemptible, built.kvms[0]._break_lock) == (rcu, breaks)
+
+
+@pytest.mark.parametrize(("policy", "freed"), [("call_rcu", False), ("call_rcu_hurry", True)])
+def test_tables_wait_with_lazy_callbacks_unless_they_hurry(policy: str, freed: bool) -> None:
+    _, record = run(
+        kernel={"base": "linux-6.4-yuzhao-v2", "set": {"table_callback": policy}},
+        host={"rcu": {"nocbs": "all", "lazy": True}},
+        guest={"memory": 8 * MIB, "access": {"pattern": "uniform", "think": 2_000}},
+        contenders={
+            "vmm": {"kind": "madvise_dontneed", "guest": "vm", "range": 2 * MIB, "rate": 200.0}
+        },
+        duration=100_000_000,
+    )
+    assert record.summary["tables_allocated"] > 10
+    assert (record.summary["tables_freed"] > 0) is freed
+
+
 def test_cpus_lie_on_the_nodes_of_the_machine() -> None:
     built = world()
     per_node = built.machine.cores // built.machine.nodes

@@ -1,0 +1,112 @@
+"""The check that eviction makes before it takes a folio: was it used after all?
+
+Source: mm/rmap.c (``folio_referenced_one``) and mm/vmscan.c (``lru_gen_look_around``), v6.4 and
+v6.12; the policy ``eviction_young`` says which form.
+
+* ``clear_flush_young``: for each entry one notifier call that flushes the VMID, under ``mmu_lock``,
+  if the guest used the page.
+* ``look_around``: for each entry one ``clear_young`` call, without a flush. If the page was used,
+  the others of a window of 64 around it are asked for as the page-table walk asks (``ageing_call``)
+  and those that were used are promoted: eviction then sorts them and does not check them.
+
+A folio that the host maps by a block is asked for with ``clear_flush_young`` in either form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from simpy import Event
+
+from simkvm.kernel.aging_call import CALLS, Leaves, Pass
+from simkvm.kernel.host_memory import OWN, YOUNG
+from simkvm.kernel.mglru import MIN_LRU_BATCH
+from simkvm.kernel.rmap_walk import Answer, RmapAgeing
+from simkvm.kernel.task import Task, reach
+
+if TYPE_CHECKING:
+    from simkvm.kernel.kvm import Kvm
+
+
+class FolioReferenced(RmapAgeing):
+    """One pass checks every folio of the guest, in the order of addresses."""
+
+    name: ClassVar[str] = "folio_referenced"
+
+    def __init__(self, kvm: Kvm, task: Task) -> None:
+        super().__init__(kvm, task)
+        self._flush = kvm.kernel["eviction_young"] == "clear_flush_young" or kvm.leaf_pages > 1
+        self._neighbours = CALLS[kvm.kernel["ageing_call"]](kvm, task)
+        self._promoted: set[int] = set()
+
+    def run(self, t_ns: int, opens: bool = True) -> Generator[Event, Any, Pass]:
+        """One pass from ``t_ns`` on."""
+        kvm, costs = self.kvm, self.costs
+        report = Pass(kvm.name, t_ns)
+        self._promoted.clear()
+        t_ns = yield from reach(kvm.env, t_ns)
+        for table, present in enumerate(kvm.host.present):
+            for folio in self.folios(kvm.host.table_leaves(table)) if present else ():
+                if not kvm.alive or int(folio[0]) // kvm.folio_leaves in self._promoted:
+                    continue
+                report.scanned += len(folio)
+                t_ns, used = yield from self.check(t_ns, folio, report)
+                if used:
+                    there = folio[(kvm.host.state[folio] & OWN) != 0]
+                    report.young += len(there)
+                    kvm.host.lru.promote(there)
+                    t_ns += costs.promote_ns
+                t_ns += costs.resched_ns
+        report.end_ns = yield from reach(kvm.env, t_ns)
+        return report
+
+    def at_entry(self, t_ns: int, leaf: int, report: Pass) -> Answer:
+        """One entry: the host's flag, one call, and perhaps the neighbours."""
+        kvm, fast = self.kvm, self.kvm.host.fast
+        by_host = bool(fast[leaf] & YOUNG)
+        fast[leaf] &= ~YOUNG & 0xFF
+        t_ns, by_guest = yield from self.ask(t_ns, leaf, report, self._flush)
+        # A guest that could only be asked under the lock is no reason to ask for its neighbours.
+        around = by_host or (by_guest and kvm.test_clear_young)
+        t_ns = yield from reach(kvm.env, t_ns)
+        if around and not self._flush and not self._contended(t_ns, leaf):
+            t_ns = yield from self._look_around(t_ns, leaf, report)
+        return t_ns, by_host or by_guest
+
+    def _contended(self, t_ns: int, leaf: int) -> bool:
+        """Whether a fault waits for the host table that is locked for ``leaf``."""
+        host = self.kvm.host
+        return host.contended or self.faults_until(t_ns, leaf // host.entries) > 0
+
+    def window(self, leaf: int) -> Leaves:
+        """The 64 leaves around ``leaf``, within its host table and the guest, without itself."""
+        host = self.kvm.host
+        low = leaf // host.entries * host.entries
+        high = min(low + host.entries, self.kvm.leaves)
+        first = max(low, min(leaf - MIN_LRU_BATCH // 2, high - MIN_LRU_BATCH))
+        leaves = np.arange(first, min(first + MIN_LRU_BATCH, high), dtype=np.int64)
+        others: Leaves = leaves[((host.state[leaves] & OWN) != 0) & (leaves != leaf)]
+        return others
+
+    def _look_around(self, t_ns: int, leaf: int, report: Pass) -> Generator[Event, Any, int]:
+        kvm, state = self.kvm, self.kvm.host.state
+        leaves = self.window(leaf)
+        if not len(leaves):
+            return t_ns
+        by_host = leaves[(state[leaves] & YOUNG) != 0]
+        state[leaves] &= np.uint8(~YOUNG & 0xFF)
+        if kvm.notifier.hears(int(leaves[0]), int(leaves[-1]) + 1):
+            t_ns, by_guest = yield from self._neighbours.ask(t_ns, leaves, report)
+        else:
+            t_ns, by_guest = t_ns + len(leaves) * self.costs.scan_ns, leaves[:0]
+        young = np.union1d(by_host, by_guest)
+        t_ns += (len(young) - len(by_guest)) * self.costs.promote_ns
+        t_ns = yield from reach(kvm.env, t_ns)
+        young = young[(state[young] & OWN) != 0]
+        kvm.host.lru.promote(young)
+        folios = young // kvm.folio_leaves
+        report.young += int(np.count_nonzero(folios != leaf // kvm.folio_leaves))
+        self._promoted.update(folios.tolist())
+        return t_ns

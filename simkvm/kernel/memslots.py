@@ -1,0 +1,60 @@
+"""The memslots of a guest: the ranges of its memory that notifier calls and look-ups go by.
+
+Source: virt/kvm/kvm_main.c (``kvm_handle_hva_range``, ``gfn_to_memslot``), v6.12. The slots are
+equal parts of one stretch of guest memory, behind which lies one stretch of host memory. A notifier
+call handles the slots that its range overlaps one after the other, under one hold of ``mmu_lock``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Range = tuple[int, int]
+
+
+class Memslots(Sequence[Range]):
+    """``count`` equal ranges of ``leaves`` leaves, as (first, behind the last)."""
+
+    def __init__(self, leaves: int, count: int) -> None:
+        self.size = leaves // count  #: leaves in a slot
+        self.gone: set[int] = set()  #: slots that were deleted
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Range:  # type: ignore[override]
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        return number * self.size, (number + 1) * self.size
+
+    def of(self, leaf: int) -> int:
+        """Number of the slot that holds ``leaf``."""
+        return leaf // self.size
+
+    def there(self, first: int, last: int) -> bool:
+        """Whether any slot that is there overlaps ``first`` up to ``last``."""
+        gone = self.gone
+        return not gone or any(self.of(low) not in gone for low, _ in self.overlapping(first, last))
+
+    def overlapping(self, first: int, last: int) -> list[Range]:
+        """``first`` up to ``last``, cut where slots meet."""
+        if self._count == 1:
+            return [(first, last)]
+        edges = range((first // self.size + 1) * self.size, last, self.size)
+        return list(zip([first, *edges], [*edges, last], strict=True))
+
+    def crossed(self, first: int, last: int) -> int:
+        """How many edges between slots lie inside ``first`` up to ``last``."""
+        return (last - 1) // self.size - first // self.size
+
+    def crossed_by(self, leaves: NDArray[np.int64], starts: NDArray[np.int64]) -> int:
+        """As :meth:`crossed`, for runs of ``leaves`` that begin at ``starts``, all together."""
+        if self._count == 1:
+            return 0
+        edges = np.diff(leaves // self.size, prepend=-1) > 0
+        edges[starts] = False
+        return int(np.count_nonzero(edges))

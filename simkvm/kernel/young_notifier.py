@@ -1,0 +1,114 @@
+"""The notifier's questions about youth, for one entry or one run of entries.
+
+Source: virt/kvm/kvm_main.c (``kvm_handle_hva_range``, ``kvm_mmu_notifier_clear_flush_young`` and
+its sisters) and arch/arm64/kvm/mmu.c (``kvm_age_gfn``), v6.12. SRCU twice, the memslot,
+``mmu_lock``, one walk over the leaves; the *flush* form, if something was young, then invalidates
+the whole VMID before it unlocks. With ``ageing_lock: none`` there is RCU in place of the lock.
+
+The series of 2023 can do without the lock only where the CPU sets the flag
+(``kvm_arch_has_test_clear_young``, <20230526234435.662652-6-yuzhao@google.com>). Elsewhere a call
+for a single page falls back to the lock, and a call with a bitmap is told at once that nothing is
+young.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from simpy import Event
+
+from simkvm.kernel.qrwlock import OPEN
+from simkvm.kernel.rmap import WITHOUT_MMU_LOCK, Held
+from simkvm.kernel.sites import AGE
+from simkvm.kernel.task import Task, acquired, reach
+from simkvm.observe.oracle import Walk
+
+if TYPE_CHECKING:
+    from simkvm.kernel.kvm import Kvm
+
+Leaves = NDArray[np.int64]
+
+
+@dataclass
+class YoungCalls:
+    """Calls about youth that one guest was asked: under ``mmu_lock``, without, and fallen back.
+
+    ``fallback`` calls, which wanted to do without the lock, are among the ``locked`` ones.
+    """
+
+    locked: int = 0
+    lockless: int = 0
+    fallback: int = 0
+
+
+class YoungNotifier:
+    """Calls that ``task`` makes about the leaves of ``kvm``."""
+
+    def __init__(self, kvm: Kvm, task: Task) -> None:
+        self.kvm = kvm
+        self.task = task
+        self._costs = kvm.costs.ageing
+        self._lock = kvm.kernel["ageing_lock"]
+        self._falls_back = self._lock == "none" and not kvm.test_clear_young
+        self._always_flush = kvm.kernel["ageing_flush"] == "per_call"
+
+    def clear(
+        self, t_ns: int, first: int, last: int, flush: bool = False
+    ) -> Generator[Event, Any, tuple[int, Leaves]]:
+        """Ask about leaves ``first`` up to ``last`` at ``t_ns`` and clear their flags.
+
+        ``flush``: ask for ``clear_flush_young``. Returns when the call is over, and who was young.
+        """
+        t_ns = yield from reach(self.kvm.env, t_ns + self._costs.call_ns)
+        if self._lock in WITHOUT_MMU_LOCK and not self._falls_back:
+            return self._lockless(t_ns, first, last)
+        return (yield from self._locked(t_ns, first, last, flush or self._always_flush))
+
+    def _locked(
+        self, t_ns: int, first: int, last: int, flush: bool
+    ) -> Generator[Event, Any, tuple[int, Leaves]]:
+        kvm, costs = self.kvm, self._costs
+        walk_ns = costs.walk_ns + (last - first - 1) * costs.visit_ns
+        found: list[Leaves] = []
+        shared = self._lock == "read"
+
+        def section(entry_ns: int) -> tuple[int, int]:
+            young = np.empty(0, np.int64)
+            if kvm.stage2.attached:
+                young = first + np.flatnonzero(kvm.stage2.young(first, last))
+                kvm.clear_young(young, entry_ns)
+            found.append(young)
+            end_ns = entry_ns + walk_ns
+            if not flush or not len(young):
+                return walk_ns, end_ns
+            if not shared:
+                return OPEN, end_ns  # what others do until the flush comes first
+            end_ns = kvm.flush_vmid(end_ns)
+            return end_ns - entry_ns, end_ns
+
+        kvm.young_calls.locked += 1
+        kvm.young_calls.fallback += self._falls_back
+        take = kvm.mmu_lock.read if shared else kvm.mmu_lock.write
+        t_ns = yield from acquired(take(t_ns, self.task.cpu.id, AGE, section))
+        if flush and len(found[0]) and not shared:
+            t_ns = yield from reach(kvm.env, t_ns)
+            t_ns = yield from reach(kvm.env, kvm.flush_vmid(t_ns))
+            kvm.mmu_lock.release(t_ns)
+        return t_ns, found[0]
+
+    def _lockless(self, t_ns: int, first: int, last: int) -> tuple[int, Leaves]:
+        kvm, costs = self.kvm, self._costs
+        leaves = np.arange(first, last, dtype=np.int64)
+        walk_ns = costs.walk_ns + (last - first - 1) * costs.visit_ns
+        if self._lock == "none":
+            tables = kvm.path_at(first, t_ns)
+            kvm.oracle.walk(Walk(self.task.name, tables, t_ns, walk_ns, walk_ns, 1))
+        else:
+            kvm.rmap.hold(Held(leaves, t_ns, walk_ns, walk_ns))
+        kvm.young_calls.lockless += 1
+        loads_ns = t_ns + costs.walk_ns + (leaves - first) * costs.visit_ns
+        return t_ns + walk_ns, kvm.age_lockless(leaves, loads_ns, t_ns)
