@@ -59,6 +59,7 @@ class PreFault(Contender):
         self._last = kvm.leaves if spec.range is None else -(-spec.range // leaf)
         self._call = max(1, (spec.call or leaf * self._last) // leaf)
         self.mapped = 0  #: leaves so far
+        self.ioctls = 0
         if spec.populated:
             for page in np.flatnonzero(kvm.host.state[: self._last] == 0).tolist():
                 kvm.host.install(page, own=True)
@@ -68,7 +69,7 @@ class PreFault(Contender):
         t_ns = yield from self.sleep_until(0, self._spec.start)
         user_ns = self.kvm.costs.fault.user_ns
         while self.mapped < self._last and self.kvm.alive:
-            self.calls += 1
+            self.ioctls += 1
             end = min(self.mapped + self._call, self._last)
             while self.mapped < end and self.kvm.alive and not self.kvm.no_memslot(self.mapped):
                 t_ns = yield from self._fault_in(t_ns, self.mapped)

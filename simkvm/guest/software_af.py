@@ -101,7 +101,8 @@ class SoftwareAfVcpu(Vcpu):
         position = self._position
         leaf = self._list[position]
         self.touches += 1
-        self._fast_last_touch[leaf] = t_ns
+        if self._last_touch is not None:
+            self._last_touch[leaf] = t_ns
         self._fast_tags[leaf % self._tlb_entries] = leaf
         self._position = position + 1
         return self.enter(t_ns, self._cost_list[position + 1] - self._cost_list[position])

@@ -53,5 +53,5 @@ class AccessFault:
         if entry & VALID and not entry & AF:
             self._kvm.stage2.set_young(leaf)
             if self._kvm.expected:
-                self._kvm.leaf_mapped(leaf, entry_ns)
+                self._kvm.given(leaf, entry_ns)
         return costs.hold_ns, self._vcpu.accessed(entry_ns + costs.hold_ns + costs.enter_ns)

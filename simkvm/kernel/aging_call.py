@@ -21,12 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from simpy import Event
 
+from simkvm.kernel.cmpxchg_race import Loads
 from simkvm.kernel.mglru import MIN_LRU_BATCH
 from simkvm.kernel.qrwlock import FAST
 from simkvm.kernel.rmap import WITHOUT_MMU_LOCK, Held
@@ -293,20 +295,22 @@ class PerFolio(AgeingCall):
             if size > 1:
                 busy_ns += kvm.memslots.crossed_by(batch, began) * again_ns
             self._announce(batch, t_ns + costs.call_ns, period_ns, walk_ns, calls)
-            young = kvm.age_lockless(batch, t_ns + self._offsets_ns(len(batch), began), t_ns)
+            times = partial(self._loads_ns, t_ns, len(batch), began)
+            young = kvm.age_lockless(Loads(batch, times, t_ns, t_ns + busy_ns), t_ns)
             found.append(young)
             t_ns += busy_ns + len(young) * costs.promote_ns
         t_ns = yield from reach(self.env, t_ns)
         return t_ns, np.concatenate(found)
 
-    def _offsets_ns(self, leaves: int, starts: Leaves) -> Leaves:
-        """When each of ``leaves`` is looked at, if calls begin at those in ``starts``."""
+    def _loads_ns(self, t_ns: int, leaves: int, starts: Leaves) -> Leaves:
+        """When calls from ``t_ns`` on, begun at ``starts``, come by each of ``leaves`` leaves."""
         costs = self.costs
         first = np.repeat(starts, np.diff(starts, append=leaves))
         calls = np.repeat(np.arange(len(starts)), np.diff(starts, append=leaves))
         into = np.arange(leaves) - first
         at_ns: Leaves = (
-            (calls + 1) * (costs.call_ns + costs.walk_ns)
+            t_ns
+            + (calls + 1) * (costs.call_ns + costs.walk_ns)
             + (first - calls + into) * costs.visit_ns
             + first * costs.scan_ns
         )
@@ -366,12 +370,18 @@ class Bitmap(AgeingCall):
             t_ns = self._call(t_ns, window, report)
             t_ns += len(window) * costs.scan_ns + len(young) * costs.promote_ns
             if len(young):
-                loads_ns = t_ns + costs.call_ns + costs.walk_ns
-                kvm.age_lockless(young, loads_ns + (young - young[0]) * costs.visit_ns, began_ns)
+                first_ns = t_ns + costs.call_ns + costs.walk_ns
+                times = partial(self._loads_ns, first_ns, young)
                 t_ns = self._call(t_ns, young, report)
+                kvm.age_lockless(Loads(young, times, first_ns, t_ns), began_ns)
             found.append(young)
         t_ns = yield from reach(self.env, t_ns)
         return t_ns, np.concatenate(found)
+
+    def _loads_ns(self, t_ns: int, leaves: Leaves) -> Leaves:
+        """When a walk that is at the first of ``leaves`` at ``t_ns`` comes by each."""
+        at_ns: Leaves = t_ns + (leaves - leaves[0]) * self.costs.visit_ns
+        return at_ns
 
     def _call(self, t_ns: int, window: Leaves, report: Pass) -> int:
         """One lock-free call from the first to the last leaf of ``window``."""

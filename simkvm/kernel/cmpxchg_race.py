@@ -12,7 +12,8 @@ still be met.
 from __future__ import annotations
 
 from collections import deque
-from typing import Final
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,15 @@ from numpy.typing import NDArray
 KEPT: Final = 256  #: stores, or batches of loads, that are remembered at most
 
 Times = NDArray[np.int64]
-Log = deque[tuple[Times, Times]]  # (leaves, in order; when each was loaded or stored to)
+
+
+class Loads(NamedTuple):
+    """A batch of loads; ``times`` are computed only if somebody comes near."""
+
+    leaves: Times  #: in order
+    times: Callable[[], Times]
+    first_ns: int  #: no load is earlier,
+    last_ns: int  #: and none later
 
 
 class CmpxchgRaces:
@@ -28,43 +37,47 @@ class CmpxchgRaces:
 
     def __init__(self, window_ns: int) -> None:
         self._window_ns = window_ns  #: from the load to the compare-and-swap
-        self._loads: Log = deque(maxlen=KEPT)
-        self._stores: Log = deque(maxlen=KEPT)
+        self._loads: deque[tuple[Loads, NDArray[np.bool_]]] = deque(maxlen=KEPT)
+        self._stores: deque[tuple[Times, Times]] = deque(maxlen=KEPT)  # leaves, when
         self.failed = 0
 
     def stored(self, leaves: Times, times_ns: Times) -> None:
         """``leaves``, young until then, are changed by somebody else at ``times_ns``."""
         if not len(leaves):
             return
-        _forget(self._loads, int(times_ns.min()) - self._window_ns)
-        for loaded, loads_ns in self._loads:
-            _, mine, theirs = np.intersect1d(leaves, loaded, True, return_indices=True)
-            into = times_ns[mine] - loads_ns[theirs]
-            self.failed += int(np.count_nonzero((into > 0) & (into <= self._window_ns)))
+        log, first_ns = self._loads, int(times_ns.min()) - self._window_ns
+        while log and log[0][0].last_ns < first_ns:
+            log.popleft()
+        for batch, swapped in log:
+            _, mine, theirs = np.intersect1d(leaves, batch.leaves, True, return_indices=True)
+            if len(mine):
+                late = self._between(batch.times()[theirs], times_ns[mine]) & swapped[theirs]
+                self.failed += int(np.count_nonzero(late))
         self._stores.append((leaves, times_ns))
 
-    def loaded(self, leaves: Times, loads_ns: Times, young: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """``leaves`` are loaded at ``loads_ns``; returns whose compare-and-swap fails.
+    def loaded(self, batch: Loads, young: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+        """A walk loads a batch: returns whose compare-and-swap fails; None if nobody's does.
 
-        ``young``: which of them have the flag now, and get the compare-and-swap if it can succeed.
-        A leaf that somebody changed in between was young when it was loaded.
+        ``young``: which of its leaves have the flag now, and get the compare-and-swap if it can
+        succeed. A leaf that somebody changed in between was young when it was loaded.
         """
-        failed = np.zeros(len(leaves), np.bool_)
-        if not len(leaves):
-            return failed
-        _forget(self._stores, int(loads_ns.min()))
-        for changed, times_ns in self._stores:
-            _, mine, theirs = np.intersect1d(leaves, changed, True, return_indices=True)
-            into = times_ns[theirs] - loads_ns[mine]
-            failed[mine[(into > 0) & (into <= self._window_ns)]] = True
+        stores = self._stores
+        while stores and int(stores[0][1][-1]) < batch.first_ns:
+            stores.popleft()
+        if not stores:
+            self._loads.append((batch, young))
+            return None
+        failed = np.zeros(len(batch.leaves), np.bool_)
+        for changed, times_ns in stores:
+            _, mine, theirs = np.intersect1d(batch.leaves, changed, True, return_indices=True)
+            if len(mine):
+                failed[mine] |= self._between(batch.times()[mine], times_ns[theirs])
         self.failed += int(np.count_nonzero(failed))
-        swapped = young & ~failed
-        if swapped.any():
-            self._loads.append((leaves[swapped], loads_ns[swapped]))
+        self._loads.append((batch, young & ~failed))
         return failed
 
-
-def _forget(log: Log, before_ns: int) -> None:
-    """Drop what nobody who comes from now on can meet: entries are nearly in order of time."""
-    while log and int(log[0][1][-1]) < before_ns:
-        log.popleft()
+    def _between(self, loads_ns: Times, stores_ns: Times) -> NDArray[np.bool_]:
+        """Which stores come after the load and not after the swap."""
+        into = stores_ns - loads_ns
+        late: NDArray[np.bool_] = (into > 0) & (into <= self._window_ns)
+        return late

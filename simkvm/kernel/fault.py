@@ -225,7 +225,7 @@ class FaultPath:
         if self._leaf_state[leaf] & need == need:
             return self._again(entry_ns, costs.hold_ns)  # another vCPU was first
         hold = costs.hold_ns
-        if kvm.races is not None:
+        if kvm.races is not None and self._leaf_state[leaf]:
             kvm.leaf_changes(leaf, entry_ns + hold)
         made = stage2.map_leaf(leaf, WRITE if state & OWN and state < WRPROTECT else 0)
         if made:

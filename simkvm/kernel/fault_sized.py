@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from simpy import Event
 
 from simkvm.kernel.fault import Faulting, FaultPath
-from simkvm.kernel.host_change import copies, settle_huge
-from simkvm.kernel.host_memory import MIGRATION, OWN, WRPROTECT
+from simkvm.kernel.host_change import copies
+from simkvm.kernel.host_memory import MIGRATION, OWN, PROT_NONE, WRPROTECT
 from simkvm.kernel.sites import FAULT, PERMISSION_FAULT
 from simkvm.kernel.stage2 import AF, VALID, WRITE
 from simkvm.kernel.task import Task
@@ -79,14 +79,16 @@ class SizedFaultPath(FaultPath):
         return self._install_later(t_ns, held)
 
     def _map_in_host(self, leaf: int) -> None:
-        host, span = self._kvm.host, self._kvm.stage2.block_span(leaf)
-        if self._huge and host.empty(*span):
-            host.install_huge(*span)
+        host, state = self._kvm.host, self._host_state[leaf]
+        if self._huge and host.empty(*self._kvm.stage2.block_span(leaf)):
+            host.install_huge(*self._kvm.stage2.block_span(leaf))
             return
-        if self._write and copies(host, self._host_state[leaf]):
-            host.split(leaf, leaf + 1)  # only one page is copied (``do_huge_pmd_wp_page``)
+        if host.fast_huge[leaf // host.entries] and state >= MIGRATION:
+            if self._write and copies(host, state):  # only one page is (``do_huge_pmd_wp_page``)
+                host.split(leaf, leaf + 1)
+            else:
+                host.settle_huge(leaf, PROT_NONE | WRPROTECT if self._write else PROT_NONE)
         super()._map_in_host(leaf)
-        settle_huge(host, leaf, self._write)
 
     # -- under mmu_lock -----------------------------------------------------------------------
 
@@ -134,7 +136,7 @@ class SizedFaultPath(FaultPath):
         kvm.stage2.allow_write(leaf)
         self._leaf_state[leaf] |= AF
         if kvm.expected:
-            self._given(leaf, t_ns)
+            self._kvm.given(leaf, t_ns)
         end_ns = t_ns + self._costs.relax_hold_ns
         if self._broadcast_relax:
             kvm.forget_translations(t_ns)
@@ -142,19 +144,15 @@ class SizedFaultPath(FaultPath):
         self._vcpu.forget_translations()
         return end_ns
 
-    def _given(self, leaf: int, t_ns: int) -> None:
-        """Tell the vCPUs that planned to fault on what was mapped."""
-        kvm = self._kvm
-        if kvm.stage2.is_block(leaf):
-            kvm.block_mapped(*kvm.stage2.block_span(leaf), t_ns)
-        else:
-            kvm.leaf_mapped(leaf, t_ns)
-
     def _writable(self, leaf: int, write: bool) -> int:
-        """Under logging a page that is only read is mapped read-only, so that a write shows."""
+        """Under logging a page that is only read is mapped read-only, so that a write shows.
+
+        The zero page, and one that the host itself protects, are never writable.
+        """
         state = self._host_state[leaf]
-        own = state & OWN and state < WRPROTECT  # else the zero page, or one that is shared
-        return WRITE if own and (write or not self._kvm.dirty_log.logs(leaf)) else 0
+        if not state & OWN or state >= WRPROTECT:
+            return 0
+        return WRITE if write or not self._kvm.dirty_log.logs(leaf) else 0
 
     def _block_writable(self, leaf: int) -> int:
         first, last = self._kvm.stage2.block_span(leaf)
@@ -173,7 +171,7 @@ class SizedFaultPath(FaultPath):
         if made:
             end_ns += self._linked(made, end_ns)
         if kvm.expected:
-            self._given(leaf, t_ns)
+            self._kvm.given(leaf, t_ns)
         return end_ns
 
     def _map_block(self, t_ns: int, leaf: int) -> int:
@@ -183,7 +181,7 @@ class SizedFaultPath(FaultPath):
         if made:
             end_ns += self._linked(made, t_ns)
         kvm.entry_locked(self._leaf_tables(leaf), t_ns, end_ns)
-        self._given(leaf, t_ns)
+        self._kvm.given(leaf, t_ns)
         return end_ns
 
     def _collapse(self, t_ns: int, leaf: int) -> int:
@@ -198,7 +196,7 @@ class SizedFaultPath(FaultPath):
         for table in tables:
             kvm.oracle.unlinked(table, made_ns)
         kvm.collapse_free.unlinked(kvm, tables, made_ns, self._cpu)
-        self._given(leaf, t_ns)
+        self._kvm.given(leaf, t_ns)
         entries = len(tables) * kvm.entries
         return made_ns + kvm.collapse_free.under_lock_ns(kvm.costs.free, len(tables), entries)
 

@@ -53,15 +53,6 @@ def copies(host: HostMemory, state: int) -> bool:
     return bool(state & WRPROTECT) and host.children > 0
 
 
-def settle_huge(host: HostMemory, leaf: int, write: bool) -> None:
-    """A fault has settled ``leaf``: if a huge page is mapped there, all of that is settled."""
-    table = leaf // host.entries
-    if host.huge[table]:
-        first = table * host.entries
-        flags = PROT_NONE | WRPROTECT if write else PROT_NONE
-        host.state[first : first + host.entries] &= np.uint8(~flags & 0xFF)
-
-
 # -- changes ----------------------------------------------------------------------------------
 
 

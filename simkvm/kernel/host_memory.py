@@ -119,6 +119,11 @@ class HostMemory:
             if first > begin or last < min(begin + self.entries, len(self.state)):
                 self.huge[table] = False
 
+    def settle_huge(self, leaf: int, clear: int) -> None:
+        """A fault on the huge page of ``leaf`` clears the flags ``clear`` of all of it."""
+        first = leaf - leaf % self.entries
+        self.state[first : first + self.entries] &= np.uint8(~clear & 0xFF)
+
     def table_leaves(self, table: int) -> NDArray[np.int64]:
         """Leaves of host table ``table`` that map a page of their own, in order."""
         first = table * self.entries

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from simpy import Environment, Event
 
 from simkvm.kernel import table_free
-from simkvm.kernel.cmpxchg_race import CmpxchgRaces
+from simkvm.kernel.cmpxchg_race import CmpxchgRaces, Loads
 from simkvm.kernel.costs import Costs, FreeCosts
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dirty_log import DirtyLog
@@ -125,8 +125,8 @@ class Kvm:
         #: Leaves that vCPUs plan to fault on, and who: only kept if vCPUs share memory.
         self.expected: dict[int, dict[int, Vcpu]] = {}
         self.installing: dict[int, int] = {}  # leaf table -> until when a fault installs it
-        self.last_touch_ns = np.full(self.leaves, -1, np.int64)
-        self.fast_last_touch = memoryview(self.last_touch_ns)  # type: ignore[arg-type]  # a buffer
+        #: When each leaf was touched last, -1 for never; kept only if somebody asks for it.
+        self.last_touch_ns: NDArray[np.int64] = np.empty(0, np.int64)
         self.page_bytes = geometry.page_bytes
         self.table_bytes = geometry.page_bytes
         self.entries = geometry.entries
@@ -148,6 +148,25 @@ class Kvm:
         if guest.mapped:
             self.host.map_all()
             self.tables_linked(self.stage2.map_all(WRITE), 0)
+
+    @property
+    def tlbi(self) -> TlbiPath:
+        """The path of broadcast invalidations, for code that only arm64 has."""
+        assert isinstance(self.remote_flush, TlbiPath)
+        return self.remote_flush
+
+    @property
+    def ipi(self) -> Ipi:
+        """Flushes by interrupt, for code that only x86 has."""
+        assert isinstance(self.remote_flush, Ipi)
+        return self.remote_flush
+
+    def remember_touches(self) -> None:
+        """Keep :attr:`last_touch_ns` from now on."""
+        if not len(self.last_touch_ns):
+            self.last_touch_ns = np.full(self.leaves, -1, np.int64)
+        for vcpu in self.vcpus:
+            vcpu.remember_touches(self.last_touch_ns)
 
     # -- tables -------------------------------------------------------------------------------
 
@@ -240,6 +259,13 @@ class Kvm:
         for vcpu in self.expected.pop(leaf, {}).values():
             vcpu.given(leaf, t_ns)
 
+    def given(self, leaf: int, t_ns: int) -> None:
+        """As :meth:`leaf_mapped`, for ``leaf`` or the block that maps it."""
+        if self.stage2.is_block(leaf):
+            self.block_mapped(*self.stage2.block_span(leaf), t_ns)
+        else:
+            self.leaf_mapped(leaf, t_ns)
+
     def block_mapped(self, first: int, last: int, t_ns: int) -> None:
         """As :meth:`leaf_mapped`, for all leaves that a block covers."""
         if len(self.expected) < last - first:
@@ -258,20 +284,19 @@ class Kvm:
             for vcpu in self.vcpus:
                 vcpu.cleared(leaves, t_ns)
 
-    def age_lockless(
-        self, leaves: NDArray[np.int64], loads_ns: NDArray[np.int64], t_ns: int
-    ) -> NDArray[np.int64]:
-        """A walk without lock from ``t_ns`` on comes by ``leaves`` at ``loads_ns``.
+    def age_lockless(self, batch: Loads, t_ns: int) -> NDArray[np.int64]:
+        """A walk without lock from ``t_ns`` on comes by the leaves of ``batch``.
 
         Clears their accessed flags; returns those that were young. One whose compare-and-swap
         fails counts as young and stays as it is.
         """
+        leaves = batch.leaves
         young = (self.stage2.leaf.entries[leaves] & (AF | VALID)) == (AF | VALID)
-        failed = np.zeros(len(leaves), np.bool_)  # nothing changes while a chain is locked
+        failed = None  # nothing changes while a chain is locked
         if self.races is not None:
-            failed = self.races.loaded(leaves, loads_ns, young)
-        self.clear_young(leaves[young & ~failed], t_ns)
-        seen: NDArray[np.int64] = leaves[young | failed]
+            failed = self.races.loaded(batch, young)
+        seen: NDArray[np.int64] = leaves[young if failed is None else young | failed]
+        self.clear_young(seen if failed is None else leaves[young & ~failed], t_ns)
         return seen
 
     def flush_vmid(self, t_ns: int) -> int:
@@ -291,8 +316,7 @@ class Kvm:
     def unmap_costs(self, t_ns: int) -> UnmapCosts:
         """Costs of a walk that starts at ``t_ns``, by how busy the invalidation path is."""
         steps = self.costs.unmap
-        assert isinstance(self.remote_flush, TlbiPath)  # chunks are arm64's
-        flush_ns = self.remote_flush.each_ns(t_ns)
+        flush_ns = self.tlbi.each_ns(t_ns)
         return UnmapCosts(
             visit_ns=steps.visit_ns,
             descend_ns=steps.descend_ns,

@@ -21,7 +21,6 @@ from simkvm.kernel.qrwlock import OPEN
 from simkvm.kernel.sites import RANGE_END, RANGE_START
 from simkvm.kernel.stage2 import VALID
 from simkvm.kernel.task import Task, acquired, reach
-from simkvm.kernel.tlb import TlbiPath
 from simkvm.kernel.unmap import UnmapWalk, chunks
 from simkvm.kernel.zap_leafs import ZapLeafs
 
@@ -285,8 +284,7 @@ def unmap_walk(kvm: Kvm, first: int, last: int, t_ns: int) -> tuple[UnmapWalk, i
     walk = UnmapWalk(kvm.stage2, first, last, kvm.unmap_costs(t_ns), kvm.keep_tables)
     end = t_ns + walk.elapsed_ns
     flushes = len(walk.tables) + (1 if kvm.deferred_tlbi else walk.leaves)
-    assert isinstance(kvm.remote_flush, TlbiPath)  # chunks are arm64's
-    kvm.remote_flush.walk(end, flushes)
+    kvm.tlbi.walk(end, flushes)
     if kvm.deferred_tlbi:
         end += kvm.costs.tlbi_all_ns
     return walk, end

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from simpy import Event
 
+from simkvm.kernel.cmpxchg_race import Loads
 from simkvm.kernel.qrwlock import OPEN
 from simkvm.kernel.rmap import WITHOUT_MMU_LOCK, Held
 from simkvm.kernel.sites import AGE
@@ -110,5 +111,6 @@ class YoungNotifier:
         else:
             kvm.rmap.hold(Held(leaves, t_ns, walk_ns, walk_ns))
         kvm.young_calls.lockless += 1
+        end_ns = t_ns + walk_ns
         loads_ns = t_ns + costs.walk_ns + (leaves - first) * costs.visit_ns
-        return t_ns + walk_ns, kvm.age_lockless(leaves, loads_ns, t_ns)
+        return end_ns, kvm.age_lockless(Loads(leaves, lambda: loads_ns, t_ns, end_ns), t_ns)

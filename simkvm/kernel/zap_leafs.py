@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from simpy import Event
 
-from simkvm.kernel.remote_flush import Ipi
 from simkvm.kernel.stage2 import VALID
 from simkvm.kernel.task import Task, reach
 from simkvm.kernel.unmap import chunks
@@ -92,5 +91,4 @@ class ZapLeafs:
         """Flush remotely at ``t_ns``, when nothing before that is left to happen."""
         kvm = self._kvm
         t_ns = yield from reach(kvm.env, t_ns)
-        assert isinstance(kvm.remote_flush, Ipi)  # yields by entry are x86's
-        return kvm.remote_flush.flush(kvm, t_ns)
+        return kvm.ipi.flush(kvm, t_ns)

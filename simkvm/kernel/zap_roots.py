@@ -24,7 +24,6 @@ from simpy import Event
 
 from simkvm.kernel.geometry import LAST_LEVEL
 from simkvm.kernel.qrwlock import OPEN
-from simkvm.kernel.remote_flush import Ipi
 from simkvm.kernel.sites import TEARDOWN
 from simkvm.kernel.stage2 import TABLE, VALID, TableId
 from simkvm.kernel.task import Task, acquired, reach
@@ -184,8 +183,7 @@ class ZapRoots(Teardown):
         walk = Walk(numbers, np.cumsum(spent, dtype=np.int64), len(tables), numbers >= 0)
         walker = YieldingWalker(kvm, True, apply, self._let_go)
         t_ns = yield from walker.run(walk, t_ns, more=False)
-        assert isinstance(kvm.remote_flush, Ipi)
-        t_ns = kvm.remote_flush.flush(kvm, (yield from reach(kvm.env, t_ns)))
+        t_ns = kvm.ipi.flush(kvm, (yield from reach(kvm.env, t_ns)))
         for table in tables:
             t_ns += kvm.table_free.under_lock_ns(costs.free)
             kvm.table_free.unlinked(kvm, table, t_ns, self._task.cpu.id)

@@ -427,6 +427,11 @@ def _count(value: Any) -> str:
     return NOTHING if _missing(value) else format_count(value)
 
 
+def _some(value: Any) -> str:
+    """A count of what most runs have none of."""
+    return _count(value) if value else NOTHING
+
+
 def _size_of(value: object) -> str:
     return format_size(value) if isinstance(value, int) else str(value)
 
@@ -437,6 +442,8 @@ SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("vCPU\nwall", _figure("vcpu_wall_ns", _time)),
         ("faults", _figure("faults", _count)),
         ("retries", _figure("fault_retries", _count)),
+        ("access\nfaults", _figure("access_faults", _some)),
+        ("failed\ncmpxchgs", _figure("failed_cmpxchgs", _some)),
         ("pass\nmean", _of_passes("ageing_pass_mean_ns")),
         ("max", _of_passes("ageing_pass_max_ns")),
         ("a page", _of_passes("ageing_ns_per_page")),

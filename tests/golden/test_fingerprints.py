@@ -114,6 +114,30 @@ CASES: dict[str, dict[str, Any]] = {
         "kernel": "linux-6.15-x86-shadow",
         "ageing": {},
     },
+    "software AF, idle page tracking": {
+        "guest": {"vcpus": 2, "memory": 8 * MIB, "access": ZIPF},
+        "machine": {"base": "ampere-altra-80c", "set": {"hw_af": False}},
+        "ageing": {"method": "page_idle", "interval": MS, "start": 5 * MS},
+        "contenders": {"vmm": DONTNEED},
+        "duration": 20 * MS,
+    },
+    "eviction's check with a flush": {
+        "guest": {"vcpus": 2, "memory": 4 * MIB, "access": ZIPF},
+        "kernel": "linux-6.4",
+        "ageing": {"method": "folio_referenced", "start": 4 * MS},
+        "duration": 10 * MS,
+    },
+    "eviction's check that looks around": {
+        "guest": {"vcpus": 2, "memory": 4 * MIB, "access": ZIPF},
+        "ageing": {"method": "folio_referenced", "start": 4 * MS},
+        "duration": 10 * MS,
+    },
+    "a flush for each call": {
+        "guest": {"vcpus": 2, "memory": 4 * MIB, "access": ZIPF},
+        "kernel": "linux-6.4-yuzhao-v1-baseline",
+        "ageing": {"start": 4 * MS},
+        "duration": 10 * MS,
+    },
     "balloon and reporting": {
         "guest": {"vcpus": 2, "memory": 16 * MIB, "access": {"pattern": "populate", "repeat": 9}},
         "kernel": "linux-7.1-lockless",

@@ -98,16 +98,15 @@ def open_ranges_stay_empty(kvm: Kvm, notes: Journal) -> None:
 def tables_are_conserved(kvm: Kvm, rcu: Rcu, notes: Journal) -> None:
     """Allocated = linked + waiting for a callback + freed; the memory caches stand apart."""
     linked = kvm.stage2.linked_tables
+    waiting = notes.tables_queued - kvm.tables_called_back
+    queued = sum(len(data.callbacks) for data in rcu.per_cpu)
     if kvm.kernel["root_free"] == "zap_rcu" and not kvm.stage2.attached:
         # Among the callbacks are now that of the root, and those of rcu_barrier().
-        waiting = sum(len(data.callbacks) for data in rcu._data)
         assert linked == 0
-        assert kvm.tables_freed <= kvm.tables_allocated <= kvm.tables_freed + waiting
+        assert kvm.tables_freed <= kvm.tables_allocated <= kvm.tables_freed + queued
         return
-    waiting = notes.tables_queued - kvm.tables_called_back
-    gone = kvm.tables_freed + kvm.tables_leaked
-    assert kvm.tables_allocated == linked + waiting + gone
-    assert bool(waiting) == any(len(data.callbacks) for data in rcu._data)
+    assert kvm.tables_allocated == linked + waiting + kvm.tables_freed + kvm.tables_leaked
+    assert bool(waiting) <= bool(queued)
     for vcpu in kvm.vcpus:
         assert 0 <= vcpu.fault.cached <= CACHE_CAPACITY
 

@@ -96,6 +96,12 @@ def test_every_rule_holds_while_a_vm_is_torn_down(spec: Scenario) -> None:
 
 
 @settings(max_examples=24, phases=[Phase.generate])
+@given(drawn.scenarios(takers=True))
+def test_every_rule_holds_whatever_takes_the_lock(spec: Scenario) -> None:
+    every_rule_holds(spec)
+
+
+@settings(max_examples=20, phases=[Phase.generate])
 @given(drawn.scenarios(teardown=False, sized=True))
 def test_every_rule_holds_where_leaves_differ_in_size(spec: Scenario) -> None:
     every_rule_holds(spec)
@@ -110,12 +116,6 @@ def test_every_rule_holds_at_the_end_of_a_vm_with_leaves_that_differ(spec: Scena
 @settings(max_examples=12, phases=[Phase.generate])
 @given(drawn.scenarios(sized=True, arch="x86"))
 def test_every_rule_holds_on_x86_where_leaves_differ_in_size(spec: Scenario) -> None:
-    every_rule_holds(spec)
-
-
-@settings(max_examples=24, phases=[Phase.generate])
-@given(drawn.scenarios(takers=True))
-def test_every_rule_holds_whatever_takes_the_lock(spec: Scenario) -> None:
     every_rule_holds(spec)
 
 

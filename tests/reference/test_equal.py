@@ -294,7 +294,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_both_models_give_the_same(name: str) -> None:
-    spec = scenario(**SCENARIOS[name])
+    spec = scenario(expect="unsafe", **SCENARIOS[name])  # some are, and that changes nothing
     reference = plain.run(spec, load_machine(spec.machine), load_kernel(spec.kernel))
     assert not reference.doubtful, "choose other numbers: an order in it is arbitrary"
     assert sum(map(len, reference.rows.values())) > 3

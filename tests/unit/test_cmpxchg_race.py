@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from lab import KIB, MIB, Lab
 
-from simkvm.kernel.cmpxchg_race import KEPT, CmpxchgRaces
+from simkvm.kernel.cmpxchg_race import KEPT, CmpxchgRaces, Loads
 from simkvm.kernel.host_memory import OWN, PRESENT
 from simkvm.kernel.stage2 import AF, VALID, WRITE
 
@@ -25,7 +25,9 @@ def array(*numbers: int) -> Any:
 
 def load(races: CmpxchgRaces, leaf: int, t_ns: int, young: bool = True) -> bool:
     """Whether the compare-and-swap after a load at ``t_ns`` fails, as far as is known yet."""
-    return bool(races.loaded(array(leaf), array(t_ns), np.array([young]))[0])
+    batch = Loads(array(leaf), lambda: array(t_ns), t_ns, t_ns)
+    failed = races.loaded(batch, np.array([young]))
+    return failed is not None and bool(failed[0])
 
 
 @pytest.mark.parametrize(

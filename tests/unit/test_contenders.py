@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from bench import Bench
 from lab import GIB, KIB, MIB, world
 
+from simkvm import contenders
 from simkvm.kernel.cacheline import CacheLine
 from simkvm.scenario import contenders as schema
 
@@ -31,6 +32,11 @@ def reporting(**keys: Any) -> schema.FreePageReporting:
 
 
 # -- what they share --------------------------------------------------------------------------
+
+
+def test_every_kind_of_the_schema_can_be_built() -> None:
+    models = get_args(get_args(schema.Contender)[0])
+    assert {model.model_fields["kind"].default for model in models} == set(contenders.KINDS)
 
 
 def test_a_call_is_one_range_under_mmap_lock_whatever_its_size() -> None:

@@ -7,7 +7,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from simkvm.guest.trace import assemble, write_trace
 from simkvm.scenario import load as load_module
 from simkvm.scenario.access import Phases, Populate, Trace, Uniform, Zipf
-from simkvm.scenario.contenders import FreePageReporting, MadviseDontneed
+from simkvm.scenario.contenders import Contender, FreePageReporting, MadviseDontneed
 from simkvm.scenario.describe import explain, json_schema, key_names
 from simkvm.scenario.document import read_document
 from simkvm.scenario.errors import InputError, nearest
@@ -58,6 +58,11 @@ def changed(*changes: tuple[str, str], text: str = BASE) -> str:
         assert text.count(old) == 1, f"{old!r} is not in the text once"
         text = text.replace(old, new)
     return text
+
+
+def kinds(union: Any) -> list[str]:
+    """The kinds of a union of models, in the order of the union."""
+    return [get_args(m.model_fields["kind"].annotation)[0] for m in get_args(get_args(union)[0])]
 
 
 def loaded(file: Path, text: str, *sets: str, seed: int | None = None) -> Study:
@@ -317,8 +322,8 @@ WRONG = {
     ),
     "wrong kind": (
         changed(("madvise_dontneed", "baloon")),
-        "w.yaml:16:5: contenders.drop.kind: 'baloon' is not one of madvise_dontneed, "
-        "free_page_reporting, balloon (did you mean 'balloon'?)",
+        "w.yaml:16:5: contenders.drop.kind: 'baloon' is not one of "
+        f"{', '.join(kinds(Contender))} (did you mean 'balloon'?)",
     ),
     "within a phase": (
         changed(
@@ -346,7 +351,7 @@ WRONG = {
     ),
     "kernel": (
         changed(("linux-6.12", "linux-6.21")),
-        "w.yaml:3:1: kernel: unknown kernel 'linux-6.21' (did you mean 'linux-6.12'?)",
+        "w.yaml:3:1: kernel: unknown kernel 'linux-6.21' (did you mean 'linux-6.1'?)",
     ),
     "machine's base": (
         changed(("machine: graviton3-64c", "machine:\n  set: {}\n  base: graviton")),

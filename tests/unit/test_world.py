@@ -96,7 +96,7 @@ def test_preemptible_rcu_is_built_in_and_lock_breaking_is_a_matter_of_run_time(
 ) -> None:
     built = world(host={"preemption": preemption, "rcu": {"preemptible": said}})
     assert built.kernel["lock_break"] == "runtime"
-    assert (built.rcu._config.preemptible, built.kvms[0]._break_lock) == (rcu, breaks)
+    assert (built.rcu._config.preemptible, built.kvms[0].break_lock) == (rcu, breaks)
 
 
 @pytest.mark.parametrize(("policy", "freed"), [("call_rcu", False), ("call_rcu_hurry", True)])

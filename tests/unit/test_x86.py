@@ -437,6 +437,19 @@ def test_a_zap_waits_for_a_chain_that_is_being_aged() -> None:
     assert holds[True] - holds[False] == 85
 
 
+def test_a_fault_waits_for_the_chain_to_which_it_adds() -> None:
+    holds = {}
+    for until in (0, 50_000):
+        made = lab(kernel="linux-6.15-x86-shadow")
+        made.kvm.rmap.hold(Held(np.array([7]), 0, 100, until))
+        made.touch((7, True, 0))
+        made.env.run(made.kvm.vcpus[0].process)
+        (row,) = rows(made, FAULT)
+        holds[until] = row["hold"], row["entry"]
+    (usual, entry), (longer, _) = holds.values()
+    assert longer == usual + 50_000 - entry
+
+
 def test_the_shadow_mmu_zaps_each_entry_of_a_chain() -> None:
     made = lab(kernel=SHADOW, guest={"rmap_chain": 3})
     made.fill(range(10))
