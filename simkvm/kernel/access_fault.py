@@ -51,7 +51,7 @@ class AccessFault:
         leaf, costs = self._leaf, self._costs
         entry = self._entries[leaf]
         if entry & VALID and not entry & AF:
-            self._entries[leaf] = entry | AF
+            self._kvm.stage2.set_young(leaf)
             if self._kvm.expected:
-                self._kvm.leaf_mapped(leaf, entry_ns)
+                self._kvm.given(leaf, entry_ns)
         return costs.hold_ns, self._vcpu.accessed(entry_ns + costs.hold_ns + costs.enter_ns)

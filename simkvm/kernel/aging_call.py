@@ -102,7 +102,8 @@ class AgeingCall:
         def section(at_ns: int) -> tuple[int, int]:
             nonlocal used
             used = kvm.stage2.attached and bool(kvm.stage2.young(first, last).any())
-            kvm.stage2.leaf.entries[first:last] &= np.uint8(~AF & 0xFF)
+            if used:
+                kvm.clear_young(first + np.flatnonzero(kvm.stage2.young(first, last)), at_ns)
             promoted_ns = costs.promote_ns if used else 0
             return busy_ns, at_ns + busy_ns + promoted_ns + costs.scan_ns
 

@@ -259,6 +259,13 @@ class Kvm:
         for vcpu in self.expected.pop(leaf, {}).values():
             vcpu.given(leaf, t_ns)
 
+    def given(self, leaf: int, t_ns: int) -> None:
+        """As :meth:`leaf_mapped`, for ``leaf`` or the block that maps it."""
+        if self.stage2.is_block(leaf):
+            self.block_mapped(*self.stage2.block_span(leaf), t_ns)
+        else:
+            self.leaf_mapped(leaf, t_ns)
+
     def block_mapped(self, first: int, last: int, t_ns: int) -> None:
         """As :meth:`leaf_mapped`, for all leaves that a block covers."""
         if len(self.expected) < last - first:

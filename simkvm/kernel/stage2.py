@@ -244,7 +244,7 @@ class Stage2:
     def map_block(self, leaf: int, flags: int) -> list[TableId]:
         """Install, where nothing hangs, the block that covers ``leaf``; returns new tables above.
 
-        New leaves are accessed; that is noted at the block's first page.
+        New leaves are accessed; that is noted at each of the block's pages.
         """
         level = self.blocks
         assert level is not None
@@ -258,8 +258,7 @@ class Stage2:
     def _set_block(self, level: Level, entry: int, flags: int) -> None:
         level.fast[entry] = VALID | flags
         first, last = self.block_span(entry * self.block_leaves)
-        self.leaf.entries[first:last] = VALID | BLOCK | flags
-        self.leaf.fast[first] |= AF
+        self.leaf.entries[first:last] = VALID | BLOCK | AF | flags
 
     def break_block(self, leaf: int) -> None:
         """Remove the block that maps ``leaf``."""
@@ -322,6 +321,11 @@ class Stage2:
         self.blocks.fast[leaf // self.block_leaves] |= WRITE
         first, last = self.block_span(leaf)
         self.leaf.entries[first:last] |= np.uint8(WRITE)
+
+    def set_young(self, leaf: int) -> None:
+        """Set the accessed flag of ``leaf``, or of the block that maps it."""
+        first, last = self.block_span(leaf) if self.is_block(leaf) else (leaf, leaf + 1)
+        self.leaf.entries[first:last] |= np.uint8(AF)
 
     def write_protect(self, first: int, last: int) -> tuple[int, int]:
         """Take WRITE from the leaves ``first`` up to ``last``; entries visited, and changed.
