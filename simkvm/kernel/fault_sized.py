@@ -160,16 +160,16 @@ class SizedFaultPath(FaultPath):
 
     def _map_page(self, t_ns: int, leaf: int, write: bool) -> int:
         kvm, stage2 = self._kvm, self._kvm.stage2
-        end_ns = t_ns + self._costs.hold_ns
+        end_ns, linked_ns = t_ns + self._costs.hold_ns, t_ns
         if stage2.is_block(leaf):
             kvm.splits += 1
-            end_ns = kvm.flush_ns(end_ns)
+            end_ns = linked_ns = kvm.flush_ns(end_ns)
             kvm.entry_locked(self._leaf_tables(leaf), t_ns, end_ns)
             with kvm.mappings_going(t_ns):
                 stage2.break_block(leaf)
         made = stage2.map_leaf(leaf, self._writable(leaf, write))
         if made:
-            end_ns += self._linked(made, end_ns)
+            end_ns += self._linked(made, linked_ns)
         if kvm.expected:
             self._kvm.given(leaf, t_ns)
         return end_ns

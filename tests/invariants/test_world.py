@@ -207,6 +207,31 @@ def test_ageing_that_never_comes_is_no_ageing(kernel: str, contenders: bool) -> 
     assert differing(late, none) <= {"events", "ageing_passes"}
 
 
+@pytest.mark.parametrize(
+    "taker",
+    [
+        {"kind": "khugepaged", "guest": "vm0", "start": 8 * MS - 1},
+        {"kind": "dirty_log", "guest": "vm0", "start": 8 * MS - 1},
+    ],
+    ids=lambda taker: taker["kind"],
+)
+@pytest.mark.parametrize("vcpus", [1, 3])
+def test_a_guest_that_could_have_blocks_but_has_none_is_one_of_pages(
+    taker: dict[str, Any], vcpus: int
+) -> None:
+    """Whoever makes the leaves differ in size comes too late: lock for lock the same run."""
+    busy = {**BUSY, "guest": {**BUSY["guest"], "vcpus": vcpus}}
+    with journal() as never:
+        late = world(ageing={}, **{**busy, "contenders": {**BUSY["contenders"], "z": taker}}).run()
+    with journal() as without:
+        none = world(ageing={}, **busy).run()
+    assert never.rows() == without.rows()
+    assert len(without.rows()) > 1000
+    assert never.unlinked == without.unlinked
+    assert late.series == none.series
+    assert differing(late, none) <= {"events", "callback_ns_per_table"}  # the latter is no number
+
+
 def test_without_contenders_nothing_is_unmapped() -> None:
     record = run(
         guest={"vcpus": 4, "memory": 8 * MIB, "access": {"pattern": "populate", "repeat": 3}},
