@@ -112,6 +112,9 @@ class AgeingCall:
             tables = kvm.path_at(first, t_ns)
             kvm.oracle.walk(Walk(self.task.name, tables, t_ns, busy_ns, busy_ns, 1))
             return section(t_ns)[1], used
+        if self.lock in WITHOUT_MMU_LOCK:  # the chain of the huge page is at its first
+            kvm.rmap.hold(Held(np.array([first]), t_ns, busy_ns, busy_ns))
+            return section(t_ns)[1], used
         lock = kvm.mmu_lock.write if self.lock == "write" else kvm.mmu_lock.read
         return (yield from acquired(lock(t_ns, self.task.cpu.id, AGE, section))), used
 
