@@ -126,7 +126,8 @@ class DirtyLog:
         t_ns = yield from MemslotUpdate(self._kvm, task).change_flags(
             t_ns, lambda: self._logged.remove(slot)
         )
-        self.eager_split.cached = 0
+        # kvm_arch_commit_memory_region() frees what eager splitting has left over.
+        t_ns = yield from self._kvm.split_cache.free(task, t_ns)
         return (yield from self._recover.run(self._kvm, task, t_ns, slot.start, slot.stop))
 
     # -- inside -------------------------------------------------------------------------------
