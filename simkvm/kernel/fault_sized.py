@@ -54,9 +54,16 @@ class SizedFaultPath(FaultPath):
         self._wants_write = write
         relaxes = write and self._leaf_state[leaf] & (VALID | WRITE) == VALID
         self._hit_ns = costs.relax_hit_ns if relaxes else costs.gup_hit_ns
-        if relaxes and self._relax_lock == "none":
+        if relaxes and self._relax_lock == "none" and self._only_logged(leaf):
             return self._fast(t_ns, leaf)
         return super().look_up(t_ns, leaf, write or self._huge)
+
+    def _only_logged(self, leaf: int) -> bool:
+        """Whether only logging keeps the entry from being writable (``is_mmu_writable_spte``)."""
+        state = self._host_state[leaf]
+        if not state & OWN or state >= WRPROTECT:
+            return False
+        return self._maps_block(leaf) == self._kvm.stage2.is_block(leaf)
 
     def _fast(self, t_ns: int, leaf: int) -> int:
         """x86's ``fast_page_fault``: an entry that is there is changed without any look-up."""
@@ -92,9 +99,10 @@ class SizedFaultPath(FaultPath):
             return self.take_lock(t_ns, self._cpu, FAULT, self.locked)
         if self._maps_block(leaf) != self._kvm.stage2.is_block(leaf):
             return self.take_lock(t_ns, self._cpu, PERMISSION_FAULT, self.locked)
-        if self._relax_lock == "none":
+        if self._relax_lock == "none" and self._only_logged(self._leaf):
             return self.locked(t_ns)[1]
-        return self._locks[self._relax_lock](t_ns, self._cpu, PERMISSION_FAULT, self.locked)
+        take = self._locks.get(self._relax_lock, self.take_lock)
+        return take(t_ns, self._cpu, PERMISSION_FAULT, self.locked)
 
     def _maps_block(self, leaf: int) -> bool:
         kvm = self._kvm
@@ -126,24 +134,18 @@ class SizedFaultPath(FaultPath):
     def _relax(self, t_ns: int, leaf: int) -> int:
         """Make the entry writable, then have the stale translation dropped."""
         kvm = self._kvm
+        kvm.leaf_changes(leaf, t_ns + self._costs.relax_hold_ns)
         kvm.stage2.allow_write(leaf)
-        self._leaf_state[leaf] |= AF
+        if not kvm.software_af:  # the access that follows sets the flag
+            self._leaf_state[leaf] |= AF
         if kvm.expected:
-            self._given(leaf, t_ns)
+            kvm.given(leaf, t_ns)
         end_ns = t_ns + self._costs.relax_hold_ns
         if self._broadcast_relax:
             kvm.forget_translations(t_ns)
             return max(end_ns, kvm.flush_ns(t_ns, alone_ns=0))
         self._vcpu.forget_translations()
         return end_ns
-
-    def _given(self, leaf: int, t_ns: int) -> None:
-        """Tell the vCPUs that planned to fault on what was mapped."""
-        kvm = self._kvm
-        if kvm.stage2.is_block(leaf):
-            kvm.block_mapped(*kvm.stage2.block_span(leaf), t_ns)
-        else:
-            kvm.leaf_mapped(leaf, t_ns)
 
     def _writable(self, leaf: int, write: bool) -> int:
         """Under logging a page that is only read is mapped read-only, so that a write shows.
@@ -164,6 +166,7 @@ class SizedFaultPath(FaultPath):
         end_ns = t_ns + self._costs.hold_ns
         if stage2.is_block(leaf):
             kvm.splits += 1
+            kvm.leaf_changes(leaf, end_ns)
             end_ns = kvm.flush_ns(end_ns)
             kvm.entry_locked(self._leaf_tables(leaf), t_ns, end_ns)
             with kvm.mappings_going(t_ns):
@@ -172,7 +175,7 @@ class SizedFaultPath(FaultPath):
         if made:
             end_ns += self._linked(made, end_ns)
         if kvm.expected:
-            self._given(leaf, t_ns)
+            kvm.given(leaf, t_ns)
         return end_ns
 
     def _map_block(self, t_ns: int, leaf: int) -> int:
@@ -182,7 +185,7 @@ class SizedFaultPath(FaultPath):
         if made:
             end_ns += self._linked(made, t_ns)
         kvm.entry_locked(self._leaf_tables(leaf), t_ns, end_ns)
-        self._given(leaf, t_ns)
+        kvm.given(leaf, t_ns)
         return end_ns
 
     def _collapse(self, t_ns: int, leaf: int) -> int:
@@ -197,7 +200,7 @@ class SizedFaultPath(FaultPath):
         for table in tables:
             kvm.oracle.unlinked(table, made_ns)
         kvm.collapse_free.unlinked(kvm, tables, made_ns, self._cpu)
-        self._given(leaf, t_ns)
+        kvm.given(leaf, t_ns)
         entries = len(tables) * kvm.entries
         return made_ns + kvm.collapse_free.under_lock_ns(kvm.costs.free, len(tables), entries)
 
