@@ -139,7 +139,7 @@ class Vcpu:
 
         Returns when it comes to ``mmap_lock``, or, refused, when the host is needed next.
         """
-        kvm, write = self.kvm, self._need_list[self._position] != VALID
+        kvm, write = self.kvm, self._need_list[self._position] & WRITE != 0
         if not kvm.no_memslot(leaf):  # else it is MMIO before it comes to the lock
             t_ns = yield from mmap_lock.wait(kvm, self.task, t_ns)
         back_ns = self.fault.refused(t_ns, leaf, write)

@@ -93,6 +93,7 @@ class EagerSplit:
         kvm = self._kvm
         first, last = kvm.stage2.block_span(leaf)
         end_ns = t_ns + (last - first) * kvm.costs.split_entry_ns
+        kvm.leaf_changes(leaf, end_ns)
         if self._breaks:
             end_ns = kvm.flush_ns(end_ns)
             kvm.forget_translations(t_ns)
