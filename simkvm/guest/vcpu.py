@@ -22,6 +22,7 @@ from simpy import Environment, Event, Process
 from simpy.events import NORMAL
 
 from simkvm.guest.patterns import Chunk
+from simkvm.guest.pause import Pause
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.fault import FaultPath
 from simkvm.kernel.sites import FAULT
@@ -37,9 +38,12 @@ WINDOW: Final = 256  #: touches looked ahead at once, doubled while none of them
 
 
 class Vcpu:
-    """One vCPU of ``kvm``, on ``cpu``, that touches what ``chunks`` yields."""
+    """One vCPU of ``kvm``, on ``cpu``, that touches what ``chunks`` yields.
 
-    def __init__(self, kvm: Kvm, index: int, cpu: Cpu, chunks: Iterator[Chunk]) -> None:
+    A :class:`~simkvm.guest.pause.Pause` among them is what its thread does outside the guest.
+    """
+
+    def __init__(self, kvm: Kvm, index: int, cpu: Cpu, chunks: Iterator[Chunk | Pause]) -> None:
         self.kvm = kvm
         self.index = index
         self.cpu = cpu
@@ -83,7 +87,7 @@ class Vcpu:
         queue, numbers = env._queue, env._eid
         take, locked, cpu_id = fault.take_lock, fault.locked, self.cpu.id
         arrival = _certain(env)
-        next_ns = self.enter(0) if self._load() else 0
+        next_ns = yield from self._proceed(0)
         while self._list and self.kvm.alive:
             while next_ns > env._now and queue and next_ns >= queue[0][0]:
                 self.alarm = alarm = self._sleeper
@@ -99,7 +103,7 @@ class Vcpu:
             self._running = False
             position = self._position
             if position == len(self._list):
-                next_ns = self.enter(next_ns) if self._load() else next_ns
+                next_ns = yield from self._proceed(next_ns)
                 continue
             leaf = self._list[position]
             t_ns = fault.look_up(next_ns, leaf, self._need_list[position] != VALID)
@@ -111,6 +115,9 @@ class Vcpu:
                 rest = fault.install(t_ns)
                 if rest is not None:
                     t_ns = yield from rest
+                    if fault.refused:
+                        next_ns = self.enter(t_ns)
+                        continue
             grant = take(t_ns, cpu_id, FAULT, locked)
             if isinstance(grant, int):
                 self.next_ns = next_ns = grant
@@ -122,12 +129,28 @@ class Vcpu:
         self.finished_ns = next_ns
         self.cpu.sleep(next_ns)
 
-    def _load(self) -> bool:
-        """Take the next chunk; False if there is none."""
-        chunk = next(self._chunks, None)
-        if chunk is None:
+    def _proceed(self, t_ns: int) -> Generator[Event, Any, int]:
+        """Take the next chunk at ``t_ns``, after the pauses before it.
+
+        Returns when the host is needed next; without a chunk, when the last pause was over.
+        """
+        item = next(self._chunks, None)
+        while isinstance(item, Pause):
             self._list = []
-            return False
+            self._position = self._run_to = 0
+            t_ns = yield from item.spend(self, t_ns)
+            item = next(self._chunks, None) if self.kvm.alive else None
+        if item is None:
+            self._list = []
+            return t_ns
+        self._load(item)
+        return self.enter(t_ns)
+
+    def pass_over(self) -> None:
+        """The touch that faulted is not made: user space moved the guest behind it."""
+        self._position += 1
+
+    def _load(self, chunk: Chunk) -> None:
         kvm = self.kvm
         if kvm.leaf_pages == 1:
             self._leaves = chunk.pages
@@ -141,7 +164,6 @@ class Vcpu:
         self._cost = cost
         self._cost_list = cost.tolist()
         self._position = 0
-        return True
 
     # -- running in the guest -----------------------------------------------------------------
 

@@ -54,6 +54,8 @@ class FaultPath:
         self._leaf = 0
         self._write = False
         self._noted_ns = 0
+        #: Whether the fault that :meth:`install` ended left KVM for user space, unresolved.
+        self.refused = False
         self.faults = 0
         self.retries = 0
 

@@ -54,6 +54,19 @@ class HostMemory:
         # A read that meets a page of the leaf's own, made meanwhile, leaves it alone.
         self.fast[leaf] = before | PRESENT | YOUNG | (OWN if own else 0)
 
+    def populate(self, first: int, last: int) -> int:
+        """Somebody wrote to all of ``first`` up to ``last`` from the host's side.
+
+        Returns how many pages were not there before.
+        """
+        lacking = first + np.flatnonzero(self.state[first:last] == 0)
+        self.state[first:last] |= np.uint8(PRESENT | OWN | YOUNG)
+        tables, counts = np.unique(lacking // self.entries, return_counts=True)
+        for table, count in zip(tables.tolist(), counts.tolist(), strict=True):
+            self.present[table] += count
+        self.lru.add_many(lacking)
+        return len(lacking)
+
     def zap(self, first: int, last: int) -> int:
         """Remove what is mapped in ``first`` up to ``last``; returns how many entries that was."""
         if last - first == 1 and self.fast[first] == PRESENT | (self.fast[first] & YOUNG):

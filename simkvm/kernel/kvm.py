@@ -11,6 +11,7 @@ from simpy import Environment, Event
 from simkvm.kernel import table_free
 from simkvm.kernel.costs import Costs, FreeCosts
 from simkvm.kernel.cpu import Cpu
+from simkvm.kernel.dirty_logging import DirtyLog
 from simkvm.kernel.geometry import Geometry
 from simkvm.kernel.host_memory import HostMemory
 from simkvm.kernel.mmu_notifier import MmuNotifier, Srcu, unmap_walk
@@ -82,6 +83,8 @@ class Kvm:
         self.fast_last_touch = memoryview(self.last_touch_ns)  # type: ignore[arg-type]  # a buffer
         self.table_bytes = geometry.page_bytes
         self.entries = geometry.entries
+        #: The dirty-logging ioctls, if this VM has them.
+        self.dirty_log: DirtyLog | None = None
         self.unmapped_leaves = 0
         self.tables_allocated = 0
         self.tables_freed = 0

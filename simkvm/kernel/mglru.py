@@ -36,6 +36,12 @@ class LruGen:
         self._fast[leaf] = youngest
         self.sizes[youngest] += 1
 
+    def add_many(self, leaves: NDArray[np.int64]) -> None:
+        """``leaves`` (distinct, none present) were brought in."""
+        youngest = self.max_seq % MAX_NR_GENS
+        self._generation[leaves] = youngest
+        self.sizes[youngest] += len(leaves)
+
     def remove(self, leaves: NDArray[np.int64]) -> None:
         """``leaves`` (distinct, all present) were freed."""
         for generation, gone in enumerate(np.bincount(self._generation[leaves], minlength=4)):

@@ -9,7 +9,7 @@ moved since it looked the page up, gives up and is taken again (arm64 does not c
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from simpy import Environment, Event
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm
 
 Steps = Generator[Event, Any, int]
+#: What the host does to the mappings of a range: (t, first, last) -> when it is done.
+HostStep = Callable[[int, int, int], int]
 
 
 class Srcu:
@@ -90,21 +92,24 @@ class MmuNotifier:
         last: int,
         blockable: bool = True,
         leaving: CacheLine | None = None,
+        host_step: HostStep | None = None,
     ) -> Steps:
         """Take the leaves ``first`` up to ``last`` back, from ``t_ns`` on; returns when it is done.
 
         ``blockable``: whether the lock may be dropped between chunks (the OOM reaper may not).
-        ``leaving``: the line of another lock that the caller lets go of then.
+        ``leaving``: the line of another lock that the caller lets go of then. ``host_step``: what
+        the host does to its own mappings, if not to remove them.
         """
         kvm = self._kvm
+        host_step = host_step or kvm.zap_host
         if not self.subscribed:
-            t_ns = kvm.zap_host(t_ns, first, last)
+            t_ns = host_step(t_ns, first, last)
             if leaving is not None:
                 leaving.post(task.cpu.id, t_ns)
             return t_ns
         token = self.srcu.enter(t_ns)
         t_ns = yield from self._start(task, t_ns + kvm.costs.ageing.call_ns, first, last, blockable)
-        t_ns = kvm.zap_host(t_ns, first, last)
+        t_ns = host_step(t_ns, first, last)
         t_ns = yield from reach(kvm.env, t_ns)
         t_ns = yield from self._end(task, t_ns + kvm.costs.ageing.call_ns, first, last, leaving)
         self.srcu.leave(token, t_ns)

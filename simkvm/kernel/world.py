@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from simpy import Environment, Event, Process
 
-from simkvm import contenders
+from simkvm import contenders, selftests
 from simkvm.guest import patterns
 from simkvm.guest.vcpu import Vcpu
 from simkvm.kernel.aging import AgeingThread
@@ -28,6 +28,7 @@ from simkvm.scenario.errors import InputError
 from simkvm.scenario.kernel import KernelVariant
 from simkvm.scenario.machine import Machine
 from simkvm.scenario.schema import Guest, Scenario
+from simkvm.selftests.main_thread import MainThread
 
 FIRST_SAMPLE_NS = 1_000_000
 
@@ -56,10 +57,19 @@ class World:
         self.tlbi = TlbiPath(
             round(machine["tlbi_s2_page_ns"]), round(machine["tlbi_global_service_ns"])
         )
+        self.guests = scenario.vms(scenario.host.cpus or machine.cores)
         self.cpus = self._cpus()
         self.rcu = self._rcu()
+        self.teardowns: list[Teardown] = []
         self._free_cpus = iter(self.cpus)
-        self.kvms = [self._guest(name, guest) for name, guest in scenario.guests.items()]
+        self.kvms = [self._vm(name, guest) for name, guest in self.guests.items()]
+        self.selftest: MainThread | None = None
+        if scenario.selftest is None:
+            for kvm in self.kvms:
+                self._vcpus(kvm, self.guests[kvm.name])
+        else:
+            self.selftest = selftests.build(self)
+            self._free_cpus = self.selftest.spare_cpus
         self.ageing: AgeingThread | None = None
         if scenario.ageing is not None:
             task = Task("ageing", next(self._free_cpus))
@@ -71,14 +81,14 @@ class World:
             )
             for name, spec in scenario.contenders.items()
         ]
-        self.teardowns = [
+        self.teardowns += [
             Teardown(
                 by_name[name],
                 Task(f"{name}/teardown", by_name[name].vcpus[0].cpu),
                 guest.teardown.order,
                 guest.teardown.at,
             )
-            for name, guest in scenario.guests.items()
+            for name, guest in self.guests.items()
             if guest.teardown is not None
         ]
         self._running = sum(len(kvm.vcpus) for kvm in self.kvms) + len(self.teardowns)
@@ -100,7 +110,9 @@ class World:
     def _cpus(self) -> list[Cpu]:
         host, machine = self.scenario.host, self.machine
         number = host.cpus or machine.cores
-        vcpus = sum(guest.vcpus for guest in self.scenario.guests.values())
+        vcpus = sum(guest.vcpus for guest in self.guests.values())
+        if self.scenario.selftest is not None:  # its guests follow one another on the same CPUs
+            vcpus = max(guest.vcpus for guest in self.guests.values())
         per_node = -(-machine.cores // machine.nodes)
         return [
             Cpu(n, n // per_node, nohz_full=host.nohz_full == "vcpus" and n < vcpus)
@@ -137,9 +149,9 @@ class World:
         for kvm in self.kvms:
             kvm.oracle.grace_period(start_ns, end_ns)
 
-    def _guest(self, name: str, guest: Guest) -> Kvm:
+    def _vm(self, name: str, guest: Guest) -> Kvm:
         preemptible = self.scenario.host.preemption in ("full", "lazy")
-        kvm = Kvm(
+        return Kvm(
             name,
             guest,
             self.env,
@@ -150,6 +162,9 @@ class World:
             self.memory,
             break_lock=preemptible or self.kernel["lock_break"] == "build",
         )
+
+    def _vcpus(self, kvm: Kvm, guest: Guest) -> None:
+        name = kvm.name
         layout = self.stream(f"{name}/layout")
         for index in range(guest.vcpus):
             chunks = patterns.build(
@@ -164,7 +179,6 @@ class World:
                 instruction_ns=1 / self.machine.ghz,
             )
             kvm.vcpus.append(Vcpu(kvm, index, next(self._free_cpus), chunks))
-        return kvm
 
     # -- running ------------------------------------------------------------------------------
 
@@ -176,6 +190,9 @@ class World:
                 vcpu.process = self._until_done(vcpu.run())
         for teardown in self.teardowns:
             self._until_done(teardown.run())
+        if self.selftest is not None:
+            self._running += 1
+            self._until_done(self.selftest.run())
         if self.ageing is not None:
             self._running += 1
             self._until_done(self.ageing.run(self._vcpus_run))

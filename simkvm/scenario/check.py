@@ -17,6 +17,7 @@ from simkvm.scenario.fields import KIB
 from simkvm.scenario.kernel import KernelVariant
 from simkvm.scenario.machine import Machine
 from simkvm.scenario.schema import BLOCK_BYTES, Guest, Scenario
+from simkvm.scenario.selftests import Selftest
 from simkvm.units import exact_duration, exact_size
 
 
@@ -28,14 +29,22 @@ def problems(
     `traces` holds the header of every trace that the scenario replays, by its `file`.
     """
     yield from _host(scenario, machine, kernel)
+    yield from _somebody(scenario)
     for name, guest in scenario.guests.items():
         keys = ("guests", name)
         yield from _sizes(guest, keys, machine)
         yield from _addresses(guest, keys)
         yield from _traces(guest, guest.access, (*keys, "access"), traces)
         yield from _ends(guest.access, (*keys, "access"), scenario.duration)
+    vms: Mapping[str, Guest] = scenario.guests
+    if scenario.selftest is not None:
+        found = list(_selftest(scenario, scenario.selftest, machine))
+        yield from found
+        if found:
+            return
+        vms = scenario.vms(_cpus(scenario, machine))
     for name, contender in scenario.contenders.items():
-        yield from _contender(scenario, contender, ("contenders", name))
+        yield from _contender(vms, contender, ("contenders", name))
     yield from _times(scenario)
 
 
@@ -55,23 +64,70 @@ def _host(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Iterat
     if cpus > machine.cores:
         message = f"{cpus} CPUs are more than the {machine.cores} cores of {machine.name}"
         yield Problem(("host", "cpus"), message)
-    yield from _threads(scenario, cpus)
+    if scenario.guests:
+        yield from _threads(scenario, cpus)
+
+
+def _cpus(scenario: Scenario, machine: Machine) -> int:
+    return scenario.host.cpus or machine.cores
+
+
+def _somebody(scenario: Scenario) -> Iterator[Problem]:
+    """Either guests or a selftest, and a selftest ends by itself."""
+    if scenario.selftest is None and not scenario.guests:
+        yield Problem(("guests",), "must not be empty, unless there is a selftest in their place")
+    elif scenario.selftest is not None and scenario.guests:
+        yield Problem(("selftest",), "makes its virtual machine itself: leave guests out")
+    elif scenario.selftest is not None and scenario.duration is not None:
+        yield Problem(("duration",), "a selftest runs to its own end: leave duration out")
+
+
+def _selftest(scenario: Scenario, spec: Selftest, machine: Machine) -> Iterator[Problem]:
+    """Whether the machine can run the test, and whether its virtual machines are possible."""
+    cpus = _cpus(scenario, machine)
+    found = [Problem(("selftest", key), text) for key, text in spec.complaints(machine.arch, cpus)]
+    yield from found
+    if found:
+        return
+    names = {
+        "mapping": "backing_src" if hasattr(spec, "backing_src") else "hugepages",
+        "memory": spec.memory_key,
+        "page_size": "host_page_size",
+        "folio": "backing_src",
+    }
+    vms = scenario.vms(cpus)
+    for guest in vms.values():
+        inner = [*_sizes(guest, (), machine), *_fits(guest, ())]
+        for problem in inner:
+            key = names[str(problem.keys[0])]
+            yield Problem(("selftest", key), problem.message, problem.hint)
+        if inner:
+            return
+    vcpus = max(guest.vcpus for guest in vms.values())
+    yield from _enough(scenario, vcpus, spec.threads(cpus), cpus, ("selftest", spec.vcpus_key))
 
 
 def _threads(scenario: Scenario, cpus: int) -> Iterator[Problem]:
     """Each vCPU, the ageing thread and each contender has a CPU to itself."""
     vcpus = sum(guest.vcpus for guest in scenario.guests.values())
+    largest = max(scenario.guests, key=lambda name: scenario.guests[name].vcpus)
+    yield from _enough(scenario, vcpus, 0, cpus, ("guests", largest, "vcpus"))
+
+
+def _enough(
+    scenario: Scenario, vcpus: int, others: int, cpus: int, keys: Keys
+) -> Iterator[Problem]:
     parts = [
         (vcpus, "vCPU"),
+        (others, "thread of the test" if others == 1 else "threads of the test"),
         (int(scenario.ageing is not None), "ageing thread"),
         (len(scenario.contenders), "contender"),
     ]
     needed = sum(count for count, _ in parts)
     if needed > cpus:
-        what = " + ".join(f"{n} {word}{'s' * (n > 1)}" for n, word in parts if n)
-        largest = max(scenario.guests, key=lambda name: scenario.guests[name].vcpus)
-        message = f"{what} need {needed} CPUs, the host has {cpus}"
-        yield Problem(("guests", largest, "vcpus"), message)
+        plural = ("vCPU", "contender")
+        what = " + ".join(f"{n} {word}{'s' * (n > 1 and word in plural)}" for n, word in parts if n)
+        yield Problem(keys, f"{what} need {needed} CPUs, the host has {cpus}")
 
 
 def _sizes(guest: Guest, keys: Keys, machine: Machine) -> Iterator[Problem]:
@@ -125,6 +181,10 @@ def _addresses(guest: Guest, keys: Keys) -> Iterator[Problem]:
     if guest.ipa_base % block:
         key = (*keys, "ipa_base")
         yield _not_multiple(key, guest.ipa_base, block, "the largest block")
+    yield from _fits(guest, keys)
+
+
+def _fits(guest: Guest, keys: Keys) -> Iterator[Problem]:
     if guest.ipa_base + guest.memory_bytes > 1 << guest.ipa_bits:
         message = (
             f"{exact_size(guest.memory_bytes)} from {exact_size(guest.ipa_base)} on do not fit "
@@ -178,11 +238,11 @@ def _endless(access: Access, keys: Keys) -> Iterator[Keys]:
         yield (*keys, "touches")
 
 
-def _contender(scenario: Scenario, contender: Contender, keys: Keys) -> Iterator[Problem]:
-    guest = scenario.guests.get(contender.guest)
+def _contender(guests: Mapping[str, Guest], contender: Contender, keys: Keys) -> Iterator[Problem]:
+    guest = guests.get(contender.guest)
     if guest is None:
-        hint = nearest(contender.guest, scenario.guests)
-        known = "" if hint else f", expected one of {', '.join(scenario.guests)}"
+        hint = nearest(contender.guest, guests)
+        known = "" if hint else f", expected one of {', '.join(guests)}"
         yield Problem((*keys, "guest"), f"no guest {contender.guest!r}{known}", hint)
         return
     for name, size in contender.sizes().items():

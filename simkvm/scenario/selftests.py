@@ -1,0 +1,596 @@
+"""The KVM selftests as workloads: one model a test, with every option that the test has.
+
+Source: tools/testing/selftests/kvm/*.c, v6.12; ``mmu_stress_test`` of v6.14, and the options
+``-l`` and ``-p`` of ``access_tracking_perf_test`` from message
+20240529180510.2295118-1-jthoughton@google.com. Defaults are the tests' own. What a key is called
+on the test's command line stands in brackets. A test makes its virtual machines itself: ``vms``
+says which, and the threads of :mod:`simkvm.selftests` drive them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from simkvm.scenario.fields import GIB, KIB, MIB, AnySize, Duration, Model, Size, Span
+from simkvm.scenario.guest_modes import (
+    DEFAULT_MODE,
+    HUGE_PAGES,
+    MODES,
+    OF_ARCH,
+    SHARED,
+    BackingSource,
+    GuestMode,
+    backing_bytes,
+    stage2_bytes,
+)
+from simkvm.units import exact_size
+
+GRANULES = (4 * KIB, 16 * KIB, 64 * KIB)
+
+
+@dataclass(frozen=True)
+class Vm:
+    """A virtual machine that a test makes: sizes in bytes, ``base`` guest-physical.
+
+    ``overlap``: whether its vCPUs touch the same pages.
+    """
+
+    vcpus: int
+    memory: int
+    page_size: int
+    ipa_bits: int
+    base: int
+    mapping: int
+    folio: int
+    overlap: bool = False
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+Vcpus = Annotated[int, Field(ge=1, le=512)]
+Pin = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_tuple)]
+
+
+class Selftest(Model):
+    """What every selftest has."""
+
+    vcpus_key: ClassVar[str] = "vcpus"
+    memory_key: ClassVar[str] = "vcpu_memory"
+
+    host_page_size: Size | None = Field(
+        default=None,
+        description="Page size of the host's kernel and so of stage 2 (getpagesize()); null: the "
+        "guest's, which `mode` decides.",
+    )
+
+    @property
+    def guest_mode(self) -> GuestMode:
+        """Address bits and page size of the guest."""
+        return MODES[DEFAULT_MODE["arm64"]]
+
+    @property
+    def page_size(self) -> int:
+        """Page size of the host."""
+        return self.host_page_size or self.guest_mode.page_size
+
+    def threads(self, cpus: int) -> int:
+        """Threads besides the vCPUs' that need a CPU on a host of ``cpus``: the main thread."""
+        return 1
+
+    def vms(self, cpus: int) -> Mapping[str, Vm]:
+        """The virtual machines, by name, of a test on a host of ``cpus``; vCPUs share CPUs."""
+        raise NotImplementedError
+
+    def complaints(self, arch: str, cpus: int) -> Iterator[tuple[str, str]]:
+        """(key, what is wrong) for what no key can tell alone."""
+        if self.page_size not in GRANULES:
+            allowed = ", ".join(map(exact_size, GRANULES))
+            key = "host_page_size"
+            yield key, f"{exact_size(self.page_size)} is no page size: {allowed}"
+
+    def _at_the_top(self, memory: int, align: int) -> int:
+        """Where memstress puts its memory: below the top of the guest's addresses."""
+        mode = self.guest_mode
+        base = (1 << mode.pa_bits) - memory - mode.page_size
+        return base // align * align
+
+
+class Memstress(Selftest):
+    """What the tests around ``lib/memstress.c`` share."""
+
+    vcpus: Vcpus = Field(default=1, description="vCPUs (-v).")
+    vcpu_memory: Size = Field(default=GIB, description="Memory that each vCPU touches (-b).")
+    overlap: bool = Field(
+        default=False,
+        description="Every vCPU touches the memory of all instead of a part of its own (-o).",
+    )
+    backing_src: BackingSource = Field(
+        default="anonymous", description="Type of the host memory behind the guest's (-s)."
+    )
+    mode: int = Field(
+        default=DEFAULT_MODE["arm64"],
+        ge=0,
+        lt=len(MODES),
+        description="Guest mode by number (-m): address bits and the guest's page size; 3, 4, 5: "
+        "48 bits with 4, 16, 64 KiB; 6, 7, 8: 40 bits; 12, 13, 14: 36 bits.",
+    )
+
+    @property
+    def guest_mode(self) -> GuestMode:
+        """As ``mode`` says."""
+        return MODES[self.mode]
+
+    @property
+    def backing_bytes(self) -> int:
+        """Page size of the backing source."""
+        return backing_bytes(self.backing_src, self.page_size)
+
+    @property
+    def memory(self) -> int:
+        """Memory of all vCPUs, whole pages of host and guest."""
+        unit = max(self.page_size, self.guest_mode.page_size)
+        return _up(self.vcpus * self.vcpu_memory, unit)
+
+    def leaf_bytes(self) -> int:
+        """Size of the stage-2 leaves that faults install."""
+        return stage2_bytes(self.backing_bytes, self.page_size)
+
+    def folio_bytes(self) -> int:
+        """Size of the host's folios, as far as mapped at once."""
+        leaf = self.leaf_bytes()
+        return leaf if leaf > self.page_size else self.backing_bytes
+
+    def vms(self, cpus: int) -> Mapping[str, Vm]:
+        """One, its memory at the top of its addresses."""
+        return {
+            "vm": Vm(
+                vcpus=self.vcpus,
+                memory=self.memory,
+                page_size=self.page_size,
+                ipa_bits=self.guest_mode.pa_bits,
+                base=self._at_the_top(self.memory, max(self.backing_bytes, self.page_size)),
+                mapping=self.leaf_bytes(),
+                folio=self.folio_bytes(),
+                overlap=self.overlap,
+            )
+        }
+
+    def complaints(self, arch: str, cpus: int) -> Iterator[tuple[str, str]]:
+        """Modes and huge pages that the machine does not have, sizes that are no whole pages."""
+        yield from super().complaints(arch, cpus)
+        yield from _backing(self, arch)
+        for page in (self.page_size, self.guest_mode.page_size):
+            if self.vcpu_memory % page:
+                size = exact_size(self.vcpu_memory)
+                yield "vcpu_memory", f"{size} is not a multiple of the page size {exact_size(page)}"
+                return
+
+
+def _backing(spec: Memstress | KvmPageTable, arch: str) -> Iterator[tuple[str, str]]:
+    if spec.mode not in OF_ARCH[arch]:
+        modes = ", ".join(map(str, OF_ARCH[arch]))
+        yield "mode", f"{spec.mode} ({spec.guest_mode}) is no mode of {arch}: {modes}"
+    if spec.page_size not in GRANULES:
+        return
+    sizes = HUGE_PAGES[spec.page_size]
+    backing = spec.backing_bytes
+    if "hugetlb" in spec.backing_src and backing not in sizes:
+        yield (
+            "backing_src",
+            f"a host with pages of {exact_size(spec.page_size)} has no huge pages of "
+            f"{exact_size(backing)}: {', '.join(map(exact_size, sizes))}",
+        )
+
+
+def _pinning(pin: tuple[int, ...] | None, vcpus: int, cpus: int) -> Iterator[tuple[str, str]]:
+    if pin is None:
+        return
+    if len(pin) not in (vcpus, vcpus + 1):
+        yield "pin", f"needs one CPU for each of {vcpus} vCPUs, and may name one more: {len(pin)}"
+    elif max(pin) >= cpus:
+        yield "pin", f"CPU {max(pin)} is not there, the host has {cpus}"
+    elif len(set(pin)) < len(pin):
+        yield "pin", "names a CPU twice: every thread has one to itself here"
+
+
+PIN = Field(
+    default=None,
+    description="CPUs of the vCPU threads, in order, and perhaps that of the main thread (-c); "
+    "null: CPUs 0, 1, 2...",
+)
+
+
+class AccessTrackingPerf(Memstress):
+    """What access tracking costs a guest: its touches before and after its pages are aged."""
+
+    test: Literal["access_tracking_perf_test"] = "access_tracking_perf_test"
+    lru_gen: bool = Field(
+        default=False,
+        description="Age through MGLRU's debugfs file instead of marking pages idle (-l).",
+    )
+    age_while_populating: bool = Field(
+        default=False,
+        description="Only populate, and age meanwhile again and again (-p); needs lru_gen.",
+    )
+    idle_pages: Literal["fail", "warn"] = Field(
+        default="fail",
+        description="What more than a tenth of pages that still look idle means (-w 0, -w 1): "
+        "the test ends there, or only warns.",
+    )
+
+    def complaints(self, arch: str, cpus: int) -> Iterator[tuple[str, str]]:
+        """As the test itself asserts."""
+        yield from super().complaints(arch, cpus)
+        if self.age_while_populating and not self.lru_gen:
+            yield "age_while_populating", "needs lru_gen: true (-p specified without -l)"
+
+
+class DirtyLogPerf(Memstress):
+    """What dirty logging costs: guest writes and ioctls, round by round."""
+
+    test: Literal["dirty_log_perf_test"] = "dirty_log_perf_test"
+    iterations: int = Field(default=2, ge=2, description="Rounds of dirtying and reading (-i).")
+    write_percent: int = Field(
+        default=100, ge=0, le=100, description="Share of the touches that write, in percent (-w)."
+    )
+    random: bool = Field(default=False, description="Touch pages at random, not in order (-a).")
+    random_seed: int = Field(
+        default=1, ge=1, description="Seed of the guest's own generator (-r), which is the test's."
+    )
+    memslots: int = Field(default=1, ge=1, description="Memslots that the memory is cut into (-x).")
+    manual_protect: bool = Field(
+        default=True,
+        description="Use KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 (false is -g): reading the log does "
+        "not protect, clearing does, and all pages begin as dirty.",
+    )
+    run_while_disabling: bool = Field(
+        default=False, description="Let vCPUs run while logging is switched off (-e)."
+    )
+    nested: bool = Field(
+        default=False, description="Run in a nested guest (-n); x86 only, not modelled."
+    )
+    phys_offset: AnySize | None = Field(
+        default=None,
+        description="Guest-physical offset (-p): the test reads it and does not use it.",
+    )
+    pin: Pin | None = PIN
+
+    def complaints(self, arch: str, cpus: int) -> Iterator[tuple[str, str]]:
+        """Memslots of equal size, pinning, and what is not modelled."""
+        yield from super().complaints(arch, cpus)
+        yield from _pinning(self.pin, self.vcpus, cpus)
+        if self.memory // self.page_size % self.memslots:
+            yield "memslots", f"{exact_size(self.memory)} cannot be cut evenly into {self.memslots}"
+        if self.nested:
+            yield "nested", "is not modelled"
+
+
+class DemandPaging(Memstress):
+    """How fast memory is paged in, by the kernel or by userfaultfd threads."""
+
+    test: Literal["demand_paging_test"] = "demand_paging_test"
+    uffd_mode: Literal["MISSING", "MINOR"] | None = Field(
+        default=None, description="Serve faults through userfaultfd, registered so (-u); null: no."
+    )
+    single_uffd: bool = Field(
+        default=False,
+        description="One userfaultfd for all memory instead of one a vCPU (-a); implied by "
+        "overlap; without effect without uffd_mode.",
+    )
+    uffd_delay: Duration = Field(
+        default=0, description="Sleep before each page is served (-d, there in us)."
+    )
+    readers_per_uffd: int = Field(
+        default=1, ge=1, description="Threads that read from each userfaultfd (-r)."
+    )
+    pin: Pin | None = PIN
+
+    @property
+    def uffds(self) -> int:
+        """Userfaultfds."""
+        if self.uffd_mode is None:
+            return 0
+        return 1 if self.single_uffd or self.overlap else self.vcpus
+
+    def threads(self, cpus: int) -> int:
+        """The main thread and the readers."""
+        return 1 + self.uffds * self.readers_per_uffd
+
+    def leaf_bytes(self) -> int:
+        """UFFDIO_COPY fills memory page by page, so it makes no transparent huge page."""
+        return self.page_size if self._copied_by_page else super().leaf_bytes()
+
+    def folio_bytes(self) -> int:
+        """Single pages then, too."""
+        return self.page_size if self._copied_by_page else super().folio_bytes()
+
+    @property
+    def _copied_by_page(self) -> bool:
+        return self.uffd_mode == "MISSING" and self.backing_src == "anonymous_thp"
+
+    def complaints(self, arch: str, cpus: int) -> Iterator[tuple[str, str]]:
+        """Minor faults need memory that is shared."""
+        yield from super().complaints(arch, cpus)
+        yield from _pinning(self.pin, self.vcpus, cpus)
+        if self.uffd_mode == "MINOR" and self.backing_src not in SHARED:
+            yield "uffd_mode", f"MINOR needs shared memory: backing_src {' or '.join(SHARED)}"
+
+
+class KvmPageTable(Selftest):
+    """Stage-2 mappings from their creation over their splitting to blocks again."""
+
+    memory_key: ClassVar[str] = "memory"
+
+    test: Literal["kvm_page_table_test"] = "kvm_page_table_test"
+    vcpus: Vcpus = Field(default=1, description="vCPUs (-v); all touch the same memory.")
+    memory: Size = Field(default=GIB, description="Memory of the guest (-b).")
+    backing_src: BackingSource = Field(
+        default="anonymous", description="Type of the host memory behind the guest's (-s)."
+    )
+    mode: int = Field(
+        default=DEFAULT_MODE["arm64"],
+        ge=0,
+        lt=len(MODES),
+        description="Guest mode by number (-m): address bits and the guest's page size.",
+    )
+    phys_offset: AnySize | None = Field(
+        default=None,
+        description="Guest-physical address of the memory (-p); null: below the top of all.",
+    )
+
+    @property
+    def guest_mode(self) -> GuestMode:
+        """As ``mode`` says."""
+        return MODES[self.mode]
+
+    @property
+    def backing_bytes(self) -> int:
+        """Page size of the backing source."""
+        return backing_bytes(self.backing_src, self.page_size)
+
+    @property
+    def test_memory(self) -> int:
+        """The memory, whole pages of backing source and guest."""
+        return _up(self.memory, max(self.backing_bytes, self.guest_mode.page_size))
+
+    def vms(self, cpus: int) -> Mapping[str, Vm]:
+        """One; the memory lies one page lower than the addresses would allow."""
+        align = max(self.backing_bytes, self.guest_mode.page_size, self.page_size)
+        base = self._at_the_top(self.test_memory, align)
+        if self.phys_offset is not None:
+            base = self.phys_offset // align * align
+        leaf = stage2_bytes(self.backing_bytes, self.page_size)
+        return {
+            "vm": Vm(
+                vcpus=self.vcpus,
+                memory=self.test_memory,
+                page_size=self.page_size,
+                ipa_bits=self.guest_mode.pa_bits,
+                base=base,
+                mapping=leaf,
+                folio=leaf if leaf > self.page_size else self.backing_bytes,
+                overlap=True,
+            )
+        }
+
+    def complaints(self, arch: str, cpus: int) -> Iterator[tuple[str, str]]:
+        """Modes and huge pages that the machine does not have."""
+        yield from super().complaints(arch, cpus)
+        yield from _backing(self, arch)
+
+
+class FilledMemory(Selftest):
+    """What ``max_guest_memory_test`` and its successor share."""
+
+    memory_key: ClassVar[str] = "memory"
+
+    vcpus: Vcpus | None = Field(
+        default=None, description="vCPUs (-c); null: three quarters of the host's CPUs."
+    )
+    memory: Size = Field(
+        default=128 * GIB, description="Memory of the guest (-m, there in GiB): whole slots of it."
+    )
+    slot_size: Size = Field(
+        default=2 * GIB,
+        description="Size of a memslot (-s, there in GiB); all map the same host memory.",
+    )
+    hugepages: bool = Field(default=False, description="Back it with hugetlb pages (-H).")
+
+    def number(self, cpus: int) -> int:
+        """VCPUs on a host of ``cpus``."""
+        return self.vcpus or (cpus * 3 // 4 if cpus >= 2 else cpus)
+
+    @property
+    def slots(self) -> int:
+        """Memslots: as many as it takes to reach the wanted memory."""
+        return -(-self.memory // self.slot_size)
+
+    def vms(self, cpus: int) -> Mapping[str, Vm]:
+        """One, from 4 GiB on."""
+        leaf = stage2_bytes(
+            backing_bytes("anonymous_hugetlb" if self.hugepages else "shmem", self.page_size),
+            self.page_size,
+        )
+        return {
+            "vm": Vm(
+                vcpus=self.number(cpus),
+                memory=self.slots * self.slot_size,
+                page_size=self.page_size,
+                ipa_bits=self.guest_mode.pa_bits,
+                base=4 * GIB,
+                mapping=leaf,
+                folio=leaf,
+            )
+        }
+
+
+class MaxGuestMemory(FilledMemory):
+    """Filling a guest's memory, twice."""
+
+    test: Literal["max_guest_memory_test"] = "max_guest_memory_test"
+
+
+class MmuStress(FilledMemory):
+    """Filling a guest's memory, twice, then taking the right to write away and giving it back."""
+
+    test: Literal["mmu_stress_test"] = "mmu_stress_test"
+
+
+SUBTESTS: tuple[str, ...] = (
+    "map",
+    "unmap",
+    "unmap chunked",
+    "move active area",
+    "move inactive area",
+    "RW",
+)
+EXTRA = 64 * KIB  #: ``MEM_EXTRA_SIZE``: where guest and host synchronise
+WHOLE = 512 * MIB  #: ``MEM_TEST_SIZE``
+MOVE_SIZE = 3 * 64 * KIB  #: ``MEM_TEST_MOVE_SIZE``
+SUBTEST_MEMORY: Mapping[str, int] = {
+    "map": 32 * MIB,
+    "unmap": 128 * MIB,
+    "unmap chunked": 128 * MIB,
+}
+MOST_MEMSLOTS = 32767  #: ``KVM_CAP_NR_MEMSLOTS`` on arm64 and x86
+
+
+class MemslotPerf(Selftest):
+    """Work on guest memory in many memslots: mapping, unmapping, moving, reading and writing."""
+
+    vcpus_key: ClassVar[str] = "slots"
+    memory_key: ClassVar[str] = "memory"
+
+    test: Literal["memslot_perf_test"] = "memslot_perf_test"
+    slots: int | None = Field(
+        default=None,
+        ge=2,
+        description="Cap on the number of memslots, the reserved one included (-s); null is the "
+        "test's -1, as many as KVM has.",
+    )
+    first: int = Field(
+        default=0,
+        ge=0,
+        lt=len(SUBTESTS),
+        description="First sub-test (-f): 0 map, 1 unmap, 2 unmap chunked, 3 move active area, "
+        "4 move inactive area, 5 RW.",
+    )
+    last: int = Field(
+        default=len(SUBTESTS) - 1, ge=0, lt=len(SUBTESTS), description="Last sub-test (-e)."
+    )
+    length: Span = Field(
+        default=5_000_000_000, description="How long each run lasts (-l, there in whole seconds)."
+    )
+    runs: int = Field(default=1, ge=1, le=100, description="Runs of each sub-test (-r).")
+    verify: bool = Field(
+        default=False, description="Look whether the guest's writes have arrived (-d)."
+    )
+    verbose: bool = Field(default=False, description="Print more (-v).")
+    disable_slot_zap_quirk: bool = Field(
+        default=False,
+        description="Zap only the leaves of the memslot that moves (-q); x86 only, arm64 never "
+        "does anything else: without effect there.",
+    )
+    memory: Size = Field(
+        default=WHOLE,
+        description="Memory of the sub-tests that use it all (MEM_TEST_SIZE, which the test does "
+        "not let one choose); smaller to simulate faster. The other sub-tests' shrinks alike.",
+    )
+
+    @property
+    def memslots(self) -> int:
+        """Memslots that the test makes: slot 0 is reserved."""
+        return min(self.slots or MOST_MEMSLOTS, MOST_MEMSLOTS) - 1
+
+    def memory_of(self, subtest: str) -> int:
+        """Test memory of a sub-test, without the extra pages."""
+        return SUBTEST_MEMORY.get(subtest, WHOLE) * self.memory // WHOLE
+
+    def pages_of(self, subtest: str) -> int:
+        """Guest pages of a sub-test, the extra ones included."""
+        return (self.memory_of(subtest) + EXTRA) // self.guest_mode.page_size
+
+    def refused(self, subtest: str) -> str | None:
+        """What the test prints about a sub-test that this many memslots make impossible."""
+        guest_page, pages = self.guest_mode.page_size, self.pages_of(subtest)
+        if not self._divides(pages, self.memslots):
+            fitting = (n for n in range(self.memslots - 1, 1, -1) if self._divides(pages, n))
+            most = next(fitting, -1) + 1
+            if most:
+                return f"Memslot count too high for this test, decrease the cap (max is {most})"
+        elif subtest != "move active area" or self._moved(pages) * guest_page >= MOVE_SIZE // 2:
+            return None
+        return "Memslot count may be too high for this test, try adjusting the cap"
+
+    def _divides(self, pages: int, memslots: int) -> bool:
+        """``check_slot_pages``: every memslot has pages, and whole ones of the host."""
+        parts = [part * self.guest_mode.page_size for part in divmod(pages, memslots)]
+        return parts[0] > 0 and not any(part % self.page_size for part in parts)
+
+    def _moved(self, pages: int) -> int:
+        """Pages of the last memslot."""
+        return pages // self.memslots + pages % self.memslots
+
+    def chosen(self) -> list[tuple[str, int, str]]:
+        """(sub-test, run, name of its virtual machine) in order, of those that are possible."""
+        return [
+            (subtest, run, "-".join([*subtest.split(), *([str(run + 1)] if run else [])]))
+            for subtest in SUBTESTS[self.first : self.last + 1]
+            if self.refused(subtest) is None
+            for run in range(self.runs)
+        ]
+
+    def vms(self, cpus: int) -> Mapping[str, Vm]:
+        """One a run, each with one vCPU, one after the other."""
+        return {
+            name: Vm(
+                vcpus=1,
+                memory=self.memory_of(subtest) + EXTRA,
+                page_size=self.page_size,
+                ipa_bits=self.guest_mode.pa_bits,
+                base=256 * MIB,
+                mapping=self.page_size,
+                folio=self.page_size,
+            )
+            for subtest, _, name in self.chosen()
+        }
+
+    def complaints(self, arch: str, cpus: int) -> Iterator[tuple[str, str]]:
+        """What ``check_memory_sizes`` and ``parse_args`` refuse, and a test without a sub-test."""
+        yield from super().complaints(arch, cpus)
+        if self.page_size not in GRANULES:
+            return
+        if self.first > self.last:
+            yield "last", f"{self.last} is before first, {self.first}"
+        elif self.memory % (16 * MIB) or self.memory > WHOLE:
+            yield "memory", f"{exact_size(self.memory)} is not a multiple of 16 MiB up to 512 MiB"
+        elif not self.chosen():
+            yield "slots", f"no sub-test is possible: {self.refused(SUBTESTS[self.first])}"
+        elif self.first <= 4 and self.last >= 3 and self._start_of_last() < MOVE_SIZE:
+            yield "slots", "leaves no memory in front of the memslot that moves"
+
+    def _start_of_last(self) -> int:
+        pages = self.pages_of("move active area")
+        return (self.memslots - 1) * (pages // self.memslots) * self.guest_mode.page_size
+
+
+AnySelftest = Annotated[
+    AccessTrackingPerf
+    | DemandPaging
+    | DirtyLogPerf
+    | KvmPageTable
+    | MaxGuestMemory
+    | MemslotPerf
+    | MmuStress,
+    Field(discriminator="test"),
+]
