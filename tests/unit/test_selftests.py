@@ -226,6 +226,15 @@ def test_populating_takes_the_read_lock_once_a_page_and_later_touches_do_not() -
     assert record.summary["tables_freed"] == record.summary["tables_allocated"]
 
 
+def test_a_round_of_touches_is_two_flags_one_trip_to_user_space_and_the_touches() -> None:
+    built, record = run("access_tracking_perf_test")
+    test, costs = built.selftest, built.kvms[0].costs
+    trip = 2 * round(test.machine["exit_to_user_ns"] / 2)
+    wanted = 2 * costs.line.transfer_ns + trip + 2560 * costs.touch_ns
+    took = {phase["name"]: phase["end_ns"] - phase["begin_ns"] for phase in phases(record)}
+    assert took["Writing to populated memory"] == took["Reading from idle memory"] == wanted
+
+
 def test_page_idle_walks_once_to_mark_and_once_more_for_a_page_marked_before() -> None:
     _, record = run("access_tracking_perf_test")
     pages = 2 * 10 * MIB // (4 * KIB)
@@ -293,6 +302,10 @@ def test_vcpus_that_want_the_same_page_are_woken_by_one_copy() -> None:
     assert pages <= uffd.messages <= 2 * pages
     assert acquisitions(record, "fault", "read") >= pages
     assert uffd.messages - uffd.collisions == pages, "every page is installed once"
+    built, _ = run("demand_paging_test", overlap=True, readers_per_uffd=2)
+    (uffd,) = built.selftest.uffds
+    assert uffd.collisions > 0, "both readers took a message of the same page"
+    assert uffd.messages - uffd.collisions == pages
 
 
 def test_a_huge_copy_fills_the_pages_around_the_fault() -> None:
