@@ -17,7 +17,7 @@ from simkvm.scenario.fields import KIB
 from simkvm.scenario.kernel import KernelVariant
 from simkvm.scenario.machine import Machine
 from simkvm.scenario.schema import BLOCK_BYTES, Guest, Scenario
-from simkvm.scenario.selftests import Selftest
+from simkvm.scenario.selftest import Selftest
 from simkvm.units import exact_duration, exact_size
 
 

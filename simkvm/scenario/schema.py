@@ -32,7 +32,8 @@ from simkvm.scenario.fields import (
     refuse,
 )
 from simkvm.scenario.reference import KernelRef, MachineRef
-from simkvm.scenario.selftests import AnySelftest, Vm
+from simkvm.scenario.selftest import Vm
+from simkvm.scenario.selftests import AnySelftest
 
 BLOCK_BYTES: Mapping[int, tuple[int, ...]] = {
     4 * KIB: (2 * MIB, GIB),

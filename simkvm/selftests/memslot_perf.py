@@ -16,7 +16,7 @@ from simpy import Event
 from simkvm.guest.vcpu import Vcpu
 from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.memory_region import MemslotFaultPath
-from simkvm.scenario import selftests as scenario
+from simkvm.scenario import memslot_selftest as scenario
 from simkvm.selftests.main_thread import NS_PER_S, MainThread, Thread, seconds
 from simkvm.selftests.memslot_subtests import SUBTESTS, Subtest
 from simkvm.selftests.rendezvous import Rendezvous, Wait

@@ -21,7 +21,7 @@ from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.memory_region import MemoryRegions
 from simkvm.kernel.task import Task, reach
 from simkvm.scenario.fields import MIB
-from simkvm.scenario.selftests import EXTRA, MOVE_SIZE
+from simkvm.scenario.memslot_selftest import EXTRA, MOVE_SIZE
 from simkvm.selftests.memstress import leaf_range
 from simkvm.selftests.rendezvous import Rendezvous, Wait
 
