@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from simpy import Event
 
 from simkvm.guest.patterns import Chunk
+from simkvm.guest.pause import Pause
 from simkvm.guest.vcpu import Vcpu
 from simkvm.kernel.access_fault import AccessFault
 from simkvm.kernel.cpu import Cpu
@@ -29,16 +30,15 @@ if TYPE_CHECKING:
 class SoftwareAfVcpu(Vcpu):
     """As :class:`Vcpu`; ``access_faults``: those handled so far."""
 
-    def __init__(self, kvm: Kvm, index: int, cpu: Cpu, chunks: Iterator[Chunk]) -> None:
+    def __init__(self, kvm: Kvm, index: int, cpu: Cpu, chunks: Iterator[Chunk | Pause]) -> None:
         super().__init__(kvm, index, cpu, chunks)
         self._access_fault = AccessFault(kvm, self)
         #: For each touch of the chunk, the one before it in its slot of the TLB; -1: not in here.
         self._before: NDArray[np.int64] = np.empty(0, np.int64)
         self._relied_on: set[int] | None = None  #: leaves whose flags the plan needs
 
-    def _load(self) -> bool:
-        if not super()._load():
-            return False
+    def _load(self, chunk: Chunk) -> None:
+        super()._load(chunk)
         leaves = self._leaves
         slots = leaves % self._tlb_entries
         order = np.argsort(slots, kind="stable")
@@ -47,7 +47,6 @@ class SoftwareAfVcpu(Vcpu):
         before[order[same + 1]] = order[same]
         held = np.where(before < 0, self._tags[slots], leaves[before])
         self._need_flags(0, held != leaves)
-        return True
 
     def _need_flags(self, first: int, missed: NDArray[np.bool_]) -> None:
         """Touches from ``first`` on that miss the TLB need the accessed flag."""
@@ -136,3 +135,8 @@ class SoftwareAfVcpu(Vcpu):
     def _touch(self, leaves: NDArray[np.int64]) -> None:
         """As :meth:`_touch_few`; of several in one slot the last one stays."""
         self._tags[leaves % self._tlb_entries] = leaves
+
+
+def vcpu_class(kvm: Kvm) -> type[Vcpu]:
+    """The kind of vCPU that ``kvm`` has on its CPUs."""
+    return SoftwareAfVcpu if kvm.software_af else Vcpu

@@ -22,6 +22,7 @@ from simpy import Environment, Event, Process
 from simpy.events import NORMAL
 
 from simkvm.guest.patterns import Chunk
+from simkvm.guest.pause import Pause
 from simkvm.kernel import mmap_lock
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.stage2 import AF, VALID, WRITE
@@ -36,11 +37,14 @@ WINDOW: Final = 256  #: touches looked ahead at once, doubled while none of them
 
 
 class Vcpu:
-    """One vCPU of ``kvm``, on ``cpu``, that touches what ``chunks`` yields."""
+    """One vCPU of ``kvm``, on ``cpu``, that touches what ``chunks`` yields.
+
+    A :class:`~simkvm.guest.pause.Pause` among them is what its thread does outside the guest.
+    """
 
     lacks_flag = False  #: whether the next fault, as planned, is for want of the accessed flag
 
-    def __init__(self, kvm: Kvm, index: int, cpu: Cpu, chunks: Iterator[Chunk]) -> None:
+    def __init__(self, kvm: Kvm, index: int, cpu: Cpu, chunks: Iterator[Chunk | Pause]) -> None:
         self.kvm = kvm
         self.index = index
         self.cpu = cpu
@@ -65,6 +69,7 @@ class Vcpu:
         self._cost: NDArray[np.int64] = np.zeros(1, np.int64)
         self._cost_list: list[int] = []
         self._position = 0
+        self._pausing = False  #: the thread is in user space, between two chunks
         # The run in the guest: touches [position, _run_to) from _run_from_ns on.
         self._running = False
         self._run_from_ns = 0
@@ -88,7 +93,7 @@ class Vcpu:
         take = fault.take
         arrival = _certain(env)
         kvm, host = self.kvm, self.kvm.host
-        next_ns = self.enter(0) if self._load() else 0
+        next_ns = yield from self._proceed(0)
         while self._list and self.kvm.alive:
             while next_ns > env._now and queue and next_ns >= queue[0][0]:
                 self.alarm = alarm = self._sleeper
@@ -104,7 +109,7 @@ class Vcpu:
             self._running = False
             position = self._position
             if position == len(self._list):
-                next_ns = self.enter(next_ns) if self._load() else next_ns
+                next_ns = yield from self._proceed(next_ns)
                 continue
             if self.lacks_flag:
                 next_ns = yield from self.set_flag(next_ns)
@@ -143,19 +148,42 @@ class Vcpu:
         if not kvm.no_memslot(leaf):  # else it is MMIO before it comes to the lock
             t_ns = yield from mmap_lock.wait(kvm, self.task, t_ns)
         back_ns = self.fault.refused(t_ns, leaf, write)
-        return (t_ns, False) if back_ns is None else (self.enter(back_ns), True)
+        if back_ns is None:
+            return t_ns, False
+        if kvm.user_exit is not None:
+            back_ns = kvm.user_exit(self, back_ns)
+        return self.enter(back_ns), True
 
     @property
     def faulting(self) -> bool:
         """Whether a fault of this vCPU is being handled, so that it reads the memory slots."""
-        return not self._running and self.finished_ns < 0 and self.process is not None
+        inside = not self._running and not self._pausing
+        return inside and self.finished_ns < 0 and self.process is not None
 
-    def _load(self) -> bool:
-        """Take the next chunk; False if there is none."""
-        chunk = next(self._chunks, None)
-        if chunk is None:
+    def _proceed(self, t_ns: int) -> Generator[Event, Any, int]:
+        """Take the next chunk at ``t_ns``, after the pauses before it.
+
+        Returns when the host is needed next; without a chunk, when the last pause was over.
+        """
+        item = next(self._chunks, None)
+        while isinstance(item, Pause):
+            self._pausing = True
             self._list = []
-            return False
+            self._position = self._run_to = 0
+            t_ns = yield from item.spend(self, t_ns)
+            self._pausing = False
+            item = next(self._chunks, None) if self.kvm.alive else None
+        if item is None:
+            self._list = []
+            return t_ns
+        self._load(item)
+        return self.enter(t_ns)
+
+    def pass_over(self) -> None:
+        """The touch that faulted is not made: user space moved the guest behind it."""
+        self._position += 1
+
+    def _load(self, chunk: Chunk) -> None:
         kvm = self.kvm
         if kvm.leaf_pages == 1:
             self._leaves = chunk.pages
@@ -169,7 +197,6 @@ class Vcpu:
         self._cost = cost
         self._cost_list = cost.tolist()
         self._position = 0
-        return True
 
     # -- running in the guest -----------------------------------------------------------------
 

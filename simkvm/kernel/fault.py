@@ -110,16 +110,21 @@ class FaultPath:
         self.lacking = True
         noted = self._mmap_lock.visit(self._cpu, t_ns, 3) + costs.vma_ns
         self._noted_ns = noted
-        gup_ns = self._alloc_ns
-        if not write:
+        if not state:
+            gup_ns = self._filling_ns(write)
+        elif not write:
             gup_ns = costs.gup_zero_ns
-        elif state:
+        else:
             gup_ns = costs.gup_copy_ns if state < MIGRATION else self._settling_ns(state)
         t_ns = noted + gup_ns
         self.ptl_until_ns = t_ns
         self.ptl_table = leaf // kvm.host.entries
         self._mmap_lock.post(self._cpu, t_ns)
         return t_ns
+
+    def _filling_ns(self, write: bool) -> int:
+        """GUP's slow path where nothing is mapped."""
+        return self._alloc_ns if write else self._costs.gup_zero_ns
 
     def _settling_ns(self, state: int) -> int:
         """GUP's slow path for a write to a page that is there, but not to be written like this."""
@@ -129,7 +134,8 @@ class FaultPath:
         """Whether the fault that comes to ``mmap_lock`` at ``t_ns`` is none of KVM's.
 
         None, or when the guest goes on after a visit to user space: no memory slot there is MMIO,
-        a write to a mapping that is read-only is -EFAULT. The VMM of the model tries again.
+        a write to a mapping that is read-only is -EFAULT. The VMM tries again unless it says else
+        (``user_exit`` of the VM).
         """
         refusal = self._kvm.refusal(leaf, write)
         if refusal is None:

@@ -89,6 +89,24 @@ class HostMemory:
             self.present[-1] = rest
         self.lru.add_all(0, len(self.state))
 
+    def populate(self, first: int, last: int, huge: bool) -> int:
+        """Somebody wrote to all of ``first`` up to ``last`` from the host's side.
+
+        ``huge``: with huge pages where a whole one was lacking. Returns how many pages were not
+        there before.
+        """
+        state = self.state[first:last]
+        lacking = np.flatnonzero(state == 0)
+        own = first + np.flatnonzero((state & OWN) == 0)
+        state |= np.uint8(PRESENT | OWN | YOUNG)
+        tables, counts = np.unique((first + lacking) // self.entries, return_counts=True)
+        for table, count in zip(tables.tolist(), counts.tolist(), strict=True):
+            self.present[table] += count
+        if huge:
+            self.huge[tables[counts == self.entries]] = True
+        self.lru.add_many(own)
+        return len(lacking)
+
     def zap(self, first: int, last: int) -> int:
         """Remove what is mapped in ``first`` up to ``last``; returns how many entries that was.
 

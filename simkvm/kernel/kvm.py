@@ -140,6 +140,9 @@ class Kvm:
         self.splits = 0
         self.alive = True  #: vCPUs may run
         self.refusals: list[Refusal] = []
+        #: What the VMM does with a fault that was refused: (vCPU, when it would run again) -> when
+        #: it does. None: it runs the vCPU again at once.
+        self.user_exit: Callable[[Vcpu, int], int] | None = None
         self.tree_freed = False  #: the walk of its end is over
         self.split_cache = SplitCache(self, guest.teardown.split_cache if guest.teardown else 0)
         self.waiting: set[TableId] = set()  #: tables that wait for their callback

@@ -20,7 +20,7 @@ from simpy import Event
 
 from simkvm.kernel.mmu_notifier import unmap_range
 from simkvm.kernel.sites import MEMSLOT
-from simkvm.kernel.task import Task, reach
+from simkvm.kernel.task import Task, acquired, reach
 
 if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm
@@ -57,12 +57,29 @@ class MemslotUpdate:
         return (yield from self._swap(t_ns, self._gone))
 
     def create(self, t_ns: int) -> Steps:
-        """Create it again where it was."""
+        """Create it where it was, or for the first time."""
         return (yield from self._swap(t_ns, self._there))
 
     def move(self, t_ns: int) -> Steps:
         """Move it by a multiple of the largest block; the guest's accesses follow it."""
         t_ns = yield from self._invalidate(t_ns)
+        return (yield from self._swap(t_ns, self._there))
+
+    def move_away(self, t_ns: int) -> Steps:
+        """Move it to where the guest does not come: what it accesses here is MMIO from now on."""
+        t_ns = yield from self._invalidate(t_ns)
+        return (yield from self._swap(t_ns, lambda: None))
+
+    def move_back(self, t_ns: int) -> Steps:
+        """Undo :meth:`move_away`; where the slot was meanwhile, nothing is mapped."""
+        kvm, cpu = self._kvm, self._task.cpu
+        hold_ns = kvm.costs.unmap.visit_ns  # one hole, seen from the root
+        t_ns = yield from self._swap(t_ns, lambda: None)
+        t_ns = yield from reach(kvm.env, t_ns)
+        cpu.spin(t_ns)
+        grant = kvm.mmu_lock.write(t_ns, cpu.id, MEMSLOT, lambda at_ns: (hold_ns, at_ns + hold_ns))
+        t_ns = yield from acquired(grant)
+        cpu.enter_kernel(t_ns)
         return (yield from self._swap(t_ns, self._there))
 
     def change_flags(self, t_ns: int, becomes: Callable[[], None]) -> Steps:
@@ -79,7 +96,8 @@ class MemslotUpdate:
 
     def _there(self) -> None:
         self._kvm.memslots.gone.discard(self._slot)
-        self._kvm.refusals.remove(self._refusal)
+        if self._refusal in self._kvm.refusals:
+            self._kvm.refusals.remove(self._refusal)
 
     # -- steps --------------------------------------------------------------------------------
 

@@ -75,6 +75,12 @@ class LruGen:
         self._generation[first:last] = youngest
         self.sizes[youngest] += last - first
 
+    def add_many(self, leaves: NDArray[np.int64]) -> None:
+        """``leaves`` (distinct, none present) were brought in."""
+        youngest = self.max_seq % MAX_NR_GENS
+        self._generation[leaves] = youngest
+        self.sizes[youngest] += len(leaves)
+
     def remove(self, leaves: NDArray[np.int64]) -> None:
         """``leaves`` (distinct, all present) were freed."""
         for generation, gone in enumerate(np.bincount(self._generation[leaves], minlength=4)):

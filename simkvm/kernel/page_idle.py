@@ -11,7 +11,7 @@ that are marked, then marks those that are not. (The selftest reads a word for e
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -57,27 +57,36 @@ class PageIdle(RmapAgeing):
 
     def _word(self, t_ns: int, leaves: Leaves, report: Pass) -> Steps:
         """Read one word back, then mark what is not idle."""
-        state = self.kvm.host.state
         folios = list(self.folios(leaves))
         report.scanned += self.entries(leaves)
-        young = 0
+        t_ns = yield from self.read(t_ns, folios, report)
+        for folio in folios:
+            t_ns = yield from self.mark(t_ns, folio, report)
+        return t_ns
+
+    def read(self, t_ns: int, folios: Sequence[Leaves], report: Pass) -> Steps:
+        """``page_idle_bitmap_read``: look for references to those of ``folios`` that are idle."""
+        state = self.kvm.host.state
         for folio in folios:
             if state[folio[0]] & IDLE:
                 t_ns, used = yield from self.check(t_ns, folio, report)
                 t_ns += self.costs.resched_ns
                 if used:
                     state[folio] &= np.uint8(~IDLE & 0xFF)
-                    young += self.entries(folio)
+                    report.young += self.entries(folio)
                 elif state[folio[0]] & IDLE:
                     report.idle += self.entries(folio)
-        for folio in folios:
-            there = folio[(state[folio] & OWN) != 0]
-            if len(there) and not state[there[0]] & IDLE:
-                t_ns, _ = yield from self.check(t_ns, there, report)
-                t_ns += self.costs.resched_ns
-                if not self.gone(there):
-                    state[there[(state[there] & OWN) != 0]] |= np.uint8(IDLE)
-        report.young += young
+        return t_ns
+
+    def mark(self, t_ns: int, folio: Leaves, report: Pass) -> Steps:
+        """``page_idle_bitmap_write`` for one folio, unless it is idle or gone."""
+        state = self.kvm.host.state
+        there = folio[(state[folio] & OWN) != 0]
+        if len(there) and not state[there[0]] & IDLE:
+            t_ns, _ = yield from self.check(t_ns, there, report)
+            t_ns += self.costs.resched_ns
+            if not self.gone(there):
+                state[there[(state[there] & OWN) != 0]] |= np.uint8(IDLE)
         return t_ns
 
     def at_entry(self, t_ns: int, first: int, last: int, report: Pass) -> Answer:

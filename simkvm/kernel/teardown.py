@@ -67,8 +67,8 @@ class Teardown:
         """The whole walk."""
         return self.walk.elapsed_ns
 
-    def run(self) -> Generator[Event, Any, None]:
-        """The whole of it, as one process."""
+    def run(self) -> Steps:
+        """The whole of it, as one process; returns when it is done."""
         kvm = self._kvm
         t_ns = yield from reach(kvm.env, self._at_ns)
         self._task.cpu.enter_kernel(t_ns)
@@ -82,6 +82,7 @@ class Teardown:
             t_ns = yield from self._free_stage2(t_ns)
         self._task.cpu.sleep(t_ns)
         self.done = True
+        return t_ns
 
     def _stop_vcpus(self, t_ns: int) -> Steps:
         """No vCPU runs any more when either way in begins; each ends the fault that it is in."""

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from simpy import Environment, Event, Process
 
-from simkvm import contenders
+from simkvm import contenders, selftests
 from simkvm.contenders.contender import Contender
 from simkvm.guest import patterns
-from simkvm.guest.software_af import SoftwareAfVcpu
-from simkvm.guest.vcpu import Vcpu
+from simkvm.guest.software_af import vcpu_class
 from simkvm.kernel import bugs
 from simkvm.kernel.aging import AgeingThread
 from simkvm.kernel.cpu import Cpu
@@ -30,12 +29,13 @@ from simkvm.observe.record import Record
 from simkvm.observe.recorder import SAMPLES, Recorder
 from simkvm.observe.table_memory import TableMemory
 from simkvm.scenario.errors import InputError
-from simkvm.scenario.groups import every_guest, meant
+from simkvm.scenario.groups import meant, virtual_machines
 from simkvm.scenario.kernel import KernelVariant
-from simkvm.scenario.leaf_sizes import block_bytes, logs_writes
+from simkvm.scenario.leaf_sizes import block_bytes, logs_writes, workers
 from simkvm.scenario.machine import Machine
 from simkvm.scenario.schema import Guest, Scenario
 from simkvm.scenario.schema import Teardown as TeardownSpec
+from simkvm.selftests.main_thread import MainThread
 
 FIRST_SAMPLE_NS = 1_000_000
 
@@ -62,12 +62,20 @@ class World:
         self.recorder = Recorder()
         self.memory = TableMemory()
         self.remote_flush = FLUSHES[kernel["remote_flush"]].of(machine)
+        self.guests = virtual_machines(scenario, machine)
         self.cpus = self._cpus()
         self.rcu = self._rcu()
+        self.teardowns: list[Teardown] = []
         self._free_cpus = iter(self.cpus)
-        guests = every_guest(scenario)
-        self.kvms = [self._guest(name, guest) for name, guest in guests.items()]
-        self._charge(guests)
+        self.kvms = [self._guest(name, guest) for name, guest in self.guests.items()]
+        self._charge(self.guests)
+        self.selftest: MainThread | None = None
+        if scenario.selftest is None:
+            for kvm in self.kvms:
+                self._vcpus(kvm, self.guests[kvm.name])
+        else:
+            self.selftest = selftests.build(self)
+            self._free_cpus = self.selftest.spare_cpus
         self.ageing: AgeingThread | None = None
         if scenario.ageing is not None:
             task = Task("ageing", next(self._free_cpus))
@@ -80,9 +88,9 @@ class World:
                 name, spec, [by_name[guest] for guest in meant(scenario, spec.guest)]
             )
         ]
-        self.teardowns = [
+        self.teardowns += [
             end
-            for name, guest in guests.items()
+            for name, guest in self.guests.items()
             if guest.teardown is not None
             for end in self._ends(by_name[name], guest.teardown)
         ]
@@ -106,7 +114,9 @@ class World:
     def _cpus(self) -> list[Cpu]:
         host, machine = self.scenario.host, self.machine
         number = host.cpus or machine.cores
-        vcpus = sum(guest.vcpus for guest in every_guest(self.scenario).values())
+        vcpus = sum(guest.vcpus for guest in self.guests.values())
+        if self.scenario.selftest is not None:  # its guests follow one another on the same CPUs
+            vcpus = max(guest.vcpus for guest in self.guests.values())
         per_node = -(-machine.cores // machine.nodes)
         first = {"none": 0, "vcpus": vcpus, "all": number}  # vCPUs have the lowest numbers
         return [
@@ -147,8 +157,8 @@ class World:
 
     def _guest(self, name: str, guest: Guest) -> Kvm:
         scenario = self.scenario
-        theirs = [c for c in scenario.contenders.values() if name in meant(scenario, c.guest)]
-        kvm = Kvm(
+        theirs = workers(scenario, name)
+        return Kvm(
             name,
             guest,
             self.env,
@@ -161,6 +171,9 @@ class World:
             block_bytes=block_bytes(guest, theirs),
             logged=logs_writes(theirs),
         )
+
+    def _vcpus(self, kvm: Kvm, guest: Guest) -> None:
+        name = kvm.name
         layout = self.stream(f"{name}/layout")
         for index in range(guest.vcpus):
             chunks = patterns.build(
@@ -174,9 +187,7 @@ class World:
                 base_dir=Path(),
                 instruction_ns=1 / self.machine.ghz,
             )
-            kind = SoftwareAfVcpu if kvm.software_af else Vcpu
-            kvm.vcpus.append(kind(kvm, index, next(self._free_cpus), chunks))
-        return kvm
+            kvm.vcpus.append(vcpu_class(kvm)(kvm, index, next(self._free_cpus), chunks))
 
     def _charge(self, guests: dict[str, Guest]) -> None:
         """Put guests of one memcg on one lruvec."""
@@ -215,6 +226,9 @@ class World:
                 vcpu.process = self._until_done(vcpu.run())
         for teardown in self.teardowns:
             self._until_done(teardown.run())
+        if self.selftest is not None:
+            self._running += 1
+            self._until_done(self.selftest.run())
         if self.ageing is not None:
             self._running += 1
             self._until_done(self.ageing.run(self._vcpus_run))
@@ -232,7 +246,7 @@ class World:
         """Whether some vCPU still has something to do: if not, ageing ends with its pass."""
         return any(vcpu.finished_ns < 0 for kvm in self.kvms for vcpu in kvm.vcpus)
 
-    def _until_done(self, steps: Generator[Event, Any, None]) -> Process:
+    def _until_done(self, steps: Generator[Event, Any, Any]) -> Process:
         """Start a process that the run has to wait for."""
         process = self.env.process(steps)
         assert process.callbacks is not None

@@ -56,10 +56,11 @@ class TdpFault(FaultPath):
         if (state & OWN or (state and not write)) and (state < MIGRATION or usable(state, write)):
             return t_ns + self._hit_ns
         self.lacking = True
-        gup_ns = self._alloc_ns
-        if not write:
+        if not state:
+            gup_ns = self._filling_ns(write)
+        elif not write:
             gup_ns = costs.gup_zero_ns
-        elif state:
+        else:
             gup_ns = costs.gup_copy_ns if state < MIGRATION else self._settling_ns(state)
         t_ns = self._mmap_lock.visit(self._cpu, t_ns, 1) + gup_ns
         self.ptl_until_ns = t_ns

@@ -49,8 +49,8 @@ class ZapRoots(Teardown):
         self._walker = YieldingWalker(kvm, True, self._zap, self._let_go)
         self._level = 0  #: that the pass zaps
 
-    def run(self) -> Generator[Event, Any, None]:
-        """The whole of it, as one process."""
+    def run(self) -> Steps:
+        """The whole of it, as one process; returns when it is done."""
         kvm, cpu = self._kvm, self._task.cpu
         t_ns = yield from reach(kvm.env, self._at_ns)
         cpu.enter_kernel(t_ns)
@@ -61,8 +61,9 @@ class ZapRoots(Teardown):
         if self._way == "process_exit":
             t_ns = yield from reach(kvm.env, kvm.zap_host(t_ns, 0, kvm.leaves))
         if self._last:
-            yield from self._destroy(t_ns)
+            t_ns = yield from self._destroy(t_ns)
         self.done = True
+        return t_ns
 
     # -- in ->release -------------------------------------------------------------------------
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 #: Columns of equal length, in row order.
 Table = dict[str, list[Any]]
 
 
+#: Of a selftest's phases. ``line`` is what the test prints, without its last newline; a row of
+#: the name ``message`` measures nothing.
+PHASE_COLUMNS = ("name", "iteration", "begin_ns", "end_ns", "line")
+
+
 @dataclass(frozen=True)
 class Record:
     """Results of one run; units are in the names of columns and keys.
 
-    ``fingerprint`` is a digest over every lock acquisition, grace period, batch of callbacks and
-    ageing pass, in order: two runs with the same one did the same.
+    ``fingerprint`` is a digest over every lock acquisition, grace period, batch of callbacks,
+    ageing pass and phase of a selftest, in order: two runs with the same one did the same.
     """
 
     summary: dict[str, int | float | str]
@@ -27,6 +32,7 @@ class Record:
     series: Table
     violations: list[dict[str, Any]]
     fingerprint: str
+    phases: Table = field(default_factory=lambda: {name: [] for name in PHASE_COLUMNS})
 
 
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:

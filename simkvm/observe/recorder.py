@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simkvm.observe.lock_stat import LockStat
-from simkvm.observe.record import Record, table
+from simkvm.observe.record import PHASE_COLUMNS, Record, table
 from simkvm.observe.table_memory import time_average
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Recorder:
     batches: list[tuple[int, int, int, int]] = field(default_factory=list)
     series: list[dict[str, Any]] = field(default_factory=list)
     locks: dict[str, LockStat] = field(default_factory=dict)
+    phases: list[tuple[str, int, int, int, str]] = field(default_factory=list)
 
     def grace_period(self, number: int, start_ns: int, end_ns: int, scans: int) -> None:
         """A grace period ended."""
@@ -46,13 +47,20 @@ class Recorder:
         """A batch of callbacks was invoked."""
         self.batches.append((cpu, t_ns, callbacks, duration_ns))
 
+    def phase(self, name: str, iteration: int, begin_ns: int, end_ns: int, line: str = "") -> None:
+        """A selftest measured something, or printed ``line``."""
+        self.phases.append((name, iteration, begin_ns, end_ns, line))
+
     def finish(self, world: World, end_ns: int) -> Record:
         """The record of ``world``, which ended at ``end_ns``."""
         for kvm in world.kvms:
             for vcpu in kvm.vcpus:
                 vcpu.catch_up(end_ns)
         self.absorb(world, everything=True)
-        passes = world.ageing.passes if world.ageing else []
+        passes = [
+            *(world.ageing.passes if world.ageing else []),
+            *(world.selftest.passes if world.selftest else []),
+        ]
         timeline = world.memory.timeline(end_ns)
         timeline["deferred_tables"] = timeline["deferred_bytes"] // min(
             kvm.table_bytes for kvm in world.kvms
@@ -88,6 +96,7 @@ class Recorder:
             series=table(SERIES_COLUMNS, self.series),
             violations=[violation._asdict() for violation in violations],
             fingerprint=self._fingerprint(world, passes),
+            phases=_columns(PHASE_COLUMNS, self.phases),
         )
 
     def absorb(self, world: World, everything: bool = False) -> None:
@@ -189,6 +198,8 @@ class Recorder:
         ageing = [(p.start_ns, p.end_ns, p.scanned, p.young, p.calls) for p in passes]
         for rows in (self.grace_periods, self.batches, ageing):
             digest.update(np.array(rows, "<i8").tobytes())
+        if self.phases:
+            digest.update(repr(self.phases).encode())
         return digest.hexdigest()
 
 

@@ -15,11 +15,12 @@ from simkvm.scenario.access import Access, Phases, Populate, Trace
 from simkvm.scenario.contenders import Contender, DirtyLog, Khugepaged, Memslot, ThpSplit
 from simkvm.scenario.errors import Keys, Problem, nearest
 from simkvm.scenario.fields import KIB
-from simkvm.scenario.groups import every_guest, meant, member_names
+from simkvm.scenario.groups import every_guest, meant, member_names, virtual_machines
 from simkvm.scenario.kernel import KernelVariant
 from simkvm.scenario.machine import Machine
 from simkvm.scenario.possible import kernel_problems
 from simkvm.scenario.schema import BLOCK_BYTES, Guest, Scenario
+from simkvm.scenario.selftest import Selftest
 from simkvm.units import exact_duration, exact_size
 
 
@@ -31,6 +32,7 @@ def problems(
     `traces` holds the header of every trace that the scenario replays, by its `file`.
     """
     yield from _host(scenario, machine, kernel)
+    yield from _somebody(scenario)
     for name, guest in scenario.guests.items():
         keys = ("guests", name)
         yield from _sizes(guest, keys, machine)
@@ -42,10 +44,16 @@ def problems(
         yield from _traces(guest, guest.access, (*keys, "access"), traces)
         yield from _ends(guest.access, (*keys, "access"), scenario.duration)
         yield from _closing(guest, (*keys, "teardown"))
-    for name, contender in scenario.contenders.items():
-        yield from _contender(scenario, contender, ("contenders", name))
-        yield from _sized(scenario, name, kernel)
     yield from _names(scenario)
+    if scenario.selftest is not None:
+        found = list(_selftest(scenario, scenario.selftest.on(machine.arch), machine))
+        yield from found
+        if found:
+            return
+    guests = virtual_machines(scenario, machine)
+    for name, contender in scenario.contenders.items():
+        yield from _contender(scenario, guests, contender, ("contenders", name))
+        yield from _sized(scenario, guests, name, kernel)
     yield from _times(scenario)
     yield from _bugs(scenario)
 
@@ -100,26 +108,79 @@ def _host(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Iterat
     if cpus > machine.cores:
         message = f"{cpus} CPUs are more than the {machine.cores} cores of {machine.name}"
         yield Problem(("host", "cpus"), message)
-    yield from _threads(scenario, cpus)
+    if scenario.guests:
+        yield from _threads(scenario, cpus)
+
+
+def _cpus(scenario: Scenario, machine: Machine) -> int:
+    return scenario.host.cpus or machine.cores
+
+
+def _somebody(scenario: Scenario) -> Iterator[Problem]:
+    """Either guests or a selftest, and a selftest ends by itself."""
+    if scenario.selftest is None and not scenario.guests:
+        yield Problem(("guests",), "must not be empty, unless there is a selftest in their place")
+    elif scenario.selftest is not None and scenario.guests:
+        yield Problem(("selftest",), "makes its virtual machine itself: leave guests out")
+    elif scenario.selftest is not None and scenario.duration is not None:
+        yield Problem(("duration",), "a selftest runs to its own end: leave duration out")
+
+
+def _selftest(scenario: Scenario, spec: Selftest, machine: Machine) -> Iterator[Problem]:
+    """Whether the machine can run the test, and whether its virtual machines are possible."""
+    cpus = _cpus(scenario, machine)
+    found = [Problem(("selftest", key), text) for key, text in spec.complaints(machine.arch, cpus)]
+    yield from found
+    if found:
+        return
+    names = {
+        "mapping": "backing_src" if hasattr(spec, "backing_src") else "hugepages",
+        "memory": spec.memory_key,
+        "page_size": "host_page_size",
+        "folio": "backing_src",
+    }
+    vms = virtual_machines(scenario, machine)
+    for guest in vms.values():
+        inner = [*_sizes(guest, (), machine), *_fits(guest, ())]
+        for problem in inner:
+            key = names[str(problem.keys[0])]
+            yield Problem(("selftest", key), problem.message, problem.hint)
+        if inner:
+            return
+    vcpus = max(guest.vcpus for guest in vms.values())
+    yield from _enough(scenario, vcpus, spec.threads(cpus), cpus, ("selftest", spec.vcpus_key))
 
 
 def _threads(scenario: Scenario, cpus: int) -> Iterator[Problem]:
     """Each vCPU, the ageing thread and each contender has a CPU to itself."""
     vcpus = sum(guest.vcpus for guest in every_guest(scenario).values())
+    guests = scenario.guests
+    largest = max(guests, key=lambda name: guests[name].vcpus * guests[name].count)
+    key = "vcpus" if guests[largest].count == 1 else "count"
+    yield from _enough(scenario, vcpus, 0, cpus, ("guests", largest, key))
+
+
+def _enough(
+    scenario: Scenario, vcpus: int, others: int, cpus: int, keys: Keys
+) -> Iterator[Problem]:
     parts = [
         (vcpus, "vCPU"),
+        (others, "thread of the test"),
         (int(scenario.ageing is not None), "ageing thread"),
         (len(scenario.contenders), "contender"),
         (sum(map(_closed_apart, scenario.guests.values())), "process that drops a last reference"),
     ]
     needed = sum(count for count, _ in parts)
     if needed > cpus:
-        what = " + ".join(f"{n} {word}{'s' * (n > 1)}" for n, word in parts if n)
-        guests = scenario.guests
-        largest = max(guests, key=lambda name: guests[name].vcpus * guests[name].count)
-        message = f"{what} need {needed} CPUs, the host has {cpus}"
-        key = "vcpus" if guests[largest].count == 1 else "count"
-        yield Problem(("guests", largest, key), message)
+        what = " + ".join(f"{n} {_plural(word, n)}" for n, word in parts if n)
+        yield Problem(keys, f"{what} need {needed} CPUs, the host has {cpus}")
+
+
+def _plural(word: str, number: int) -> str:
+    if number == 1:
+        return word
+    first, *rest = word.split(" ")
+    return " ".join([f"{first}s", *rest]) if rest[:1] == ["of"] else f"{word}s"
 
 
 def _sizes(guest: Guest, keys: Keys, machine: Machine) -> Iterator[Problem]:
@@ -183,6 +244,10 @@ def _addresses(guest: Guest, keys: Keys) -> Iterator[Problem]:
     if guest.ipa_base % block:
         key = (*keys, "ipa_base")
         yield _not_multiple(key, guest.ipa_base, block, "the largest block")
+    yield from _fits(guest, keys)
+
+
+def _fits(guest: Guest, keys: Keys) -> Iterator[Problem]:
     if guest.ipa_base + guest.memory_bytes > 1 << guest.ipa_bits:
         message = (
             f"{exact_size(guest.memory_bytes)} from {exact_size(guest.ipa_base)} on do not fit "
@@ -236,12 +301,14 @@ def _endless(access: Access, keys: Keys) -> Iterator[Keys]:
         yield (*keys, "touches")
 
 
-def _contender(scenario: Scenario, contender: Contender, keys: Keys) -> Iterator[Problem]:
-    guests = every_guest(scenario)
+def _contender(
+    scenario: Scenario, guests: Mapping[str, Guest], contender: Contender, keys: Keys
+) -> Iterator[Problem]:
     found = meant(scenario, contender.guest)
     if not found:
-        hint = nearest(contender.guest, [*scenario.guests, *guests])
-        known = "" if hint else f", expected one of {', '.join(scenario.guests)}"
+        groups = scenario.guests or guests
+        hint = nearest(contender.guest, [*groups, *guests])
+        known = "" if hint else f", expected one of {', '.join(groups)}"
         yield Problem((*keys, "guest"), f"no guest {contender.guest!r}{known}", hint)
         return
     guest = guests[found[0]]
@@ -261,10 +328,12 @@ def _contender(scenario: Scenario, contender: Contender, keys: Keys) -> Iterator
         yield Problem((*keys, name), message)
 
 
-def _sized(scenario: Scenario, name: str, kernel: KernelVariant) -> Iterator[Problem]:
+def _sized(
+    scenario: Scenario, guests: Mapping[str, Guest], name: str, kernel: KernelVariant
+) -> Iterator[Problem]:
     """What contenders that log writes or change the size of pages need of guest and kernel."""
     contender, keys = scenario.contenders[name], ("contenders", name)
-    guest = scenario.guests.get(contender.guest)
+    guest = scenario.guests.get(contender.guest) or guests.get(contender.guest)
     if guest is None:
         return
     block = BLOCK_BYTES[guest.page_size][0]

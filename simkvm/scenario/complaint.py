@@ -29,6 +29,7 @@ BOUNDS = {
     "greater_than": ("above", "gt"),
     "less_than": ("below", "lt"),
 }
+TAGS = ("pattern", "kind", "test")
 FIXED = {
     "missing": "is missing",
     "too_short": "must not be empty",
@@ -128,7 +129,7 @@ def _keys(location: tuple[str | int, ...], raw: Any) -> Keys:
     keys: list[str | int] = []
     arrived = True
     for part in location:
-        is_tag = isinstance(raw, dict) and part in (raw.get("pattern"), raw.get("kind"))
+        is_tag = isinstance(raw, dict) and part in [raw.get(tag) for tag in TAGS]
         if part in ("<name>", "<change>", "[key]") or (arrived and is_tag):
             arrived = False
         elif isinstance(raw, dict | list):

@@ -20,7 +20,11 @@ from simkvm.scenario.schema import Scenario
 from simkvm.units import exact_duration, exact_rate, exact_size
 
 WIDTH = 88
-TAGS = {"pattern": "Which pattern of access this is.", "kind": "Which contender this is."}
+TAGS = {
+    "pattern": "Which pattern of access this is.",
+    "kind": "Which contender this is.",
+    "test": "Which selftest this is.",
+}
 TYPES = {
     "integer": "whole number",
     "number": "number",
@@ -101,7 +105,8 @@ def _swept(one: dict[str, Any]) -> dict[str, Any]:
         about["default"] = EXACT[quantity](about["default"])
     one.pop("discriminator", None)
     # Not oneOf: a file that sweeps the pattern fits more than one.
-    options = one.pop("oneOf", None) or one.pop("anyOf", None) or [one]
+    found = one.pop("oneOf", None) or one.pop("anyOf", None) or [one]
+    options = [inner for option in found for inner in option.get("oneOf", [option])]
     return {
         **about,
         "anyOf": [*options, {"type": "array", "items": {"anyOf": options}, "minItems": 1}],
@@ -206,7 +211,7 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _tag_of(branch: type) -> str | None:
-    """`pattern` for an access, `kind` for a contender, None for what is not in such a union."""
+    """`pattern` for an access, `kind` for a contender, `test` for a selftest, else None."""
     return next((tag for tag in TAGS if tag in keys_of(branch)), None)
 
 
@@ -230,7 +235,7 @@ def _type(entry: Entry) -> str:
     if entry.key.name in TAGS and shape.scalar:
         words.append(", ".join(tag_value(owner, entry.key.name) for owner in entry.owners))
     elif shape.scalar:
-        words += [_scalar(one) for one in options if "$ref" not in one]
+        words += [_scalar(one) for one in options if "$ref" not in one and "oneOf" not in one]
     return " or ".join(dict.fromkeys(words))
 
 

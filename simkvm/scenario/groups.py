@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from simkvm.scenario.machine import Machine
     from simkvm.scenario.schema import Guest, Scenario
 
 
@@ -32,8 +33,17 @@ def every_guest(scenario: Scenario) -> dict[str, Guest]:
     }
 
 
+def virtual_machines(scenario: Scenario, machine: Machine) -> dict[str, Guest]:
+    """As :func:`every_guest`, or those that a selftest makes on ``machine``."""
+    if scenario.selftest is None:
+        return every_guest(scenario)
+    return dict(scenario.made_by_selftest(scenario.host.cpus or machine.cores, machine.arch))
+
+
 def meant(scenario: Scenario, reference: str) -> list[str]:
     """The guests that ``reference`` names: all of a group, or one by its own name; else none."""
     if reference in scenario.guests:
         return member_names(reference, scenario.guests[reference].count)
+    if scenario.selftest is not None:  # their names are the same on every machine
+        return [reference] if reference in scenario.selftest.vms(1) else []
     return [reference] if reference in every_guest(scenario) else []

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from simkvm import units
-from simkvm.scenario.access import Access
+from simkvm.scenario.access import Access, Populate, Uniform
 from simkvm.scenario.contenders import Contender
 from simkvm.scenario.fields import (
     GIB,
@@ -33,6 +33,8 @@ from simkvm.scenario.fields import (
     refuse,
 )
 from simkvm.scenario.reference import KernelRef, MachineRef
+from simkvm.scenario.selftest import Vm
+from simkvm.scenario.selftests import AnySelftest
 
 BLOCK_BYTES: Mapping[int, tuple[int, ...]] = {
     4 * KIB: (2 * MIB, GIB),
@@ -283,7 +285,13 @@ class Scenario(Model):
         description="Simulated time to run; null: until every vCPU has finished.",
     )
     guests: Annotated[dict[Name, Guest], AfterValidator(FrozenDict)] = Field(
-        min_length=1, description="The virtual machines, by name."
+        default_factory=lambda: FrozenDict({}),
+        description="The virtual machines, by name; none if a selftest makes them.",
+    )
+    selftest: AnySelftest | None = Field(
+        default=None,
+        description="A KVM selftest that makes its virtual machine, `vm`, itself and runs to its "
+        "end; stands in place of `guests`.",
     )
     ageing: Ageing | None = Field(
         default=None, description="The thread that ages guests; null: nobody does."
@@ -306,4 +314,26 @@ class Scenario(Model):
         description="Whether the safety oracle should find nothing, or a violation, or whether "
         "that is the question: the run fails (exit status 1) if it is safe that was expected and "
         "a violation was found.",
+    )
+
+    def made_by_selftest(self, cpus: int, arch: str) -> Mapping[str, Guest]:
+        """The virtual machines that a selftest makes on a host of ``cpus``; without one, none."""
+        if self.selftest is None:
+            return {}
+        vms = self.selftest.on(arch).vms(cpus)
+        return {name: _made_by_selftest(vm) for name, vm in vms.items()}
+
+
+def _made_by_selftest(vm: Vm) -> Guest:
+    """Its vCPUs do what the test says; the pattern only tells whether they meet."""
+    return Guest(
+        vcpus=vm.vcpus,
+        memory=vm.memory,
+        page_size=vm.page_size,
+        ipa_bits=vm.ipa_bits,
+        ipa_base=vm.base,
+        mapping=vm.mapping,
+        folio=vm.folio,
+        memslots=vm.memslots,
+        access=Uniform() if vm.overlap else Populate(),
     )

@@ -14,8 +14,8 @@ from simkvm.study.store import plain
 
 
 def run_document(result: ResultLike) -> dict[str, Any]:
-    """One run: fingerprint, safety, summary, locks (a mapping a row), grace periods, scenario,
-    axes.
+    """One run: fingerprint, safety, summary, locks (a mapping a row), grace periods, phases of a
+    selftest (a mapping a row), scenario, axes.
 
     `safety.expected` is what the scenario expects, "safe", "unsafe" or "any". Units are in the
     names, as in the tables; a value that does not exist is null.
@@ -31,10 +31,17 @@ def run_document(result: ResultLike) -> dict[str, Any]:
         "summary": summary,
         "locks": result.locks.to_dict("records"),
         "grace_periods": grace_periods(result.grace_periods),
+        "phases": phases_of(result),
         "scenario": result.scenario,
         "axes": result.axes,
     }
     return dict(plain(document))
+
+
+def phases_of(result: ResultLike) -> list[dict[str, Any]]:
+    """What a selftest measured and printed; empty for other workloads."""
+    phases = getattr(result, "phases", None)
+    return [] if phases is None else list(phases.to_dict("records"))
 
 
 def sweep_document(results: OneOrMany, failed: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:

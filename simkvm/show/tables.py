@@ -43,9 +43,12 @@ FIGURES = ("p50", "p99", "max")
 
 
 def run_report(result: ResultLike) -> Group:
-    """Everything about one run: headline, guests, ageing, mmu_lock, RCU, ends of VMs, safety."""
+    """Everything about one run: headline, what a selftest prints, guests, ageing, mmu_lock, RCU,
+    ends of VMs, safety.
+    """
     return Group(
         headline(result),
+        *printed(result),
         guest_table(result),
         ageing_table(result),
         *lock_tables(result),
@@ -65,6 +68,8 @@ def headline(result: ResultLike) -> RenderableType:
     grid.add_column(style="dim")
     for name, guest in scenario.get("guests", {}).items():
         grid.add_row("  guest", f"{name}: {describe_guest(guest)}")
+    if scenario.get("selftest"):
+        grid.add_row("  selftest", wrapped(describe_selftest(scenario["selftest"]), WIDTH - 16))
     events = _count(summary.get("events"))
     grid.add_row("  simulated", f"{_time(summary.get('sim_ns'))} in {events} events")
     grid.add_row("  fingerprint", result.fingerprint)
@@ -72,6 +77,27 @@ def headline(result: ResultLike) -> RenderableType:
         grid.add_row("  bugs", ", ".join(scenario["bugs"]))
     grid.add_row("  safety", verdict(result))
     return Group(Text(title, "bold"), grid, "")
+
+
+def printed(result: ResultLike) -> list[RenderableType]:
+    """What a KVM selftest prints, line by line as it prints it; nothing for other workloads."""
+    phases = getattr(result, "phases", None)
+    if phases is None or phases.empty:
+        return []
+    said = phases[(phases["line"] != "") | (phases["name"] == "message")]["line"]
+    text = "\n".join(said)
+    return [Text("As the selftest prints it", "bold"), Text(text), ""]
+
+
+def describe_selftest(selftest: Mapping[str, Any]) -> str:
+    """One line about a selftest of a resolved scenario: its name and the options that are set."""
+    said = {
+        key: value
+        for key, value in selftest.items()
+        if key != "test" and value is not None and value is not False
+    }
+    options = ", ".join(f"{key} {'yes' if v is True else v}" for key, v in said.items())
+    return f"{selftest['test']}: {options}"
 
 
 def describe_guest(guest: Mapping[str, Any]) -> str:

@@ -30,17 +30,20 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "grace_periods": ("number", "start_ns", "end_ns", "fqs_scans"),
     "passes": ("guest", "start_ns", "end_ns", "scanned", "young", "calls", "idle"),
     "series": ("guest", "t_ns", "touches", "faults", "retries"),
+    "phases": ("name", "iteration", "begin_ns", "end_ns", "line"),
 }
 """The tables of a point and the columns that each has even when it is empty."""
 
-_TEXT = {"guest", "lock", "site", "mode", "quantity"}
+_TEXT = {"guest", "lock", "site", "mode", "quantity", "name", "line"}
 _FRACTION = re.compile(r"_mean(_ns)?$|_ratio$|_per_s$|_per_(table|unmapped_gib)$")
 
 
 def read_table(folder: Path, name: str) -> pd.DataFrame:
-    """One of a point's tables. Raises OSError if it is not there."""
+    """One of a point's tables; empty if the point was written before there was such a table."""
     import pyarrow.parquet as pq
 
+    if not (folder / f"{name}.parquet").exists():
+        return arrow_table(name, {}).to_pandas()  # type: ignore[no-any-return]
     frame: pd.DataFrame = pq.read_table(folder / f"{name}.parquet").to_pandas()
     return frame
 

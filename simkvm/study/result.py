@@ -135,6 +135,11 @@ class Result:
         """Touches, faults and retries since the start, sampled over time."""
         return self._tables("series")
 
+    @cached_property
+    def phases(self) -> pd.DataFrame:
+        """What a selftest measured and printed, in order; empty for other workloads."""
+        return self._tables("phases")
+
     def plot_lock(self, quantity: Quantity = "hold", ax: Axes | None = None) -> Axes:
         """Distribution of holds of (or waits for) mmu_lock, a line a call site."""
         from simkvm.show import figures
@@ -247,6 +252,11 @@ class Results:
     def series(self) -> pd.DataFrame:
         """`Result.series` of all points, with the axes in front."""
         return self.table("series")
+
+    @property
+    def phases(self) -> pd.DataFrame:
+        """`Result.phases` of all points, with the axes in front."""
+        return self.table("phases")
 
     def table(self, name: str) -> pd.DataFrame:
         """One table of all finished points, in their order, with the axes in front."""

@@ -159,6 +159,6 @@ def record(number: int) -> Record:
 
 
 def _cell(column: str, number: int, row: int) -> Any:
-    if column in {"guest", "lock", "site", "mode", "quantity"}:
+    if column in {"guest", "lock", "site", "mode", "quantity", "name", "line"}:
         return f"{column}{row}"
     return (number + row) / 3 if "_mean" in column else number + row

@@ -66,6 +66,7 @@ class World(ModuleType):
             violations=made.violations,
             fingerprint=self.fingerprint or made.fingerprint,
             **{name: getattr(made, name).to_dict("list") for name in TABLES},
+            phases={},
         )
 
 
