@@ -293,6 +293,12 @@ class Results:
 
         return figures.ageing_scaling(self, **options)
 
+    def plot_callback_cost(self, **options: Any) -> Figure:
+        """Time of RCU callbacks that free tables, against the page size: of a table, of a GiB."""
+        from simkvm.show import figures
+
+        return figures.callback_cost(self, **options)
+
     def __repr__(self) -> str:
         asked = len(self.manifest.entries)
         return f"<Results {self.store.root.name}: {len(self)} of {asked} points>"
