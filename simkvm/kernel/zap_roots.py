@@ -148,7 +148,7 @@ class ZapRoots(Teardown):
         if self._level == stage2.leaf_level:
             for first, last in self._reached(walk, done, stop):
                 kvm.zap_leaves(t_ns, first, last)
-        elif stage2.blocks is stage2.levels[self._level]:  # below are empty tables, if any
+        elif stage2.blocks is not None and self._level == stage2.blocks.number:
             size = stage2.block_leaves
             kvm.zap_leaves(t_ns, low * size, min(high * size, kvm.leaves))
         for number in range(stage2.leaf_level - 1, self._level - 1, -1):  # children first

@@ -484,6 +484,19 @@ def test_roots_are_zapped_pass_by_pass_under_the_lock() -> None:
     assert (made.kvm.tables_freed, made.kvm.stage2.linked_tables) == (4, 0)
 
 
+def test_the_pass_over_pages_leaves_a_guest_of_blocks_as_it_is() -> None:
+    made = lab(4 * MIB, {"mapping": 2 * MIB})
+    made.fill()
+    made.destroy()
+    (row,) = rows(made, TEARDOWN)
+    steps, costs = made.kvm.costs.unmap, made.kvm.costs
+    enter = steps.visit_ns + steps.descend_ns
+    removed = steps.descend_ns + 512 * steps.visit_ns + costs.free.call_rcu_ns
+    blocks = 2 * (2 * steps.visit_ns + 2 * enter) + 2 * steps.leaf_ns
+    assert row["hold"] == blocks + steps.visit_ns + removed + enter + steps.visit_ns + removed
+    assert made.kvm.tables_freed == 2
+
+
 def mixed(kernel: str) -> Lab:
     """A block, a table of 100 pages, a hole: 2 MiB each."""
     log = {"kind": "dirty_log", "guest": "vm"}
