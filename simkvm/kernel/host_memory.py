@@ -110,17 +110,14 @@ class HostMemory:
     def zap(self, first: int, last: int) -> int:
         """Remove what is mapped in ``first`` up to ``last``; returns how many entries that was.
 
-        A huge page is one entry. One of which a part goes is split first.
+        A huge page is one entry. One of which a part goes is split first. Migration entries go,
+        too, a huge one as a whole, but map nothing.
         """
         if last - first == 1 and self.fast[first] == PRESENT | (self.fast[first] & YOUNG):
             self.fast[first] = 0  # a zero page about to be copied, the commonest of all
             self.present[first // self.entries] -= 1
             return 1
         self.split(first, last)
-        low, high = first // self.entries, -(-last // self.entries)
-        whole = int(np.count_nonzero(self.huge[low:high]))
-        if whole:
-            self.huge[low:high] = False
         state = self.state[first:last]
         there = np.flatnonzero(state & PRESENT)
         self.lru.remove(first + np.flatnonzero(state & OWN))
@@ -128,7 +125,9 @@ class HostMemory:
         for table, count in zip(tables.tolist(), gone.tolist(), strict=True):
             self.present[table] -= count
         state[:] = 0
-        return len(there) - whole * (self.entries - 1)
+        huge = self.huge[tables]
+        self.huge[first // self.entries : -(-last // self.entries)] = False
+        return int(gone[~huge].sum()) + int(np.count_nonzero(huge))
 
     def split(self, first: int, last: int) -> None:
         """Split the huge pages that the range covers in part (``__split_huge_pmd``)."""

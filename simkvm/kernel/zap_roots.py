@@ -25,7 +25,7 @@ from simpy import Event
 from simkvm.kernel.geometry import LAST_LEVEL
 from simkvm.kernel.qrwlock import OPEN
 from simkvm.kernel.sites import TEARDOWN
-from simkvm.kernel.stage2 import TABLE, VALID, TableId
+from simkvm.kernel.stage2 import BLOCK, TABLE, VALID, TableId
 from simkvm.kernel.task import Task, acquired, reach
 from simkvm.kernel.teardown import Teardown
 from simkvm.kernel.yielding_walk import Array, Walk, YieldingWalker, tree
@@ -118,9 +118,10 @@ class ZapRoots(Teardown):
         entries, reached, spent = tree(stage2, level, first, last, costs.visit_ns, costs.descend_ns)
         self.walk.visits += len(entries)
         content = stage2.levels[level].entries[entries]
-        if level == self._level == stage2.leaf_level:
+        if level == self._level:
+            # At the level of pages what is not reached stands for a block, one of a later pass.
             spent += (reached & ((content & VALID) != 0)) * np.int64(costs.leaf_ns)
-        elif level == self._level:
+        if level == self._level < stage2.leaf_level:
             removed = np.where(reached, self._tables_below(level)[entries], 0)
             self.walk.visits += int(removed.sum()) * kvm.entries
             table_ns = costs.descend_ns + kvm.entries * costs.visit_ns
@@ -146,7 +147,11 @@ class ZapRoots(Teardown):
         kvm, stage2 = self._kvm, self._kvm.stage2
         low, high = walk.entry(done), walk.entry(stop)
         if self._level == stage2.leaf_level:
-            kvm.zap_leaves(t_ns, low, high)
+            for first, last in self._reached(walk, done, stop):
+                kvm.zap_leaves(t_ns, first, last)
+        elif stage2.blocks is not None and self._level == stage2.blocks.number:
+            size = stage2.block_leaves
+            kvm.zap_leaves(t_ns, low * size, min(high * size, kvm.leaves))
         for number in range(stage2.leaf_level - 1, self._level - 1, -1):  # children first
             bits, base = self._bits(self._level, number), stage2.first_entry(self._level)
             first, last = (
@@ -159,20 +164,25 @@ class ZapRoots(Teardown):
                 kvm.oracle.unlinked(table, t_ns, stage2.entries_in(table))
                 kvm.table_free.unlinked(kvm, table, t_ns, self._task.cpu.id)
 
+    def _reached(self, walk: Walk, done: int, stop: int) -> list[tuple[int, int]]:
+        """What to zap at the level of pages: no block, which is for the pass over its own level."""
+        if self._kvm.stage2.blocks is None:
+            return [(walk.entry(done), walk.entry(stop))]
+        steps = np.diff(walk.reached[done:stop].astype(np.int8), prepend=0, append=0)
+        begins, ends = (done + np.flatnonzero(steps == step) for step in (1, -1))
+        return [
+            (walk.entry(begin), walk.entry(end))
+            for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)
+        ]
+
     # -- the shadow MMU -----------------------------------------------------------------------
 
     def _zap_pages(self, t_ns: int) -> Steps:
         """``kvm_mmu_zap_all``: page by page; then one flush, and the pages are freed."""
         kvm, stage2, costs = self._kvm, self._kvm.stage2, self._kvm.costs
         tables = stage2.all_tables()
-        counts = [int(stage2.levels[t.level].counts[t.index]) for t in tables]
-        leaf_ns = kvm.mmu.chain * costs.unmap.leaf_ns
-        spent = [
-            costs.unmap.descend_ns
-            + kvm.entries * costs.unmap.visit_ns
-            + (count * leaf_ns if table.level == stage2.leaf_level else 0)
-            for table, count in zip(tables, counts, strict=True)
-        ]
+        page_ns = costs.unmap.descend_ns + kvm.entries * costs.unmap.visit_ns
+        spent = [page_ns + self._leaves_ns(table) for table in tables]
         self.walk.visits += len(tables) * kvm.entries
         self.walk.longest_ns = max([self.walk.longest_ns, *spent])
 
@@ -190,12 +200,23 @@ class ZapRoots(Teardown):
             kvm.table_free.unlinked(kvm, table, t_ns, self._task.cpu.id)
         return t_ns
 
-    def _zap_page(self, table: TableId, t_ns: int) -> None:
+    def _leaves_ns(self, table: TableId) -> int:
+        """What zapping the pages, or blocks, that ``table`` maps itself takes."""
         kvm, stage2 = self._kvm, self._kvm.stage2
-        if table.level == stage2.leaf_level:
-            bits, phase = stage2.geometry.index_bits, stage2.leaf.phase
-            first, last = (table.index << bits) - phase, ((table.index + 1) << bits) - phase
-            kvm.zap_leaves(t_ns, max(0, first), min(kvm.leaves, last))
+        level = stage2.levels[table.level]
+        first = (table.index << stage2.geometry.index_bits) - level.phase
+        entries = level.entries[max(0, first) : first + kvm.entries]
+        own = int(np.count_nonzero((entries & (VALID | BLOCK)) == VALID))
+        return own * kvm.mmu.chain * kvm.costs.unmap.leaf_ns
+
+    def _zap_page(self, table: TableId, t_ns: int) -> None:
+        """All that ``table`` maps; what hung below it went before."""
+        kvm, stage2 = self._kvm, self._kvm.stage2
+        level = stage2.levels[table.level]
+        if level is stage2.leaf or level is stage2.blocks:
+            end = stage2.end_of(table) - stage2.first_leaf
+            size = kvm.entries * (1 if level is stage2.leaf else stage2.block_leaves)
+            kvm.zap_leaves(t_ns, max(0, end - size), min(kvm.leaves, end))
         stage2.unlink(table.level - 1, table.index)
         kvm.oracle.unlinked(table, t_ns, stage2.entries_in(table))
 

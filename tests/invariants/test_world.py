@@ -115,7 +115,7 @@ def test_every_rule_holds_at_the_end_of_a_vm_with_leaves_that_differ(spec: Scena
 
 
 @settings(max_examples=12, phases=[Phase.generate])
-@given(drawn.scenarios(teardown=False, sized=True, arch="x86"))
+@given(drawn.scenarios(sized=True, arch="x86"))
 def test_every_rule_holds_on_x86_where_leaves_differ_in_size(spec: Scenario) -> None:
     every_rule_holds(spec)
 

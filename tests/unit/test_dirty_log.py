@@ -15,7 +15,7 @@ from lab import GIB, KIB, MIB, Lab, account
 
 from simkvm import contenders
 from simkvm.guest.vcpu import Vcpu
-from simkvm.kernel import sites
+from simkvm.kernel import host_change, sites
 from simkvm.kernel.dirty_log import DirtyLog
 from simkvm.kernel.stage2 import AF, BLOCK, VALID, WRITE
 from simkvm.scenario import contenders as schema
@@ -430,6 +430,45 @@ def test_x86s_ways_act_when_logging_ends(way: str, blocks: bool) -> None:
     assert made.kvm.collapses == 2
 
 
+def recovered(*pages: int, protect: int | None = None, old: bool = False) -> Logged:
+    """Logging ends over a table of ``pages``, in the place of a huge page (``recover``)."""
+    kernel = {"base": "linux-6.12", "set": {"recover_huge": "recover", "unmap_tables": "keep"}}
+    made = Logged(memory=4 * MIB, kernel=kernel)
+    made.kvm.host.install_huge(0, 1024)
+    made.lab.fill(pages)
+    if protect is not None:
+        made.kvm.stage2.write_protect(protect, protect + 1)
+    if old:
+        made.kvm.stage2.clear_young(np.array(pages))
+    made.log._logged.append(made.slot)
+    made.do("disable")
+    return made
+
+
+def test_a_recovered_block_has_the_flags_of_the_first_page_there() -> None:
+    """tdp_mmu_make_huge_spte() -> make_huge_spte(), v6.13."""
+    flags = [
+        recovered(3, 4, protect=protect, old=old).kvm.stage2.leaf.fast[9]
+        for protect, old in [(None, False), (3, False), (4, False), (4, True)]
+    ]
+    block = VALID | BLOCK
+    assert flags == [block | AF | WRITE, block | AF, block | AF | WRITE, block | WRITE]
+
+
+def test_a_table_whose_pages_were_taken_back_is_not_recovered() -> None:
+    """-ENOENT: nothing else says that an invalidation of the range runs."""
+    made = recovered(3, 700)
+    assert made.kvm.collapses == 2
+    made = Logged(memory=2 * MIB, kernel={"base": "linux-6.12", "set": {"recover_huge": "recover"}})
+    made.kvm.host.install_huge(0, 512)
+    made.lab.fill([3])
+    made.kvm.zap_leaves(0, 0, 512)
+    made.log._logged.append(made.slot)
+    made.do("disable")
+    assert made.kvm.stage2.table_below(0)
+    assert not made.kvm.stage2.leaf.entries.any()
+
+
 # -- khugepaged and THP split ----------------------------------------------------------------------
 
 
@@ -516,6 +555,17 @@ def test_zapping_a_huge_page_is_one_entry() -> None:
     lab.kvm.host.install_huge(0, 1024)
     assert lab.kvm.host.zap(0, 512) == 1
     assert lab.kvm.host.zap(512, 1023) == 511
+
+
+def test_zapping_a_huge_page_on_its_way_is_none() -> None:
+    """A PMD migration entry maps nothing (``zap_huge_pmd``); its neighbour is one entry."""
+    lab = Lab(4 * MIB, BLOCKS, contenders={"l": {"kind": "dirty_log", "guest": "vm"}})
+    host = lab.kvm.host
+    host.install_huge(0, 1024)
+    host_change.depart(host, 0, 512)
+    assert host.zap(0, 1024) == 1
+    assert host.present == [0, 0]
+    assert not host.huge.any()
 
 
 # -- costs ------------------------------------------------------------------------------------

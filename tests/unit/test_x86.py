@@ -17,9 +17,10 @@ from simkvm.kernel.geometry import X86Geometry
 from simkvm.kernel.rcu_segcblist import SegmentedCallbackList
 from simkvm.kernel.rmap import Held, RmapLocks, chain_ns
 from simkvm.kernel.sites import AGE, FAULT, RANGE_END, RANGE_START, TEARDOWN
-from simkvm.kernel.stage2 import VALID
+from simkvm.kernel.stage2 import VALID, WRITE
 from simkvm.kernel.task import acquired
 from simkvm.kernel.yielding_walk import tree
+from simkvm.kernel.zap_roots import ZapRoots
 
 TDP, SHADOW = "linux-6.12-x86", "linux-6.12-x86-shadow"
 ICELAKE = "x86-icelake-64c"
@@ -481,6 +482,71 @@ def test_roots_are_zapped_pass_by_pass_under_the_lock() -> None:
     assert teardown.visits == 1024 + 2 + 1 + 1 + 4 * 512
     assert teardown.longest_ns == steps.visit_ns + removed + 2 * enter
     assert (made.kvm.tables_freed, made.kvm.stage2.linked_tables) == (4, 0)
+
+
+def test_the_pass_over_pages_leaves_a_guest_of_blocks_as_it_is() -> None:
+    made = lab(4 * MIB, {"mapping": 2 * MIB})
+    made.fill()
+    made.destroy()
+    (row,) = rows(made, TEARDOWN)
+    steps, costs = made.kvm.costs.unmap, made.kvm.costs
+    enter = steps.visit_ns + steps.descend_ns
+    removed = steps.descend_ns + 512 * steps.visit_ns + costs.free.call_rcu_ns
+    blocks = 2 * (2 * steps.visit_ns + 2 * enter) + 2 * steps.leaf_ns
+    assert row["hold"] == blocks + steps.visit_ns + removed + enter + steps.visit_ns + removed
+    assert made.kvm.tables_freed == 2
+
+
+def mixed(kernel: str) -> Lab:
+    """A block, a table of 100 pages, a hole: 2 MiB each."""
+    log = {"kind": "dirty_log", "guest": "vm"}
+    made = lab(6 * MIB, {"mapping": 2 * MIB}, kernel=kernel, contenders={"log": log})
+    made.kvm.host.install_huge(0, 512)
+    made.kvm.tables_linked(made.kvm.stage2.map_block(0, WRITE), 0)
+    made.fill(range(512, 612))
+    return made
+
+
+def test_each_pass_zaps_leaves_of_its_own_level() -> None:
+    """tdp_mmu_zap_root(): what the pass over 4 KiB finds above it is left to the next one."""
+    made = mixed(TDP)
+    teardown = made.destroy()
+    (row,) = rows(made, TEARDOWN)
+    steps, costs = made.kvm.costs.unmap, made.kvm.costs
+    enter = steps.visit_ns + steps.descend_ns
+    removed = steps.descend_ns + 512 * steps.visit_ns + costs.free.call_rcu_ns
+    pages = (1 + 512 + 1) * steps.visit_ns + 3 * enter + 100 * steps.leaf_ns
+    blocks = 3 * steps.visit_ns + 2 * enter + steps.leaf_ns + removed
+    above = steps.visit_ns + removed + enter + steps.visit_ns + removed
+    assert row["hold"] == pages + blocks + above
+    assert teardown.visits == 514 + 3 + 1 + 1 + 3 * 512
+    assert made.kvm.tables_freed == 3
+
+
+def test_a_block_is_there_until_the_pass_over_its_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seen, zap = mixed(TDP), [], ZapRoots._zap
+
+    def zapped(end: ZapRoots, *args: Any) -> None:
+        zap(end, *args)
+        entries = made.kvm.stage2.leaf.entries
+        seen.append((bool(entries[0]), bool(entries[512])))
+
+    monkeypatch.setattr(ZapRoots, "_zap", zapped)
+    made.destroy()
+    assert seen == [(True, False), (False, False), (False, False), (False, False)]
+
+
+def test_a_shadow_page_goes_with_the_blocks_that_it_maps() -> None:
+    """kvm_mmu_page_unlink_children(): one of 100 pages, one of a block, one above them."""
+    made = mixed(SHADOW)
+    made.destroy()
+    steps, free_ns = made.kvm.costs.unmap, made.kvm.costs.free.free_ns
+    (row,) = rows(made, TEARDOWN)
+    page = steps.descend_ns + 512 * steps.visit_ns
+    assert row["hold"] == 3 * page + (100 + 1) * steps.leaf_ns + 3 * free_ns
+    levels = made.kvm.stage2.levels.values()
+    assert not any(level.entries.any() or level.counts.any() for level in levels)
+    assert made.kvm.tables_freed == 3
 
 
 def test_every_table_and_the_root_have_a_callback_and_the_vm_waits_for_all() -> None:
