@@ -100,9 +100,10 @@ class HostMemory:
             return 1
         self.split(first, last)
         low, high = first // self.entries, -(-last // self.entries)
-        whole = int(np.count_nonzero(self.huge[low:high]))
-        if whole:
-            self.huge[low:high] = False
+        huge = low + np.flatnonzero(self.huge[low:high])
+        whole = int(np.count_nonzero(self.state[huge * self.entries] & PRESENT))
+        if len(huge):
+            self.huge[huge] = False
         state = self.state[first:last]
         there = np.flatnonzero(state & PRESENT)
         self.lru.remove(first + np.flatnonzero(state & OWN))

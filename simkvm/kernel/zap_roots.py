@@ -25,7 +25,7 @@ from simpy import Event
 from simkvm.kernel.geometry import LAST_LEVEL
 from simkvm.kernel.qrwlock import OPEN
 from simkvm.kernel.sites import TEARDOWN
-from simkvm.kernel.stage2 import TABLE, VALID, TableId
+from simkvm.kernel.stage2 import BLOCK, TABLE, VALID, TableId
 from simkvm.kernel.task import Task, acquired, reach
 from simkvm.kernel.teardown import Teardown
 from simkvm.kernel.yielding_walk import Array, Walk, YieldingWalker, tree
@@ -164,13 +164,11 @@ class ZapRoots(Teardown):
         """``kvm_mmu_zap_all``: page by page; then one flush, and the pages are freed."""
         kvm, stage2, costs = self._kvm, self._kvm.stage2, self._kvm.costs
         tables = stage2.all_tables()
-        counts = [int(stage2.levels[t.level].counts[t.index]) for t in tables]
+        counts = [self._leaves_in(table) for table in tables]
         leaf_ns = kvm.mmu.chain * costs.unmap.leaf_ns
         spent = [
-            costs.unmap.descend_ns
-            + kvm.entries * costs.unmap.visit_ns
-            + (count * leaf_ns if table.level == stage2.leaf_level else 0)
-            for table, count in zip(tables, counts, strict=True)
+            costs.unmap.descend_ns + kvm.entries * costs.unmap.visit_ns + count * leaf_ns
+            for count in counts
         ]
         self.walk.visits += len(tables) * kvm.entries
         self.walk.longest_ns = max([self.walk.longest_ns, *spent])
@@ -189,11 +187,19 @@ class ZapRoots(Teardown):
             kvm.table_free.unlinked(kvm, table, t_ns, self._task.cpu.id)
         return t_ns
 
+    def _leaves_in(self, table: TableId) -> int:
+        """Pages or blocks that ``table`` maps itself."""
+        stage2 = self._kvm.stage2
+        level, bits = stage2.levels[table.level], stage2.geometry.index_bits
+        first = (table.index << bits) - level.phase
+        entries = level.entries[max(0, first) : first + (1 << bits)]
+        return int(np.count_nonzero((entries & (VALID | BLOCK)) == VALID))
+
     def _zap_page(self, table: TableId, t_ns: int) -> None:
         kvm, stage2 = self._kvm, self._kvm.stage2
-        if table.level == stage2.leaf_level:
-            bits, phase = stage2.geometry.index_bits, stage2.leaf.phase
-            first, last = (table.index << bits) - phase, ((table.index + 1) << bits) - phase
+        if self._leaves_in(table):
+            last = stage2.end_of(table) - stage2.first_leaf
+            first = last - (1 << self._bits(table.level - 1, stage2.leaf_level))
             kvm.zap_leaves(t_ns, max(0, first), min(kvm.leaves, last))
         stage2.unlink(table.level - 1, table.index)
         kvm.oracle.unlinked(table, t_ns, stage2.entries_in(table))
