@@ -164,7 +164,7 @@ def _listen_to_changes(notes: Journal, patch: pytest.MonkeyPatch) -> None:
 
     for method in (
         *("map_leaf", "map_block", "break_block", "fill_block", "collapse", "clear"),
-        *("allow_write", "write_protect", "write_protect_words"),
+        *("allow_write", "write_protect", "write_protect_words", "set_young", "clear_young"),
     ):
         before(patch, Stage2, method, changed)
     before(patch, UnmapWalk, "__post_init__", changed)
@@ -191,11 +191,11 @@ def _listen_to_oracle(notes: Journal, patch: pytest.MonkeyPatch) -> None:
 
 
 def _listen_to_invalidations(notes: Journal, patch: pytest.MonkeyPatch) -> None:
-    trees: dict[str, Stage2] = {}
+    guests: dict[str, Kvm] = {}
     pieces: dict[str, list[tuple[int, int]]] = {}  # where unmap is not by chunk
 
     def unmap_chunk(kvm: Kvm, cpu: int, t_ns: int, first: int, last: int) -> None:
-        trees[kvm.name] = kvm.stage2
+        guests[kvm.name] = kvm
         if kvm.no_memslot(first):
             return  # a memslot goes: no range that ends
         notes.taken.setdefault(kvm.name, []).append((first, last))
@@ -210,9 +210,11 @@ def _listen_to_invalidations(notes: Journal, patch: pytest.MonkeyPatch) -> None:
         for piece in [p for p in pieces.get(oracle.guest, []) if first <= p[0] and p[1] <= last]:
             pieces[oracle.guest].remove(piece)
             taken.remove(piece)
-        for cut in chunks(trees[oracle.guest], first, last) if oracle.guest in trees else ():
-            if cut in taken:  # all of them, unless the tree went away half-way
-                taken.remove(cut)
+        kvm = guests.get(oracle.guest)
+        for slot in kvm.memslots.overlapping(first, last) if kvm is not None else ():
+            for cut in chunks(kvm.stage2, *slot):
+                if cut in taken:  # all of them, unless the tree went away half-way
+                    taken.remove(cut)
         notes.ends[oracle.guest] = notes.ends.get(oracle.guest, 0) + 1
 
     before(patch, Kvm, "unmap_chunk", unmap_chunk)

@@ -1,7 +1,8 @@
 """Dirty logging as live migration uses it: on, rounds of get and clear, off.
 
 Source: the ioctls of virt/kvm/kvm_main.c, v6.12, in the order in which QEMU and dirty_log_perf_test
-make them; what they do is in :mod:`simkvm.kernel.dirty_log`.
+make them; what they do is in :mod:`simkvm.kernel.dirty_log`. Each is made for one memslot after the
+other.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class DirtyLog(Contender):
     def __init__(self, kvm: Kvm, task: Task, rng: np.random.Generator, spec: Spec) -> None:
         super().__init__(kvm, task, rng)
         self._spec = spec
-        self._slot = range(kvm.leaves)
+        self._slots = [range(*slot) for slot in kvm.memslots]
         log = kvm.dirty_log
         log.manual_protect, log.initially_set = spec.manual_protect, spec.initially_set
         log.split_chunk_bytes = spec.eager_split_chunk or 0
@@ -38,25 +39,26 @@ class DirtyLog(Contender):
         """Round after round."""
         spec, log, task = self._spec, self.kvm.dirty_log, self.task
         t_ns = yield from self.sleep_until(0, spec.start)
-        if not self.kvm.alive:
-            return
-        t_ns = yield from log.enable(task, t_ns, self._slot)
+        for slot in self._slots if self.kvm.alive else ():
+            t_ns = yield from log.enable(task, t_ns, slot)
         rounds = 0
         while self.kvm.alive and (spec.rounds is None or rounds < spec.rounds):
             t_ns = yield from self.sleep_until(t_ns, t_ns + spec.interval)
-            t_ns = yield from log.get(task, t_ns, self._slot)
+            for slot in self._slots:
+                t_ns = yield from log.get(task, t_ns, slot)
             if spec.manual_protect:
                 t_ns = yield from self._clear(t_ns)
             rounds += 1
             self.calls += 1
-        if self.kvm.alive:
-            t_ns = yield from log.disable(task, t_ns, self._slot)
+        for slot in self._slots if self.kvm.alive else ():
+            t_ns = yield from log.disable(task, t_ns, slot)
         self.task.cpu.sleep((yield from reach(self.kvm.env, t_ns)))
 
     def _clear(self, t_ns: int) -> Steps:
         """Clear what was got, an ioctl a chunk."""
-        for first in range(0, len(self._slot), self._chunk):
-            if self.kvm.alive:
-                log = self.kvm.dirty_log
-                t_ns = yield from log.clear(self.task, t_ns, self._slot, first, self._chunk)
+        log = self.kvm.dirty_log
+        for slot in self._slots:
+            for first in range(0, len(slot), self._chunk):
+                if self.kvm.alive:
+                    t_ns = yield from log.clear(self.task, t_ns, slot, first, self._chunk)
         return t_ns

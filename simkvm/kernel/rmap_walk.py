@@ -58,7 +58,9 @@ class RmapAgeing:
         huge = self.kvm.huge_page(table)
         if huge is None:
             return self.kvm.host.table_leaves(table)
-        return np.arange(huge.start, huge.stop, dtype=np.int64)
+        leaves = np.arange(huge.start, huge.stop, dtype=np.int64)
+        own: Leaves = leaves[(self.kvm.host.state[leaves] & OWN) != 0]
+        return own
 
     def entries(self, folio: Leaves) -> int:
         """Entries of the host that map ``folio``, as it was."""

@@ -333,14 +333,15 @@ def _sized(
 ) -> Iterator[Problem]:
     """What contenders that log writes or change the size of pages need of guest and kernel."""
     contender, keys = scenario.contenders[name], ("contenders", name)
-    guest = scenario.guests.get(contender.guest) or guests.get(contender.guest)
-    if guest is None:
+    found = set(meant(scenario, contender.guest))
+    if not found:
         return
+    guest = guests[min(found)]
     block = BLOCK_BYTES[guest.page_size][0]
     others = [
         (other, them)
         for other, them in scenario.contenders.items()
-        if them.guest == contender.guest and other != name
+        if other != name and found & set(meant(scenario, them.guest))
     ]
     if isinstance(contender, DirtyLog):
         yield from _dirty_log(contender, guest, keys, kernel)

@@ -82,6 +82,9 @@ def drawn(
     more = Random(pace["start"])  # one of its own, so that the other draws do not shift
     pace["method"] = more.choice(["lru_gen", "lru_gen", "page_idle", "folio_referenced"])
     flags = {"hw_af": more.random() < 0.7}
+    slots = more.choice([1, 1, 1, 2, 4])
+    slots = slots if memory % (slots * max(leaf, page)) == 0 else 1
+    mapped = more.random() < 0.15
     vcpus, disturbers = dice.randint(1, 4), dice.choice([0, 1, 1, 2]) + takers
     variant = kernel(dice, safe, arch)
     others = resizers(dice, page, leaf, load_kernel(variant)["eager_split"]) if sized else {}
@@ -105,6 +108,8 @@ def drawn(
             "mapping": leaf,
             "folio": folio,
             "access": access(dice),
+            "memslots": slots,
+            "mapped": mapped,
             "teardown": end if teardown else None,
         },
         ageing=pace if dice.random() < 0.8 else None,

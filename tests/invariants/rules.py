@@ -73,10 +73,22 @@ def shadows_agree_with_blocks(stage2: Stage2) -> None:
         assert not (mapped & linked).any(), "a table under a block"
 
 
+def a_block_has_one_flag(kvm: Kvm) -> None:
+    """Where software sets and clears the accessed flag, it does so for a block as a whole."""
+    stage2 = kvm.stage2
+    if not kvm.software_af or stage2.blocks is None:
+        return
+    entries, first = stage2.leaf.entries, np.arange(len(stage2.leaf.entries))
+    first -= first % stage2.block_leaves
+    mapped = (entries & BLOCK) != 0
+    assert not ((entries ^ entries[first]) & AF)[mapped].any()
+
+
 def blocks_lie_in_huge_pages(kvm: Kvm) -> None:
-    """A block maps what the host maps by a huge page, all of which is there."""
+    """A block maps what the host maps by a huge page, all of which is there, or on its way."""
     host, huge = kvm.host, np.repeat(kvm.host.huge, kvm.host.entries)[: kvm.leaves]
     assert ((host.state & (OWN | MIGRATION)) != 0)[huge].all()
+    assert not ((host.state & MIGRATION) != 0)[(kvm.stage2.leaf.entries & BLOCK) != 0].any()
     if kvm.notifier.subscribed:
         assert not (((kvm.stage2.leaf.entries & BLOCK) != 0) & ~huge).any()
 

@@ -52,6 +52,7 @@ def watched(spec: Scenario) -> tuple[World, Journal, Record]:
                 keeps = kvm.keep_tables or kvm.kernel["recover_huge"] == "zap"
                 rules.tree_hangs_together(kvm.stage2, keeps)
                 rules.shadows_agree_with_blocks(kvm.stage2)
+                rules.a_block_has_one_flag(kvm)
                 rules.blocks_lie_in_huge_pages(kvm)
                 rules.nothing_maps_what_the_host_took(kvm)
                 rules.open_ranges_stay_empty(kvm, notes)

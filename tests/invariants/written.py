@@ -29,18 +29,28 @@ class Written:
     """The writes of one guest. ``reported``: pages that some get or take showed."""
 
     kvm: Kvm | None = None
-    logging: bool = False
+    logged: Any = None  #: pages of slots that are logged
     last_write_ns: Any = None
     safe_until_ns: Any = None  #: writes up to then are known to whoever reads the page
     reported: Any = None
     taken: int = 0
     writes: int = field(default=0)
 
-    def begin(self, kvm: Kvm, t_ns: int) -> None:
-        self.kvm, self.logging = kvm, True
-        self.last_write_ns = np.full(kvm.leaves, -1, np.int64)
-        self.safe_until_ns = np.full(kvm.leaves, t_ns, np.int64)
-        self.reported = np.zeros(kvm.leaves, np.bool_)
+    def begin(self, kvm: Kvm, t_ns: int, slot: range) -> None:
+        if self.last_write_ns is None:
+            self.kvm = kvm
+            self.last_write_ns = np.full(kvm.leaves, -1, np.int64)
+            self.safe_until_ns = np.full(kvm.leaves, t_ns, np.int64)
+            self.logged, self.reported = np.zeros((2, kvm.leaves), np.bool_)
+        where = slice(slot.start, slot.stop)
+        self.safe_until_ns[where] = t_ns
+        self.logged[where] = True
+        self.reported[where] = False
+
+    @property
+    def logging(self) -> bool:
+        """Whether any slot is logged."""
+        return self.logged is not None and bool(self.logged.any())
 
     def note(self, leaves: Any, times: Any) -> None:
         """Writes of ``leaves`` at ``times``."""
@@ -54,9 +64,11 @@ class Written:
             return
         assert self.kvm is not None
         bitmap = self.kvm.dirty_log._bitmap
-        unknown = (self.last_write_ns > self.safe_until_ns) & ~bitmap
+        unknown = (self.last_write_ns > self.safe_until_ns) & ~bitmap & self.logged
         assert not unknown.any(), f"lost: {np.flatnonzero(unknown)[:9]}"
-        silent = ((self.kvm.stage2.leaf.entries & WRITE) != 0) & ~bitmap
+        if not self.kvm.stage2.attached:
+            return  # nobody will use what is left of the tree
+        silent = ((self.kvm.stage2.leaf.entries & WRITE) != 0) & ~bitmap & self.logged
         assert not silent.any(), f"writable without a bit: {np.flatnonzero(silent)[:9]}"
 
 
@@ -73,7 +85,7 @@ def watched_writes() -> Iterator[Written]:
 
     def mapped(vcpu: Vcpu, _: int) -> None:
         leaf = vcpu._list[vcpu._position]
-        if vcpu._need_list[vcpu._position] & WRITE and seen.logging:
+        if vcpu._need_list[vcpu._position] & WRITE and seen.logging and seen.logged[leaf]:
             assert vcpu.kvm.dirty_log._bitmap[leaf], f"{leaf} is written, its bit is not set"
             seen.writes += 1
 
@@ -93,18 +105,20 @@ def watched_writes() -> Iterator[Written]:
 
     def enabled(log: DirtyLog, task: Any, t_ns: int, slot: range) -> Generator[Any, Any, int]:
         t_ns = yield from enable(log, task, t_ns, slot)
-        seen.begin(log._kvm, t_ns)
+        seen.begin(log._kvm, t_ns, slot)
         return t_ns
 
     def got(log: DirtyLog, task: Any, t_ns: int, slot: range) -> Generator[Any, Any, int]:
         t_ns = yield from get(log, task, t_ns, slot)
         if log.manual_protect:
-            seen.reported[:] = log.got
+            where = slice(slot.start, slot.stop)
+            seen.reported[where] = log.got[where]
         return t_ns
 
-    def disabled(log: DirtyLog, *args: Any) -> Generator[Any, Any, int]:
-        seen.logging = False
-        return (yield from disable(log, *args))
+    def disabled(log: DirtyLog, task: Any, t_ns: int, slot: range) -> Generator[Any, Any, int]:
+        if seen.logging:
+            seen.logged[slot.start : slot.stop] = False
+        return (yield from disable(log, task, t_ns, slot))
 
     with pytest.MonkeyPatch.context() as patch:
         before(patch, Vcpu, "catch_up", caught_up)

@@ -46,5 +46,15 @@ def test_a_guest_has_one_dirty_log() -> None:
         scenario(guest=THP, contenders={"a": LOG, "b": LOG}, duration=MS)
 
 
+def test_members_of_a_group_are_looked_at_too() -> None:
+    group = {**THP, "count": 2}
+    with pytest.raises(
+        InputError, match=r"contenders\.b\.guest: a logs the writes of vm01? already"
+    ):
+        scenario(guest=group, contenders={"a": LOG, "b": {**LOG, "guest": "vm01"}}, duration=MS)
+    with pytest.raises(InputError, match="has no huge page to split"):
+        scenario(guest={"count": 2}, contenders={"s": {**SPLIT, "guest": "vm01"}}, duration=MS)
+
+
 def test_khugepaged_makes_pages_to_split() -> None:
     scenario(contenders={"s": SPLIT, "k": KHUGEPAGED}, duration=MS)
