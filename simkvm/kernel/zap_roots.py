@@ -192,9 +192,13 @@ class ZapRoots(Teardown):
 
     def _zap_page(self, table: TableId, t_ns: int) -> None:
         kvm, stage2 = self._kvm, self._kvm.stage2
-        if table.level == stage2.leaf_level:
-            bits, phase = stage2.geometry.index_bits, stage2.leaf.phase
-            first, last = (table.index << bits) - phase, ((table.index + 1) << bits) - phase
+        level = stage2.levels[table.level]
+        if (
+            level is stage2.leaf or level is stage2.blocks
+        ):  # blocks among pages hang in an upper table
+            each, bits = stage2.block_leaves if level is stage2.blocks else 1, self._bits(0, 1)
+            first = ((table.index << bits) - level.phase) * each
+            last = first + (each << bits)
             kvm.zap_leaves(t_ns, max(0, first), min(kvm.leaves, last))
         stage2.unlink(table.level - 1, table.index)
         kvm.oracle.unlinked(table, t_ns, stage2.entries_in(table))
