@@ -38,6 +38,8 @@ class DirtyLog(Contender):
         """Round after round."""
         spec, log, task = self._spec, self.kvm.dirty_log, self.task
         t_ns = yield from self.sleep_until(0, spec.start)
+        if not self.kvm.alive:
+            return
         t_ns = yield from log.enable(task, t_ns, self._slot)
         rounds = 0
         while self.kvm.alive and (spec.rounds is None or rounds < spec.rounds):

@@ -29,6 +29,7 @@ class FreePageReporting(Contender):
     def __init__(self, kvm: Kvm, task: Task, rng: np.random.Generator, spec: Spec) -> None:
         super().__init__(kvm, task, rng)
         self._spec = spec
+        kvm.remember_touches()
         # Nothing smaller than a leaf can be taken back, and a block that is cut off is never free.
         self._block_leaves = max(1, spec.block // kvm.stage2.leaf_bytes)
         self._block_bytes = self._block_leaves * kvm.stage2.leaf_bytes

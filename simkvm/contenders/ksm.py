@@ -41,6 +41,7 @@ class Ksm(Contender):
     def __init__(self, kvm: Kvm, task: Task, rng: np.random.Generator, spec: Spec) -> None:
         super().__init__(kvm, task, rng)
         self._spec = spec
+        kvm.remember_touches()
         self.content, self._sharers = _contents(kvm.leaves, spec.duplicates, spec.copies, rng)
         self._seen_ns: NDArray[np.int64] = np.full(kvm.leaves, -1, np.int64)
         self._unstable: dict[int, int] = {}  # content -> the leaf that waits for its like

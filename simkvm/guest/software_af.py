@@ -88,19 +88,19 @@ class SoftwareAfVcpu(Vcpu):
 
     def accessed(self, t_ns: int) -> int:
         """The flag is set; the guest goes on at ``t_ns``. Returns when it needs the host next."""
-        need = self._need_list[self._position]
-        if self._entries[self._list[self._position]] & need == need:
-            return self.mapped(t_ns)
-        return self.enter(t_ns)
+        return self.mapped(t_ns)
 
     def mapped(self, t_ns: int) -> int:
-        """As :meth:`Vcpu.mapped`."""
+        """As :meth:`Vcpu.mapped`; what the touch needs may still not all be there."""
         if not self.kvm.alive:
             return t_ns
         position = self._position
-        leaf = self._list[position]
+        leaf, need = self._list[position], self._need_list[position]
+        if self._entries[leaf] & need != need:
+            return self.enter(t_ns)
         self.touches += 1
-        self._fast_last_touch[leaf] = t_ns
+        if self._last_touch is not None:
+            self._last_touch[leaf] = t_ns
         self._fast_tags[leaf % self._tlb_entries] = leaf
         self._position = position + 1
         return self.enter(t_ns, self._cost_list[position + 1] - self._cost_list[position])

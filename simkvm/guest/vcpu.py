@@ -57,7 +57,7 @@ class Vcpu:
         self._tags: NDArray[np.int64] = np.full(kvm.costs.tlb_entries, -1, np.int64)
         self._fast_tags = memoryview(self._tags)  # type: ignore[arg-type]  # a buffer
         self._tlb_entries = kvm.costs.tlb_entries
-        self._fast_last_touch = kvm.fast_last_touch
+        self._last_touch: memoryview | None = None  #: when each leaf was touched, if anybody asks
         self._flushes = False
         self._owed_ns = 0  #: for filling a TLB that :meth:`forget_translations` emptied
         self._shared = kvm.shared
@@ -144,7 +144,7 @@ class Vcpu:
 
         Returns when it comes to ``mmap_lock``, or, refused, when the host is needed next.
         """
-        kvm, write = self.kvm, self._need_list[self._position] != VALID
+        kvm, write = self.kvm, self._need_list[self._position] & WRITE != 0
         if not kvm.no_memslot(leaf):  # else it is MMIO before it comes to the lock
             t_ns = yield from mmap_lock.wait(kvm, self.task, t_ns)
         back_ns = self.fault.refused(t_ns, leaf, write)
@@ -211,7 +211,8 @@ class Vcpu:
         position = self._position
         leaf = self._list[position]
         self.touches += 1
-        self._fast_last_touch[leaf] = t_ns
+        if self._last_touch is not None:
+            self._last_touch[leaf] = t_ns
         self._fast_tags[leaf % self._tlb_entries] = leaf
         costs = self._cost_list
         busy_ns = costs[position + 1] - costs[position]
@@ -310,6 +311,10 @@ class Vcpu:
         into = t_ns - self._run_from_ns + self._cost_list[first]
         return min(self._run_to, int(np.searchsorted(self._cost, into, side="left")))
 
+    def remember_touches(self, last_touch_ns: NDArray[np.int64]) -> None:
+        """Note in ``last_touch_ns``, a leaf a place, when each was touched."""
+        self._last_touch = memoryview(last_touch_ns)  # type: ignore[arg-type]  # a buffer
+
     def catch_up(self, t_ns: int) -> None:
         """Apply the touches planned before ``t_ns``."""
         first, last = self._position, self._reached(t_ns)
@@ -320,7 +325,8 @@ class Vcpu:
             self._touch_few(self._list[first:last])
         else:
             self._touch(leaves)
-        self.kvm.last_touch_ns[leaves] = t_ns
+        if self._last_touch is not None:
+            self.kvm.last_touch_ns[leaves] = t_ns
         self.touches += last - first
         self._position = last
         self._run_from_ns += self._cost_list[last] - self._cost_list[first]

@@ -29,6 +29,7 @@ class AccessFault:
         self._kvm = kvm
         self._vcpu = vcpu
         self._costs = kvm.costs.access_fault
+        self._stage2 = kvm.stage2
         self._entries = kvm.stage2.leaf.fast
         self._lock = kvm.kernel["access_fault_lock"]
         self._leaf = 0
@@ -51,7 +52,7 @@ class AccessFault:
         leaf, costs = self._leaf, self._costs
         entry = self._entries[leaf]
         if entry & VALID and not entry & AF:
-            self._entries[leaf] = entry | AF
+            self._stage2.set_young(leaf)
             if self._kvm.expected:
-                self._kvm.leaf_mapped(leaf, entry_ns)
+                self._kvm.given(leaf, entry_ns)
         return costs.hold_ns, self._vcpu.accessed(entry_ns + costs.hold_ns + costs.enter_ns)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from simpy import Environment, Event
 
 from simkvm.kernel.aging_call import CALLS, Pass
@@ -196,12 +195,12 @@ class AgeingWalk:
         if not len(leaves):
             kvm.host.unlock(t_ns)
             return t_ns, 0
-        if kvm.host.huge[table]:
-            leaves = self._huge_leaves(table, leaves)
-            if not len(leaves):
+        huge = kvm.huge_page(table)
+        if huge is not None:
+            if not len(huge):
                 kvm.host.unlock(t_ns)
                 return t_ns, 0
-            return (yield from self._huge_page(t_ns, leaves, report))
+            return (yield from self._huge_page(t_ns, huge, report))
         report.scanned += len(leaves)
         by_host = leaves[(kvm.host.state[leaves] & YOUNG) != 0]
         kvm.host.state[leaves] &= np.uint8(~YOUNG & 0xFF)
@@ -222,22 +221,11 @@ class AgeingWalk:
         self.task.cpu.enter_kernel(t_ns)
         return t_ns, moved
 
-    def _huge_leaves(self, table: int, leaves: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The leaves of the huge page in place of ``table``; none if one before is its first."""
-        kvm = self.kvm
-        first, last = kvm.stage2.block_span(table * kvm.host.entries)
-        span = slice(first // kvm.host.entries, -(-last // kvm.host.entries))
-        if span.stop - span.start == 1 or not kvm.host.huge[span].all():
-            return leaves
-        if span.start < table:
-            return leaves[:0]
-        return np.arange(first, last)
-
     def _huge_page(
-        self, t_ns: int, leaves: NDArray[np.int64], report: Pass
+        self, t_ns: int, huge: range, report: Pass
     ) -> Generator[Event, Any, tuple[int, int]]:
-        """A huge page in a table's place: one entry, and one folio of all ``leaves``."""
-        kvm, first, last = self.kvm, int(leaves[0]), int(leaves[-1]) + 1
+        """A huge page in a table's place: one entry, and one folio of all its leaves."""
+        kvm, first, last = self.kvm, huge.start, huge.stop
         report.scanned += 1
         young = bool((kvm.host.state[first:last] & YOUNG).any())
         kvm.host.state[first:last] &= np.uint8(~YOUNG & 0xFF)
@@ -250,7 +238,8 @@ class AgeingWalk:
         moved = 0
         if young:
             report.young += 1
-            moved = kvm.host.lru.promote(leaves[(kvm.host.state[leaves] & OWN) != 0])
+            own = np.flatnonzero(kvm.host.state[first:last] & OWN)
+            moved = kvm.host.lru.promote(first + own)
         kvm.host.unlock(t_ns)
         self.task.cpu.enter_kernel(t_ns)
         return t_ns, moved

@@ -94,25 +94,11 @@ class AgeingCall:
         Where stage 2 maps it by pages the call visits each of them. Returns when it is done, and
         whether the guest used any.
         """
-        kvm, costs = self.kvm, self.costs
         report.calls += 1
-        busy_ns = costs.walk_ns + (kvm.stage2.leaf_visits(first, last) - 1) * costs.visit_ns
-        used = False
-
-        def section(at_ns: int) -> tuple[int, int]:
-            nonlocal used
-            used = kvm.stage2.attached and bool(kvm.stage2.young(first, last).any())
-            kvm.stage2.leaf.entries[first:last] &= np.uint8(~AF & 0xFF)
-            promoted_ns = costs.promote_ns if used else 0
-            return busy_ns, at_ns + busy_ns + promoted_ns + costs.scan_ns
-
-        t_ns = yield from reach(self.env, t_ns + costs.call_ns)
-        if self.lock == "none":
-            tables = kvm.path_at(first, t_ns)
-            kvm.oracle.walk(Walk(self.task.name, tables, t_ns, busy_ns, busy_ns, 1))
-            return section(t_ns)[1], used
-        lock = kvm.mmu_lock.write if self.lock == "write" else kvm.mmu_lock.read
-        return (yield from acquired(lock(t_ns, self.task.cpu.id, AGE, section))), used
+        t_ns, young = yield from self.notifier.clear(t_ns, first, last)
+        used = bool(len(young))
+        t_ns += self.costs.scan_ns + (self.costs.promote_ns if used else 0)
+        return (yield from reach(self.env, t_ns)), used
 
 
 class Blind(AgeingCall):
@@ -323,8 +309,13 @@ class PerFolio(AgeingCall):
         if self.lock == "none":
             tables = kvm.path_at(int(batch[0]), start_ns - self.costs.call_ns)
             kvm.oracle.walk(Walk(self.task.name, tables, start_ns, period_ns, busy_ns, calls))
-        else:
+        elif calls == len(batch):
             kvm.rmap.hold(Held(batch, start_ns, period_ns, busy_ns))
+        else:
+            visit_ns, more_ns = self.costs.visit_ns, period_ns - busy_ns
+            for run in np.split(batch, run_starts(batch, self.run_leaves())[1:]):
+                kvm.rmap.hold(Held(run, start_ns, visit_ns, visit_ns))
+                start_ns += len(run) * visit_ns + more_ns
 
 
 def run_starts(leaves: Leaves, size: int) -> Leaves:

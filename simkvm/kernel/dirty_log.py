@@ -31,6 +31,7 @@ from simkvm.kernel.eager_split import EagerSplit
 from simkvm.kernel.memslot import MemslotUpdate
 from simkvm.kernel.recover_huge import RECOVER
 from simkvm.kernel.sites import DIRTY_LOG_CLEAR, DIRTY_LOG_GET, WRITE_PROTECT
+from simkvm.kernel.stage2 import WRITE
 from simkvm.kernel.task import Task, acquired, reach
 
 if TYPE_CHECKING:
@@ -126,7 +127,8 @@ class DirtyLog:
         t_ns = yield from MemslotUpdate(self._kvm, task).change_flags(
             t_ns, lambda: self._logged.remove(slot)
         )
-        self.eager_split.cached = 0
+        # kvm_arch_commit_memory_region() frees what eager splitting has left over.
+        t_ns = yield from self._kvm.split_cache.free(task, t_ns)
         return (yield from self._recover.run(self._kvm, task, t_ns, slot.start, slot.stop))
 
     # -- inside -------------------------------------------------------------------------------
@@ -136,8 +138,10 @@ class DirtyLog:
         kvm = self._kvm
         for vcpu in kvm.vcpus:
             vcpu.catch_up(t_ns)
+        young = kvm.leaves_change(first, last, WRITE)
         visits, changed = kvm.stage2.write_protect(first, last)
         end_ns = t_ns + visits * kvm.costs.unmap.visit_ns + changed * self._store_ns
+        kvm.leaves_changed(young, t_ns, end_ns - t_ns)
         if last == self._logged[-1].stop:
             self._forget(end_ns)
         return end_ns
@@ -199,9 +203,12 @@ class DirtyLog:
             return words_ns, 0
         starts = np.flatnonzero(np.diff((bits - part.start) // WORD, prepend=-1))
         lows, highs = bits[starts], bits[np.append(starts[1:], len(bits)) - 1] + 1
+        young = kvm.leaves_change(int(lows[0]), int(highs[-1]), WRITE)
         visits, changed = kvm.stage2.write_protect_words(lows, highs)
         self._bitmap[bits] = False
         walks_ns = len(starts) * costs.ageing.walk_ns + visits * costs.unmap.visit_ns
         hold_ns = words_ns + walks_ns + changed * self._store_ns
+        lost = (kvm.stage2.leaf.entries[young] & WRITE) == 0
+        kvm.leaves_changed(young[lost], t_ns, hold_ns)
         self._forget(t_ns + hold_ns)
         return hold_ns, len(bits)

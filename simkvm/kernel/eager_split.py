@@ -26,13 +26,12 @@ Steps = Generator[Event, Any, int]
 
 
 class EagerSplit:
-    """Splits the blocks of one guest. ``cached``: table pages in ``split_page_cache``."""
+    """Splits the blocks of one guest, into tables from its ``split_page_cache``."""
 
     def __init__(self, kvm: Kvm) -> None:
         self._kvm = kvm
         # x86 replaces a huge entry by a table that says the same: nothing has to be invalidated.
         self._breaks = kvm.kernel["mmu"] == "stage2"
-        self.cached = 0
 
     def run(self, task: Task, t_ns: int, first: int, last: int, chunk_bytes: int) -> Steps:
         """Take the lock and split what lies in the leaves ``first`` up to ``last``.
@@ -54,7 +53,7 @@ class EagerSplit:
             return t_ns
         position = first
         while position < last:
-            if self.cached < self._needed(step) or kvm.lock_break(task.cpu, t_ns):
+            if kvm.split_cache.pages < self._needed(step) or kvm.lock_break(task.cpu, t_ns):
                 t_ns = yield from self._refill(task, t_ns, self._needed(step))
             if not kvm.stage2.attached:
                 break
@@ -75,7 +74,7 @@ class EagerSplit:
         kvm = self._kvm
         kvm.mmu_lock.release(t_ns)
         task.cpu.enter_kernel(t_ns)
-        lacking, self.cached = max(0, pages - self.cached), max(pages, self.cached)
+        lacking = kvm.split_cache.top_up(pages)
         t_ns += kvm.costs.ageing.resched_ns + lacking * kvm.costs.fault.object_ns
         return (yield from open_for_write(kvm, task, t_ns, EAGER_SPLIT))
 
@@ -94,11 +93,12 @@ class EagerSplit:
         kvm = self._kvm
         first, last = kvm.stage2.block_span(leaf)
         end_ns = t_ns + (last - first) * kvm.costs.split_entry_ns
+        kvm.leaf_changes(leaf, end_ns)
         if self._breaks:
             end_ns = kvm.flush_ns(end_ns)
             kvm.forget_translations(t_ns)
         kvm.splits += 1
         tables = kvm.stage2.fill_block(leaf)
-        self.cached -= len(tables)
+        kvm.split_cache.take(len(tables))
         kvm.tables_linked(tables, end_ns)
         return end_ns

@@ -52,11 +52,23 @@ class SizedFaultPath(FaultPath):
             self._huge = kvm.host.empty(*kvm.stage2.block_span(leaf))
         self._alloc_ns = kvm.block_faults.gup_alloc_ns if self._huge else costs.gup_alloc_ns
         self._wants_write = write
-        relaxes = write and self._leaf_state[leaf] & (VALID | WRITE) == VALID
+        relaxes = self._only_rights(leaf, write)
         self._hit_ns = costs.relax_hit_ns if relaxes else costs.gup_hit_ns
-        if relaxes and self._relax_lock == "none":
+        if relaxes and self._relax_lock == "none" and self._only_logged(leaf):
             return self._fast(t_ns, leaf)
         return super().look_up(t_ns, leaf, write or self._huge)
+
+    def _only_rights(self, leaf: int, write: bool) -> bool:
+        """Whether only the right to write lacks, and the host has nothing against that."""
+        if not write or self._leaf_state[leaf] & (VALID | WRITE) != VALID:
+            return False
+        state = self._host_state[leaf]
+        return bool(state & OWN) and state < MIGRATION
+
+    def _only_logged(self, leaf: int) -> bool:
+        """Whether only logging keeps the entry from being writable (``is_mmu_writable_spte``)."""
+        same_size = self._maps_block(leaf) == self._kvm.stage2.is_block(leaf)
+        return same_size and self._only_rights(leaf, write=True)
 
     def _fast(self, t_ns: int, leaf: int) -> int:
         """x86's ``fast_page_fault``: an entry that is there is changed without any look-up."""
@@ -92,9 +104,10 @@ class SizedFaultPath(FaultPath):
             return self.take_lock(t_ns, self._cpu, FAULT, self.locked)
         if self._maps_block(leaf) != self._kvm.stage2.is_block(leaf):
             return self.take_lock(t_ns, self._cpu, PERMISSION_FAULT, self.locked)
-        if self._relax_lock == "none":
+        if self._relax_lock == "none" and self._only_logged(self._leaf):
             return self.locked(t_ns)[1]
-        return self._locks[self._relax_lock](t_ns, self._cpu, PERMISSION_FAULT, self.locked)
+        take = self._locks.get(self._relax_lock, self.take_lock)
+        return take(t_ns, self._cpu, PERMISSION_FAULT, self.locked)
 
     def _maps_block(self, leaf: int) -> bool:
         kvm = self._kvm
@@ -126,24 +139,18 @@ class SizedFaultPath(FaultPath):
     def _relax(self, t_ns: int, leaf: int) -> int:
         """Make the entry writable, then have the stale translation dropped."""
         kvm = self._kvm
+        kvm.leaf_changes(leaf, t_ns + self._costs.relax_hold_ns)
         kvm.stage2.allow_write(leaf)
-        self._leaf_state[leaf] |= AF
+        if not kvm.software_af:  # the access that follows sets the flag
+            self._leaf_state[leaf] |= AF
         if kvm.expected:
-            self._given(leaf, t_ns)
+            kvm.given(leaf, t_ns)
         end_ns = t_ns + self._costs.relax_hold_ns
         if self._broadcast_relax:
             kvm.forget_translations(t_ns)
             return max(end_ns, kvm.flush_ns(t_ns, alone_ns=0))
         self._vcpu.forget_translations()
         return end_ns
-
-    def _given(self, leaf: int, t_ns: int) -> None:
-        """Tell the vCPUs that planned to fault on what was mapped."""
-        kvm = self._kvm
-        if kvm.stage2.is_block(leaf):
-            kvm.block_mapped(*kvm.stage2.block_span(leaf), t_ns)
-        else:
-            kvm.leaf_mapped(leaf, t_ns)
 
     def _writable(self, leaf: int, write: bool) -> int:
         """Under logging a page that is only read is mapped read-only, so that a write shows.
@@ -161,18 +168,19 @@ class SizedFaultPath(FaultPath):
 
     def _map_page(self, t_ns: int, leaf: int, write: bool) -> int:
         kvm, stage2 = self._kvm, self._kvm.stage2
-        end_ns = t_ns + self._costs.hold_ns
+        end_ns, linked_ns = t_ns + self._costs.hold_ns, t_ns
         if stage2.is_block(leaf):
             kvm.splits += 1
-            end_ns = kvm.flush_ns(end_ns)
+            kvm.leaf_changes(leaf, end_ns)
+            end_ns = linked_ns = kvm.flush_ns(end_ns)
             kvm.entry_locked(self._leaf_tables(leaf), t_ns, end_ns)
             with kvm.mappings_going(t_ns):
                 stage2.break_block(leaf)
         made = stage2.map_leaf(leaf, self._writable(leaf, write))
         if made:
-            end_ns += self._linked(made, end_ns)
+            end_ns += self._linked(made, linked_ns)
         if kvm.expected:
-            self._given(leaf, t_ns)
+            kvm.given(leaf, t_ns)
         return end_ns
 
     def _map_block(self, t_ns: int, leaf: int) -> int:
@@ -182,7 +190,7 @@ class SizedFaultPath(FaultPath):
         if made:
             end_ns += self._linked(made, t_ns)
         kvm.entry_locked(self._leaf_tables(leaf), t_ns, end_ns)
-        self._given(leaf, t_ns)
+        kvm.given(leaf, t_ns)
         return end_ns
 
     def _collapse(self, t_ns: int, leaf: int) -> int:
@@ -197,7 +205,7 @@ class SizedFaultPath(FaultPath):
         for table in tables:
             kvm.oracle.unlinked(table, made_ns)
         kvm.collapse_free.unlinked(kvm, tables, made_ns, self._cpu)
-        self._given(leaf, t_ns)
+        kvm.given(leaf, t_ns)
         entries = len(tables) * kvm.entries
         return made_ns + kvm.collapse_free.under_lock_ns(kvm.costs.free, len(tables), entries)
 

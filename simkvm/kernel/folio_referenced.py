@@ -48,31 +48,32 @@ class FolioReferenced(RmapAgeing):
         self._promoted.clear()
         t_ns = yield from reach(kvm.env, t_ns)
         for table, present in enumerate(kvm.host.present):
-            for folio in self.folios(kvm.host.table_leaves(table)) if present else ():
+            for folio in self.folios(self.leaves(table)) if present else ():
                 if not kvm.alive or int(folio[0]) // kvm.folio_leaves in self._promoted:
                     continue
-                report.scanned += len(folio)
+                entries = self.entries(folio)
+                report.scanned += entries
                 t_ns, used = yield from self.check(t_ns, folio, report)
                 if used:
                     there = folio[(kvm.host.state[folio] & OWN) != 0]
-                    report.young += len(there)
+                    report.young += min(len(there), entries)
                     kvm.host.lru.promote(there)
                     t_ns += costs.promote_ns
                 t_ns += costs.resched_ns
         report.end_ns = yield from reach(kvm.env, t_ns)
         return report
 
-    def at_entry(self, t_ns: int, leaf: int, report: Pass) -> Answer:
+    def at_entry(self, t_ns: int, first: int, last: int, report: Pass) -> Answer:
         """One entry: the host's flag, one call, and perhaps the neighbours."""
-        kvm, fast = self.kvm, self.kvm.host.fast
-        by_host = bool(fast[leaf] & YOUNG)
-        fast[leaf] &= ~YOUNG & 0xFF
-        t_ns, by_guest = yield from self.ask(t_ns, leaf, report, self._flush)
+        kvm = self.kvm
+        flush = self._flush or last - first > 1
+        by_host = self.host_young(first, last)
+        t_ns, by_guest = yield from self.ask(t_ns, first, last, report, flush)
         # A guest that could only be asked under the lock is no reason to ask for its neighbours.
         around = by_host or (by_guest and kvm.test_clear_young)
         t_ns = yield from reach(kvm.env, t_ns)
-        if around and not self._flush and not self._contended(t_ns, leaf):
-            t_ns = yield from self._look_around(t_ns, leaf, report)
+        if around and not flush and not self._contended(t_ns, first):
+            t_ns = yield from self._look_around(t_ns, first, report)
         return t_ns, by_host or by_guest
 
     def _contended(self, t_ns: int, leaf: int) -> bool:

@@ -27,7 +27,7 @@ from simkvm.kernel.rcu import Rcu
 from simkvm.kernel.remote_flush import Ipi
 from simkvm.kernel.rmap import RmapLocks
 from simkvm.kernel.split_cache import SplitCache
-from simkvm.kernel.stage2 import AF, VALID, WRITE, Stage2, TableId
+from simkvm.kernel.stage2 import AF, BLOCK, VALID, WRITE, Stage2, TableId
 from simkvm.kernel.tlb import TlbiPath
 from simkvm.kernel.unmap import UnmapCosts, UnmapWalk
 from simkvm.kernel.young_notifier import YoungCalls
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from simkvm.guest.vcpu import Vcpu
 
 
+NOTHING: NDArray[np.int64] = np.empty(0, np.int64)
 FREE = UnmapCosts(0, 0, 0, 0, 0, 0, 0)  #: of a walk whose time is accounted elsewhere
 
 
@@ -113,9 +114,9 @@ class Kvm:
         #: Whether the lock-free calls of 2023 work here (``kvm_arch_has_test_clear_young``).
         self.test_clear_young = machine.hw_af or kernel["ageing_call"] != "bitmap"
         self.young_calls = YoungCalls()
-        self.races = (
-            CmpxchgRaces(self.costs.ageing.cmpxchg_ns) if kernel["ageing_lock"] == "none" else None
-        )
+        # x86 clears the accessed bit by an atomic AND that cannot fail, where there is one.
+        swaps = kernel["ageing_lock"] == "none" and (kernel.arch == "arm64" or self.software_af)
+        self.races = CmpxchgRaces(self.costs.ageing.cmpxchg_ns) if swaps else None
         #: Whether MGLRU walks page tables: on arm64 host and guest have the flag, or neither.
         self.walks_page_tables = machine.hw_af or machine.arch != "arm64"
         self.vcpus: list[Vcpu] = []
@@ -125,8 +126,8 @@ class Kvm:
         #: Leaves that vCPUs plan to fault on, and who: only kept if vCPUs share memory.
         self.expected: dict[int, dict[int, Vcpu]] = {}
         self.installing: dict[int, int] = {}  # leaf table -> until when a fault installs it
-        self.last_touch_ns = np.full(self.leaves, -1, np.int64)
-        self.fast_last_touch = memoryview(self.last_touch_ns)  # type: ignore[arg-type]  # a buffer
+        #: When each leaf was touched last, -1 for never; kept only if somebody asks for it.
+        self.last_touch_ns: NDArray[np.int64] = np.empty(0, np.int64)
         self.page_bytes = geometry.page_bytes
         self.table_bytes = geometry.page_bytes
         self.entries = geometry.entries
@@ -150,7 +151,8 @@ class Kvm:
         memory.root(geometry.root_pages * self.table_bytes)
         if guest.mapped:
             self.host.map_all()
-            self.tables_linked(self.stage2.map_all(WRITE), 0)
+            self.host.huge[:] = self.huge_pages
+            self.tables_linked(self.stage2.map_all(WRITE, self.huge_pages), 0)
 
     @property
     def tlbi(self) -> TlbiPath:
@@ -163,6 +165,13 @@ class Kvm:
         """Flushes by interrupt, for code that only x86 has."""
         assert isinstance(self.remote_flush, Ipi)
         return self.remote_flush
+
+    def remember_touches(self) -> None:
+        """Keep :attr:`last_touch_ns` from now on."""
+        if not len(self.last_touch_ns):
+            self.last_touch_ns = np.full(self.leaves, -1, np.int64)
+        for vcpu in self.vcpus:
+            vcpu.remember_touches(self.last_touch_ns)
 
     # -- tables -------------------------------------------------------------------------------
 
@@ -233,9 +242,11 @@ class Kvm:
         host = self.host
         if not host.fast_huge[leaf // host.entries] or self.dirty_log.logs(leaf):
             return False
+        first, last = self.stage2.block_span(leaf)
+        if self.memslots.crossed(first, last):
+            return False  # ``fault_supports_stage2_huge_mapping``
         if self.stage2.block_leaves == host.entries:
             return True
-        first, last = self.stage2.block_span(leaf)
         return bool(host.huge[first // host.entries : -(-last // host.entries)].all())
 
     def refusal(self, leaf: int, write: bool) -> Refusal | None:
@@ -255,6 +266,13 @@ class Kvm:
         for vcpu in self.expected.pop(leaf, {}).values():
             vcpu.given(leaf, t_ns)
 
+    def given(self, leaf: int, t_ns: int) -> None:
+        """As :meth:`leaf_mapped`, for all that the page or block of ``leaf`` maps."""
+        if self.stage2.is_block(leaf):
+            self.block_mapped(*self.stage2.block_span(leaf), t_ns)
+        else:
+            self.leaf_mapped(leaf, t_ns)
+
     def block_mapped(self, first: int, last: int, t_ns: int) -> None:
         """As :meth:`leaf_mapped`, for all leaves that a block covers."""
         if len(self.expected) < last - first:
@@ -265,6 +283,20 @@ class Kvm:
             self.leaf_mapped(leaf, t_ns)
 
     # -- ageing -------------------------------------------------------------------------------
+
+    def huge_page(self, table: int) -> range | None:
+        """The leaves of the host's huge page in the place of host table ``table``, if it is one.
+
+        Empty if the huge page began in the place of an earlier table.
+        """
+        host, entries = self.host, self.host.entries
+        if not host.fast_huge[table]:
+            return None
+        first, last = self.stage2.block_span(table * entries)
+        tables = range(first // entries, -(-last // entries))
+        if len(tables) == 1 or not host.huge[tables.start : tables.stop].all():
+            return range(table * entries, min((table + 1) * entries, self.leaves))
+        return range(first, last) if tables.start == table else range(0)
 
     def clear_young(self, leaves: NDArray[np.int64], t_ns: int) -> None:
         """Ageing clears the accessed flags of ``leaves`` (distinct, young) at ``t_ns``."""
@@ -288,6 +320,18 @@ class Kvm:
         self.clear_young(seen if failed is None else leaves[young & ~failed], t_ns)
         return seen
 
+    def age_block_lockless(self, batch: Loads, t_ns: int) -> NDArray[np.int64]:
+        """As :meth:`age_lockless`, for the one entry that maps the block of ``batch``'s leaf."""
+        first, last = self.stage2.block_span(int(batch.leaves[0]))
+        used = first + np.flatnonzero(self.stage2.young(first, last))
+        failed = None
+        if self.races is not None:
+            failed = self.races.loaded(batch, np.array([len(used) > 0]))
+        if failed is not None and failed[0]:
+            return batch.leaves
+        self.clear_young(used, t_ns)
+        return used
+
     def flush_vmid(self, t_ns: int) -> int:
         """Invalidate all of the VM's translations at ``t_ns``; returns when that is done."""
         for vcpu in self.vcpus:
@@ -297,8 +341,35 @@ class Kvm:
 
     def leaf_changes(self, leaf: int, t_ns: int) -> None:
         """A fault is going to change ``leaf`` at ``t_ns``, if it is there and young."""
-        if self.races is not None and self.stage2.test_clear_young(leaf, clear=False):
-            self.races.stored(np.array([leaf]), np.array([t_ns]))
+        if self.races is not None:
+            young = self._young_entries(leaf, leaf + 1)
+            self.races.stored(young, np.full(len(young), t_ns))
+
+    def leaves_change(self, first: int, last: int, wanted: int = VALID) -> NDArray[np.int64]:
+        """Young entries with the flags ``wanted`` that a walk over these leaves will store to."""
+        if self.races is None:
+            return NOTHING
+        return self._young_entries(first, last, wanted)
+
+    def leaves_changed(self, young: NDArray[np.int64], t_ns: int, elapsed_ns: int) -> None:
+        """The walk was made from ``t_ns`` on; stores are spread evenly over it."""
+        if self.races is not None:
+            order = np.arange(1, len(young) + 1)
+            self.races.stored(young, t_ns + order * elapsed_ns // (len(young) + 1))
+
+    def _young_entries(self, first: int, last: int, wanted: int = VALID) -> NDArray[np.int64]:
+        """Of the leaves' entries those that are young; a block is where its first page is."""
+        stage2, low, high = self.stage2, first, last
+        if stage2.blocks is not None:
+            low, high = stage2.block_span(first)[0], stage2.block_span(last - 1)[1]
+        part = stage2.leaf.entries[low:high]
+        young = low + np.flatnonzero((part & (wanted | AF)) == (wanted | AF))
+        if stage2.blocks is None:
+            return young
+        block = (stage2.leaf.entries[young] & BLOCK) != 0
+        young = young[block | ((young >= first) & (young < last))]
+        block = (stage2.leaf.entries[young] & BLOCK) != 0
+        return np.unique(np.where(block, young - young % stage2.block_leaves, young))
 
     # -- unmapping ----------------------------------------------------------------------------
 
@@ -324,12 +395,9 @@ class Kvm:
         """
         for vcpu in self.vcpus:
             vcpu.catch_up(t_ns)
-        young = first + np.flatnonzero(self.stage2.young(first, last)) if self.races else None
+        young = self.leaves_change(first, last)
         walk, end = unmap_walk(self, first, last, t_ns)
-        if self.races is not None and young is not None:
-            # Stores are spread evenly over the walk.
-            order = np.arange(1, len(young) + 1)
-            self.races.stored(young, t_ns + order * walk.elapsed_ns // (len(young) + 1))
+        self.leaves_changed(young, t_ns, walk.elapsed_ns)
         for table, at_ns in zip(walk.tables, walk.unlinked_ns, strict=True):
             self.oracle.unlinked(table, t_ns + at_ns, self.stage2.entries_in(table))
             self.table_free.unlinked(self, table, t_ns + at_ns, cpu)

@@ -18,7 +18,7 @@ import numpy as np
 from simpy import Event
 
 from simkvm.kernel.aging_call import Leaves, Pass
-from simkvm.kernel.host_memory import IDLE, OWN, YOUNG
+from simkvm.kernel.host_memory import IDLE, OWN
 from simkvm.kernel.rmap_walk import Answer, RmapAgeing
 from simkvm.kernel.task import reach
 
@@ -47,7 +47,9 @@ class PageIdle(RmapAgeing):
         return report
 
     def _words(self, table: int) -> list[Leaves]:
-        leaves = self.kvm.host.table_leaves(table)
+        leaves = self.leaves(table)
+        if self.kvm.host.huge[table]:
+            return [leaves] if len(leaves) else []
         # A folio is where its head page is.
         heads = leaves // self.kvm.folio_leaves * self.kvm.folio_leaves * self.kvm.leaf_pages
         cuts = np.flatnonzero(np.diff(heads // WORD)) + 1
@@ -56,7 +58,7 @@ class PageIdle(RmapAgeing):
     def _word(self, t_ns: int, leaves: Leaves, report: Pass) -> Steps:
         """Read one word back, then mark what is not idle."""
         folios = list(self.folios(leaves))
-        report.scanned += len(leaves)
+        report.scanned += self.entries(leaves)
         t_ns = yield from self.read(t_ns, folios, report)
         for folio in folios:
             t_ns = yield from self.mark(t_ns, folio, report)
@@ -71,9 +73,9 @@ class PageIdle(RmapAgeing):
                 t_ns += self.costs.resched_ns
                 if used:
                     state[folio] &= np.uint8(~IDLE & 0xFF)
-                    report.young += len(folio)
+                    report.young += self.entries(folio)
                 elif state[folio[0]] & IDLE:
-                    report.idle += len(folio)
+                    report.idle += self.entries(folio)
         return t_ns
 
     def mark(self, t_ns: int, folio: Leaves, report: Pass) -> Steps:
@@ -83,13 +85,12 @@ class PageIdle(RmapAgeing):
         if len(there) and not state[there[0]] & IDLE:
             t_ns, _ = yield from self.check(t_ns, there, report)
             t_ns += self.costs.resched_ns
-            state[there[(state[there] & OWN) != 0]] |= np.uint8(IDLE)
+            if not self.gone(there):
+                state[there[(state[there] & OWN) != 0]] |= np.uint8(IDLE)
         return t_ns
 
-    def at_entry(self, t_ns: int, leaf: int, report: Pass) -> Answer:
+    def at_entry(self, t_ns: int, first: int, last: int, report: Pass) -> Answer:
         """``page_idle_clear_pte_refs_one``: the host's flag, and one call."""
-        fast = self.kvm.host.fast
-        by_host = bool(fast[leaf] & YOUNG)
-        fast[leaf] &= ~YOUNG & 0xFF
-        t_ns, by_guest = yield from self.ask(t_ns, leaf, report)
+        by_host = self.host_young(first, last)
+        t_ns, by_guest = yield from self.ask(t_ns, first, last, report)
         return t_ns, by_host or by_guest

@@ -2,7 +2,8 @@
 
 Source: mm/rmap.c (``rmap_walk``, ``page_vma_mapped_walk``), v6.12. Who wants to know about one
 folio finds the mapping, waits for the lock of the host's page table, and asks at each entry;
-between two folios it holds nothing. :data:`~simkvm.kernel.aging.METHODS` lists who does.
+between two folios it holds nothing. A huge page is one entry, and one folio.
+:data:`~simkvm.kernel.aging.METHODS` lists who does.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from simpy import Event
 
 from simkvm.kernel.aging_call import Leaves, Pass
-from simkvm.kernel.host_memory import OWN
+from simkvm.kernel.host_memory import OWN, YOUNG
 from simkvm.kernel.task import Task, reach
 from simkvm.kernel.young_notifier import YoungNotifier
 
@@ -38,13 +39,42 @@ class RmapAgeing:
         yield from ()
         return t_ns
 
-    def at_entry(self, t_ns: int, leaf: int, report: Pass) -> Answer:
-        """One present entry, its table locked: returns when it is done and whether it was young."""
+    def at_entry(self, t_ns: int, first: int, last: int, report: Pass) -> Answer:
+        """One present entry, of the leaves ``first`` up to ``last``, its table locked.
+
+        Returns when it is done and whether it was young.
+        """
         raise NotImplementedError
+
+    def host_young(self, first: int, last: int) -> bool:
+        """Test and clear the accessed flag of the host's own entry."""
+        state = self.kvm.host.state
+        young = bool((state[first:last] & YOUNG).any())
+        state[first:last] &= np.uint8(~YOUNG & 0xFF)
+        return young
+
+    def leaves(self, table: int) -> Leaves:
+        """What is mapped at host table ``table`` by pages of their own, a huge page as a whole."""
+        huge = self.kvm.huge_page(table)
+        if huge is None:
+            return self.kvm.host.table_leaves(table)
+        return np.arange(huge.start, huge.stop, dtype=np.int64)
+
+    def entries(self, folio: Leaves) -> int:
+        """Entries of the host that map ``folio``, as it was."""
+        huge = self.kvm.huge_page(int(folio[0]) // self.kvm.host.entries)
+        return 1 if huge is not None and len(huge) == len(folio) else len(folio)
+
+    def gone(self, folio: Leaves) -> bool:
+        """Whether khugepaged made a huge page of ``folio`` and others meanwhile."""
+        table = int(folio[0]) // self.kvm.host.entries
+        return bool(self.kvm.host.huge[table]) and self.entries(folio) == len(folio)
 
     def folios(self, leaves: Leaves) -> Iterator[Leaves]:
         """Cut ``leaves``, in order, into the folios that they map."""
-        if len(leaves):
+        if len(leaves) and self.entries(leaves) == 1:
+            yield leaves
+        elif len(leaves):
             others = np.diff(leaves // self.kvm.folio_leaves) != 0
             yield from np.split(leaves, np.flatnonzero(others) + 1)
 
@@ -60,9 +90,11 @@ class RmapAgeing:
             else None
         )
         young = False
-        for leaf in folio.tolist():
-            if kvm.host.fast[leaf] & OWN:  # an unmap may have come meanwhile
-                t_ns, used = yield from self.at_entry(t_ns, leaf, report)
+        step = len(folio) // self.entries(folio)
+        for leaf in folio.tolist()[::step]:
+            # An unmap or a collapse may have come meanwhile.
+            if kvm.host.fast[leaf] & OWN and not (step == 1 and self.gone(folio)):
+                t_ns, used = yield from self.at_entry(t_ns, leaf, leaf + step, report)
                 young |= used
         if token is not None:
             kvm.notifier.srcu.leave(token, t_ns)
@@ -89,10 +121,10 @@ class RmapAgeing:
         faults = [vcpu.fault for vcpu in self.kvm.vcpus]
         return max((f.ptl_until_ns for f in faults if f.holds_table(table, t_ns)), default=0)
 
-    def ask(self, t_ns: int, leaf: int, report: Pass, flush: bool = False) -> Answer:
-        """One notifier call about ``leaf``: when it is over, and whether the guest used it."""
-        if not self.kvm.notifier.hears(leaf, leaf + 1):
+    def ask(self, t_ns: int, first: int, last: int, report: Pass, flush: bool = False) -> Answer:
+        """One notifier call about one entry: when it is over, and whether the guest used it."""
+        if not self.kvm.notifier.hears(first, last):
             return t_ns, False
         report.calls += 1
-        t_ns, young = yield from self.notifier.clear(t_ns, leaf, leaf + 1, flush)
+        t_ns, young = yield from self.notifier.clear(t_ns, first, last, flush)
         return t_ns, bool(len(young))

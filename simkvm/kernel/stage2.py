@@ -211,16 +211,25 @@ class Stage2:
         self.linked_tables += len(made)
         return made
 
-    def map_all(self, flags: int) -> list[TableId]:
-        """Map every leaf of an empty tree, with AF set; returns all tables below the root."""
+    def map_all(self, flags: int, by_blocks: bool = False) -> list[TableId]:
+        """Map every leaf of an empty tree, with AF set; returns all tables below the root.
+
+        ``by_blocks``: of a tree that may have some; its leaves are then a whole number of them.
+        """
+        lowest = self.blocks if by_blocks and self.blocks is not None else self.leaf
         for level in self.levels.values():
-            is_leaf = level is self.leaf
-            level.entries[:] = VALID | AF | flags if is_leaf else TABLE
+            if level.number > lowest.number:
+                continue
+            level.entries[:] = VALID | AF | flags if level is lowest else TABLE
             ends = np.arange(1, len(level.counts) + 1) << self._bits
             ends = np.minimum(ends - level.phase, len(level.entries))
             level.counts[:] = np.diff(ends, prepend=0)
         for _, lower, _, _ in self.steps:
-            lower.incarnations += 1
+            if lower.number <= lowest.number:
+                lower.incarnations += 1
+        if lowest is not self.leaf:
+            lowest.entries[:] = VALID | flags
+            self.leaf.entries[:] = VALID | AF | BLOCK | flags
         tables = self.all_tables()
         self.linked_tables = len(tables)
         return tables
@@ -242,9 +251,9 @@ class Stage2:
         return bool(self.blocks.fast[leaf // self.block_leaves] & TABLE)
 
     def map_block(self, leaf: int, flags: int) -> list[TableId]:
-        """Install, where nothing hangs, the block that covers ``leaf``; returns new tables above.
+        """Install, where nothing hangs, the block that covers ``leaf``, accessed.
 
-        New leaves are accessed; that is noted at the block's first page.
+        Returns new tables above.
         """
         level = self.blocks
         assert level is not None
@@ -258,8 +267,7 @@ class Stage2:
     def _set_block(self, level: Level, entry: int, flags: int) -> None:
         level.fast[entry] = VALID | flags
         first, last = self.block_span(entry * self.block_leaves)
-        self.leaf.entries[first:last] = VALID | BLOCK | flags
-        self.leaf.fast[first] |= AF
+        self.leaf.entries[first:last] = VALID | AF | BLOCK | flags
 
     def break_block(self, leaf: int) -> None:
         """Remove the block that maps ``leaf``."""
@@ -396,6 +404,14 @@ class Stage2:
         return visits + int((end - begin).sum())
 
     # -- ageing -------------------------------------------------------------------------------
+
+    def set_young(self, leaf: int) -> None:
+        """Set AF of ``leaf``, or of the block that maps it."""
+        if not self.is_block(leaf):
+            self.leaf.fast[leaf] |= AF
+            return
+        first, last = self.block_span(leaf)
+        self.leaf.entries[first:last] |= np.uint8(AF)
 
     def test_clear_young(self, leaf: int, clear: bool = True) -> bool:
         """One ageing walk to ``leaf``: whether it was young; clears AF if asked."""

@@ -176,12 +176,14 @@ class Subtree:
         for table in tables[:-1]:
             guest.table_reported_free(t_ns)
             guest.table_freed(table, t_ns, deferred=True)
-        self._drop_root(guest, tables[-1], t_ns)
-        return len(tables) * (guest.entries * costs.visit_ns + costs.callback_ns)
+        walked_ns = len(tables) * guest.entries * costs.visit_ns
+        inner_ns = (len(tables) - 1) * costs.callback_ns
+        return walked_ns + inner_ns + self._drop_root(guest, tables[-1], t_ns)
 
-    def _drop_root(self, guest: Frees, root: TableId, t_ns: int) -> None:
+    def _drop_root(self, guest: Frees, root: TableId, t_ns: int) -> int:
         guest.table_reported_free(t_ns)
         guest.table_freed(root, t_ns, deferred=True)
+        return guest.free_costs.callback_ns
 
 
 class SubtreeLeak(Subtree):
@@ -189,8 +191,9 @@ class SubtreeLeak(Subtree):
 
     name: ClassVar[str] = "subtree_leak"
 
-    def _drop_root(self, guest: Frees, root: TableId, t_ns: int) -> None:
+    def _drop_root(self, guest: Frees, root: TableId, t_ns: int) -> int:
         guest.leaked(root, t_ns)
+        return 0
 
 
 class PerTable:

@@ -2,8 +2,9 @@
 
 Source: virt/kvm/kvm_main.c (``kvm_handle_hva_range``, ``kvm_mmu_notifier_clear_flush_young`` and
 its sisters) and arch/arm64/kvm/mmu.c (``kvm_age_gfn``), v6.12. SRCU twice, the memslot,
-``mmu_lock``, one walk over the leaves; the *flush* form, if something was young, then invalidates
-the whole VMID before it unlocks. With ``ageing_lock: none`` there is RCU in place of the lock.
+``mmu_lock``, one walk over the leaves, of which a block is one; the *flush* form, if something was
+young, then invalidates the whole VMID before it unlocks. With ``ageing_lock: none`` there is RCU in
+place of the lock.
 
 The series of 2023 can do without the lock only where the CPU sets the flag
 (``kvm_arch_has_test_clear_young``, <20230526234435.662652-6-yuzhao@google.com>). Elsewhere a call
@@ -69,16 +70,24 @@ class YoungNotifier:
             return self._lockless(t_ns, first, last)
         return (yield from self._locked(t_ns, first, last, flush or self._always_flush))
 
+    def _walk_ns(self, first: int, last: int) -> int:
+        """The walk of one call: one for each memslot, an entry after the other."""
+        kvm, costs = self.kvm, self._costs
+        visits = last - first
+        if kvm.stage2.blocks is not None:
+            visits = kvm.stage2.leaf_visits(first, last)
+        walks = 1 + kvm.memslots.crossed(first, last)
+        return walks * costs.walk_ns + max(0, visits - walks) * costs.visit_ns
+
     def _locked(
         self, t_ns: int, first: int, last: int, flush: bool
     ) -> Generator[Event, Any, tuple[int, Leaves]]:
-        kvm, costs = self.kvm, self._costs
-        walk_ns = costs.walk_ns + (last - first - 1) * costs.visit_ns
+        kvm = self.kvm
         found: list[Leaves] = []
         shared = self._lock == "read"
 
         def section(entry_ns: int) -> tuple[int, int]:
-            young = np.empty(0, np.int64)
+            young, walk_ns = np.empty(0, np.int64), self._walk_ns(first, last)
             if kvm.stage2.attached:
                 young = first + np.flatnonzero(kvm.stage2.young(first, last))
                 kvm.clear_young(young, entry_ns)
@@ -103,14 +112,17 @@ class YoungNotifier:
 
     def _lockless(self, t_ns: int, first: int, last: int) -> tuple[int, Leaves]:
         kvm, costs = self.kvm, self._costs
-        leaves = np.arange(first, last, dtype=np.int64)
-        walk_ns = costs.walk_ns + (last - first - 1) * costs.visit_ns
+        block = kvm.stage2.is_block(first)
+        leaves = np.arange(first, first + 1 if block else last, dtype=np.int64)
+        walk_ns = self._walk_ns(first, last)
         if self._lock == "none":
             tables = kvm.path_at(first, t_ns)
             kvm.oracle.walk(Walk(self.task.name, tables, t_ns, walk_ns, walk_ns, 1))
         else:
-            kvm.rmap.hold(Held(leaves, t_ns, walk_ns, walk_ns))
+            kvm.rmap.hold(Held(leaves, t_ns, costs.visit_ns, costs.walk_ns))
         kvm.young_calls.lockless += 1
         end_ns = t_ns + walk_ns
         loads_ns = t_ns + costs.walk_ns + (leaves - first) * costs.visit_ns
-        return end_ns, kvm.age_lockless(Loads(leaves, lambda: loads_ns, t_ns, end_ns), t_ns)
+        batch = Loads(leaves, lambda: loads_ns, t_ns, end_ns)
+        age = kvm.age_block_lockless if block else kvm.age_lockless
+        return end_ns, age(batch, t_ns)

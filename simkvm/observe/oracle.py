@@ -140,6 +140,10 @@ class Oracle:
         for walk in self._walks:
             self._check_root(walk)
 
+    def page_allocated(self, page: str) -> None:
+        """A page of the VM that is no table is in use again, under a name that it had before."""
+        self._pages.pop(page, None)
+
     def page_freed(self, page: str, t_ns: int, by: str) -> None:
         """A page of the VM that is no table, called ``page``, was freed at ``t_ns`` by ``by``."""
         if page in self._pages:

@@ -140,9 +140,9 @@ class Teardown(Model):
         default=0,
         ge=0,
         le=1 << 20,
-        description="Pages in the VM's cache for eager splitting when it ends "
-        "(KVM_CAP_ARM_EAGER_SPLIT_CHUNK_SIZE: 2 with chunks of 2 MiB, 513 with 1 GiB); 0: it was "
-        "never filled.",
+        description="Pages in the VM's cache for eager splitting from the start, for a VM that "
+        "ends while its writes are logged (KVM_CAP_ARM_EAGER_SPLIT_CHUNK_SIZE: 2 with chunks of "
+        "2 MiB, 513 with 1 GiB). Logging that splits eagerly fills the cache itself.",
     )
 
 

@@ -21,7 +21,7 @@ from worlds import before
 from simkvm.guest.vcpu import Vcpu
 from simkvm.kernel.dirty_log import DirtyLog
 from simkvm.kernel.kvm import Kvm
-from simkvm.kernel.stage2 import VALID, WRITE
+from simkvm.kernel.stage2 import WRITE
 
 
 @dataclass
@@ -68,12 +68,12 @@ def watched_writes() -> Iterator[Written]:
     def caught_up(vcpu: Vcpu, t_ns: int) -> None:
         first, last = vcpu._position, vcpu._reached(t_ns)
         times = vcpu._run_from_ns + vcpu._cost[first:last] - vcpu._cost[first]
-        wrote = vcpu._needs[first:last] != VALID
+        wrote = (vcpu._needs[first:last] & WRITE) != 0
         seen.note(vcpu._leaves[first:last][wrote], times[wrote])
 
     def mapped(vcpu: Vcpu, _: int) -> None:
         leaf = vcpu._list[vcpu._position]
-        if vcpu._need_list[vcpu._position] != VALID and seen.logging:
+        if vcpu._need_list[vcpu._position] & WRITE and seen.logging:
             assert vcpu.kvm.dirty_log._bitmap[leaf], f"{leaf} is written, its bit is not set"
             seen.writes += 1
 

@@ -312,6 +312,9 @@ def _summary(
             "grace_period_p50_ns": int(lasted.median()),
             "grace_period_p99_ns": int(lasted.max()),
             "callbacks": int(timeline["deferred_tables"].max()) * 3,
+            "callback_ns_total": int(timeline["deferred_tables"].max()) * 300,
+            "callback_ns_per_table": 100.0 * vcpus,
+            "callback_ns_per_unmapped_gib": 50_000.0 / vcpus,
             "deferred_tables_mean": float((timeline["deferred_tables"] * width).sum() / sim_ns),
             "deferred_tables_peak": int(timeline["deferred_tables"].max()),
             "deferred_bytes_mean": float((timeline["deferred_bytes"] * width).sum() / sim_ns),
@@ -373,5 +376,24 @@ def rate_sweep(
             )
             for kernel in kernels
             for rate in rates
+        ]
+    )
+
+
+def page_size_sweep(
+    kernels: tuple[str, ...] = ("linux-7.1-lockless",),
+    sizes: tuple[str, ...] = ("4 KiB", "16 KiB", "64 KiB"),
+) -> SyntheticResults:
+    """Kernels that free tables by RCU against the page size."""
+    return SyntheticResults(
+        [
+            result(
+                kernel,
+                vcpus=1 << number,
+                rate=1000.0,
+                axes={"kernel": kernel, "guests.vm0.page_size": size},
+            )
+            for kernel in kernels
+            for number, size in enumerate(sizes)
         ]
     )

@@ -43,8 +43,11 @@ def test_policies_change_for_the_run_alone() -> None:
 def test_nothing_is_replaced_without_bugs() -> None:
     built = world(kernel="linux-7.1-lockless")
     assert built.kernel["table_free"] == "put_page_rcu"
-    for thing in (built.kvms[0], built.kvms[0].table_free, built.kvms[0].notifier):
-        assert not [name for name, value in vars(thing).items() if callable(value)]
+    kvm = built.kvms[0]
+    for thing in (kvm, kvm.table_free, kvm.notifier):
+        replaced = [name for name, value in vars(thing).items() if callable(value)]
+        # What policies choose when a guest is built stands in instances too.
+        assert set(replaced) <= {"fault_path", "_queue_callback", "stale"}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +102,7 @@ def test_the_second_process_needs_a_second_end_and_a_cpu() -> None:
     for sets, expected in (
         (teardown(order="close_vm", close_at="6 ms"), "only order both has it, not close_vm"),
         (teardown(order="both", close_at="10 ms"), "10 ms is too late"),
-        (["kernel.set.teardown_walk=zap_roots"], "zap_roots is of x86's MMUs"),
+        (["kernel.set.teardown_walk=zap_roots"], "zap_roots is x86's"),
         (["host.cpus=1"], "1 vCPU + 1 process that drops a last reference need 2 CPUs"),
     ):
         with pytest.raises(InputError, match=expected.replace("+", r"\+")):

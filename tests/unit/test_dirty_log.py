@@ -326,6 +326,21 @@ def test_eager_split_of_1_gib_makes_513_tables_in_one_hold() -> None:
     assert rows[1] == costs.unmap.visit_ns + 262_144 * costs.split_entry_ns + costs.tlbi_ns
 
 
+def test_logging_that_ends_frees_what_eager_splitting_left_over() -> None:
+    """Two pages a chunk of 2 MiB, of which each block takes one; whoever ends it fills it anew."""
+    made = Logged(all_pages(step=512))
+    made.touch()
+    made.log.split_chunk_bytes = 2 * MIB
+    made.do("enable")
+    assert made.kvm.split_cache.pages == 2 - 1
+    made.do("disable")
+    assert made.kvm.split_cache.pages == 0
+    made.do("enable")
+    assert made.kvm.split_cache.pages == 2
+    made.do("disable")
+    assert not made.kvm.oracle.violations
+
+
 def test_what_is_split_is_not_split_again() -> None:
     """The cache stays full, so all chunks are one hold."""
     made = Logged(all_pages(step=512))
@@ -333,7 +348,7 @@ def test_what_is_split_is_not_split_again() -> None:
     made.log.split_chunk_bytes = 2 * MIB
     made.do("enable")
     made.do("disable")
-    made.log.eager_split.cached = 2
+    made.kvm.split_cache.top_up(2)
     made.locks()
     made.do("enable")
     assert made.locks() == {PROTECT: 1, SPLIT: 1}

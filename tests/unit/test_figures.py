@@ -36,6 +36,11 @@ def rates() -> synthetic.SyntheticResults:
 
 
 @pytest.fixture(scope="module")
+def sizes() -> synthetic.SyntheticResults:
+    return synthetic.page_size_sweep()
+
+
+@pytest.fixture(scope="module")
 def lock_figure(sweep) -> Figure:
     return figures.lock_distribution(sweep, "hold")
 
@@ -557,7 +562,21 @@ def test_replications_are_a_mean_and_a_band(sweep):
     assert "2 replications" in figure.get_supxlabel()
 
 
-@pytest.mark.parametrize("draw", [figures.deferred_vs_rate, figures.ageing_scaling])
+def test_callback_cost_shows_the_time_of_a_table_and_of_a_gib(sizes):
+    figure = figures.callback_cost(sizes)
+    each, gib = figure.axes
+
+    for ax, column in ((each, "callback_ns_per_table"), (gib, "callback_ns_per_unmapped_gib")):
+        assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+        assert tick_labels(ax.xaxis) == ["4 KiB", "16 KiB", "64 KiB"]
+        for kernel, line in labelled(ax).items():
+            stored = [r.summary[column] for r in sizes if r.axes["kernel"] == kernel]
+            assert list(line.get_ydata()) == stored
+
+
+@pytest.mark.parametrize(
+    "draw", [figures.callback_cost, figures.deferred_vs_rate, figures.ageing_scaling]
+)
 def test_without_the_axis_there_is_nothing_to_draw(draw):
     with pytest.raises(InputError, match="sweep"):
         draw(synthetic.result())
@@ -567,9 +586,9 @@ def test_without_the_axis_there_is_nothing_to_draw(draw):
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
-def test_no_text_covers_another(name, sweep, rates):
+def test_no_text_covers_another(name, sweep, rates, sizes):
     kind = figures.FIGURES[name]
-    results = next(r for r in (rates, sweep) if kind.applies(r))
+    results = next(r for r in (rates, sweep, sizes) if kind.applies(r))
 
     assert overlaps(kind.function(results)) == []
 
@@ -580,7 +599,12 @@ def test_long_names_and_many_sites_cover_nothing_either(name):
         synthetic.result(
             LOCKLESS,
             vcpus=vcpus,
-            axes={"kernel": "", "guests.vm0.vcpus": vcpus, "contenders.vmm.rate": f"{vcpus} / ms"},
+            axes={
+                "kernel": "",
+                "guests.vm0.vcpus": vcpus,
+                "guests.vm0.page_size": f"{4 * vcpus} KiB",
+                "contenders.vmm.rate": f"{vcpus} / ms",
+            },
         )
         for _ in range(2)
         for vcpus in (1, 8)
@@ -655,7 +679,7 @@ def test_binary_ticks(low, high, ticks):
     assert style.binary_ticks(low, high) == ticks
 
 
-def test_figures_apply_where_they_say_something(sweep, rates):
+def test_figures_apply_where_they_say_something(sweep, rates, sizes):
     def names(results):
         return [name for name, kind in figures.FIGURES.items() if kind.applies(results)]
 
@@ -663,6 +687,7 @@ def test_figures_apply_where_they_say_something(sweep, rates):
     deferred = ["deferred_memory", "deferred_peak"]
     assert names(rates) == [*locks, *deferred, "deferred_vs_rate"]
     assert names(sweep) == [*locks, *deferred, "ageing_scaling"]
+    assert names(sizes) == [*locks, *deferred, "callback_cost"]
     assert names(synthetic.result("linux-7.1")) == locks
 
 

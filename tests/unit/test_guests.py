@@ -157,15 +157,18 @@ def calls(count: int, until: int = 10 * MS, **keys: Any) -> list[tuple[int, str,
         notifier = kvm.notifier
 
         def listen(
-            task: Any, t: int, first: int, *more: Any, kvm: Any = kvm, on: Any = notifier.invalidate
+            task: Any,
+            t: int,
+            first: int,
+            *more: Any,
+            kvm: Any = kvm,
+            on: Any = notifier.invalidate,
+            **keys: Any,
         ) -> Any:
             heard.append((t, kvm.name, first))
-            return on(task, t, first, *more)
+            return on(task, t, first, *more, **keys)
 
-        def keyed(task: Any, t: int, first: int, last: int, *, listen: Any = listen, **k: Any):
-            return listen(task, t, first, last, True, k.get("leaving"))
-
-        notifier.invalidate = keyed  # type: ignore[method-assign, assignment]
+        notifier.invalidate = listen  # type: ignore[method-assign, assignment]
     made.run()
     assert len({id(contender.task) for contender in made.contenders}) == 1
     return heard

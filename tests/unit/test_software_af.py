@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from lab import KIB, MIB, Lab, account, world
 
+from simkvm.kernel.memslot import Refusal
 from simkvm.kernel.sites import ACCESS_FAULT
 from simkvm.kernel.stage2 import AF, WRITE
 from simkvm.kernel.world import World
@@ -210,6 +211,16 @@ def test_a_page_that_is_gone_meanwhile_is_left_alone() -> None:
     made.kvm.host.zap(3, 4)
     made.env.run(vcpu.process)
     assert (vcpu.access_faults, vcpu.fault.faults, vcpu.touches) == (1, 1, 1)
+
+
+def test_a_read_that_needs_the_flag_is_no_write() -> None:
+    """Where only writes are refused, a read fault goes through."""
+    made = Lab(MIB, machine=software())
+    made.kvm.refusals.append(Refusal(0, 256, reads=False))
+    vcpu = made.touch((3, False, 0))
+    made.env.timeout(100 * THINK)  # else a guest that is refused goes on for ever
+    made.env.run(100 * THINK)
+    assert (vcpu.touches, vcpu.fault.user_exits) == (1, 0)
 
 
 # -- beside ageing --------------------------------------------------------------------------------
