@@ -889,5 +889,30 @@ def test_contenders_and_ageing_work_on_the_test_s_guest() -> None:
         scenario("max_guest_memory_test", {"contenders": {"vmm": {**drop, "guest": "vm0"}}})
 
 
+def test_a_contender_that_needs_pages_among_blocks_works_on_a_test_s_guest() -> None:
+    log = {"kind": "dirty_log", "guest": "vm", "interval": "200 us", "rounds": 2}
+    split = {"kind": "thp_split", "guest": "vm", "rate": 20_000.0}
+    options = {"vcpus": 1, "backing_src": "anonymous_thp", "vcpu_memory": 8 * MIB}
+    idle = {"lru_gen": True, "idle_pages": "warn"}
+    for contender in (log, split):
+        built, record = run(
+            "access_tracking_perf_test", {"contenders": {"c": contender}}, **options, **idle
+        )
+        assert built.kvms[0].stage2.blocks is not None
+        assert record.summary["safety"] == "clean"
+    with pytest.raises(InputError, match="dirty_log_perf_test logs the writes of vm itself"):
+        scenario("dirty_log_perf_test", {"contenders": {"c": log}})
+
+
+@pytest.mark.parametrize("mode", ["MISSING", "MINOR"])
+def test_userfaultfd_serves_a_guest_of_blocks_and_pages(mode: str) -> None:
+    log = {"kind": "dirty_log", "guest": "vm", "interval": "200 us", "rounds": 2}
+    options = {"uffd_mode": mode, "backing_src": "shared_hugetlb"}
+    built, record = run("demand_paging_test", {"contenders": {"c": log}}, **options)
+    assert sum(uffd.messages for uffd in built.selftest.uffds) == 2, "one for each huge page"
+    assert built.kvms[0].host.huge.all()
+    assert record.summary["safety"] == "clean"
+
+
 def test_small_options_are_there_for_every_test() -> None:
     assert set(SMALL) == set(MODELS) == set(CHANGES)
