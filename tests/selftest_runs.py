@@ -1,10 +1,8 @@
-"""Selftests at reduced size, for tests: built from a few words, with a stand-in for dirty logs."""
+"""Selftests at reduced size, for tests: built from a few words."""
 
 from __future__ import annotations
 
 from typing import Any
-
-from stand_in_log import StandInLog
 
 from simkvm.kernel.world import World
 from simkvm.observe.record import Record
@@ -45,10 +43,7 @@ def world(test: str, top: dict[str, Any] | None = None, **options: Any) -> World
 
 def world_of(spec: Scenario) -> World:
     """The world of a scenario, not yet run."""
-    made = World(spec, load_machine(spec.machine), load_kernel(spec.kernel))
-    for kvm in made.kvms:
-        kvm.dirty_log = StandInLog(kvm)
-    return made
+    return World(spec, load_machine(spec.machine), load_kernel(spec.kernel))
 
 
 def run(test: str, top: dict[str, Any] | None = None, **options: Any) -> tuple[World, Record]:

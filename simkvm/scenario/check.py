@@ -344,6 +344,9 @@ def _sized(
         if other != name and found & set(meant(scenario, them.guest))
     ]
     if isinstance(contender, DirtyLog):
+        if scenario.selftest is not None and scenario.selftest.logs:
+            message = f"{scenario.selftest.test} logs the writes of {contender.guest} itself"
+            yield Problem((*keys, "guest"), message)
         yield from _dirty_log(contender, guest, keys, kernel)
         for other, them in others:
             if isinstance(them, DirtyLog) and other < name:

@@ -16,6 +16,7 @@ GOLDEN = Path(__file__).with_name("selftests.json")
 UPDATE = "python -m pytest tests/golden --update-golden"
 CASES: dict[str, dict[str, Any]] = {
     **{test: {"test": test} for test in selftest_runs.SMALL},
+    "access_tracking_perf_test": {"test": "access_tracking_perf_test", "vcpus": 1},
     "ageing while populating": {
         "test": "access_tracking_perf_test",
         "lru_gen": True,

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from typing import Any
+
 import numpy as np
 import pytest
 from lab import GIB, KIB, MIB, Lab, Tally
+from simpy import Event
 
+from simkvm.guest.pause import Pause
+from simkvm.guest.vcpu import Vcpu
+from simkvm.kernel.memslot import MemslotUpdate
 from simkvm.kernel.memslots import Memslots
+from simkvm.kernel.task import reach
 from simkvm.kernel.unmap import chunks
 
 
@@ -135,3 +143,78 @@ def test_a_window_over_several_slots_is_walked_once_for_each(slots: int) -> None
     assert report.calls == 8
     spent_ns = report.end_ns - report.start_ns - 8 * call_ns - rest_ns
     assert 0 <= spent_ns < 200, "what is left are the two locks around the pass"
+
+
+# -- slots that differ, come and move, as memslot_perf_test has them ----------------------------
+
+
+def test_what_is_left_over_belongs_to_the_last_slot() -> None:
+    slots = Memslots(14, 3)
+    assert list(slots) == [(0, 4), (4, 8), (8, 14)]
+    assert [slots.of(leaf) for leaf in (7, 8, 13)] == [1, 2, 2]
+    assert slots.overlapping(7, 14) == [(7, 8), (8, 14)]
+    assert slots.overlapping(9, 14) == [(9, 14)]
+    assert slots.crossed(7, 14) == 1
+    assert slots.crossed_by(np.arange(7, 14), np.array([0])) == 1
+
+
+def test_a_slot_created_for_the_first_time_takes_one_grace_period_and_no_lock() -> None:
+    lab = Lab(4 * MIB, guest={"memslots": 2})
+    lab.kvm.memslots.gone.add(1)
+    assert not lab.kvm.notifier.hears(512, 1024)
+    end = lab.run(MemslotUpdate(lab.kvm, lab.task, 1).create(lab.t_ns))
+    assert end == 2 * lab.kvm.costs.wakeup_ns
+    assert not lab.acquisitions()
+    assert lab.kvm.notifier.hears(512, 1024)
+
+
+def test_a_slot_that_moved_away_is_mmio_and_its_other_place_is_empty() -> None:
+    lab = Lab(4 * MIB, guest={"memslots": 2})
+    lab.fill()
+    update = MemslotUpdate(lab.kvm, lab.task, 0)
+    lab.run(update.move_away(lab.t_ns))
+    assert lab.kvm.no_memslot(511)
+    assert not lab.kvm.no_memslot(512)
+    assert lab.kvm.notifier.hears(0, 512), "its host memory is a slot's still"
+    assert lab.kvm.unmapped_pages == 512
+    start = lab.t_ns
+    end = lab.run(update.move_back(start))
+    assert not lab.kvm.no_memslot(511)
+    assert lab.kvm.unmapped_pages == 512, "nothing was mapped over there"
+    there, back = lab.lock_rows("memslot")
+    assert back["hold"] == lab.kvm.costs.unmap.visit_ns < there["hold"]
+    # Two swaps, each with an expedited grace period of two wake-ups, around the hold.
+    assert end == start + 4 * lab.kvm.costs.wakeup_ns + back["wait"] + back["hold"]
+
+
+def test_a_vcpu_that_is_in_user_space_does_not_hold_a_slot_s_update_up() -> None:
+    lab = Lab(MIB)
+
+    class Long(Pause):
+        def spend(self, vcpu: Vcpu, t_ns: int) -> Generator[Event, Any, int]:
+            return (yield from reach(lab.env, t_ns + 10**9))
+
+    lab.vcpus[0]._chunks = iter([Long()])
+    lab.kvm.vcpus.append(lab.vcpus[0])
+    lab.vcpus[0].process = lab.env.process(lab.vcpus[0].run())
+    end = lab.run(MemslotUpdate(lab.kvm, lab.task).delete(1000))
+    assert end < 10**6
+
+
+def test_the_vmm_decides_what_becomes_of_an_access_without_a_slot() -> None:
+    lab = Lab(MIB)
+    lab.run(MemslotUpdate(lab.kvm, lab.task).delete(0))
+    asked: list[tuple[int, int]] = []
+
+    def ignore(vcpu: Vcpu, t_ns: int) -> int:
+        asked.append((vcpu.index, t_ns))
+        vcpu.pass_over()
+        return t_ns + 5_000
+
+    lab.kvm.user_exit = ignore
+    vcpu = lab.touch((0, True, 0), (1, True, 0))
+    lab.env.run(vcpu.process)
+    assert [index for index, _ in asked] == [0, 0]
+    assert vcpu.touches == 0
+    assert vcpu.fault.user_exits == 2
+    assert vcpu.finished_ns == asked[1][1] + 5_000

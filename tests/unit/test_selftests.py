@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -23,6 +24,8 @@ from selftest_runs import (
     world,
 )
 
+from simkvm.kernel.world import World
+from simkvm.observe.record import Record
 from simkvm.scenario.errors import InputError
 from simkvm.scenario.guest_modes import MODES, backing_bytes, stage2_bytes
 from simkvm.scenario.load import load
@@ -30,6 +33,7 @@ from simkvm.scenario.selftests import AnySelftest
 from simkvm.selftests.max_guest_memory import NAP_NS
 from simkvm.selftests.memstress import GuestRandom
 
+X86 = ("linux-6.15-x86", "linux-6.12-x86-shadow", "linux-6.15-x86-shadow")
 S = r"\d+\.\d{9}s"
 MODELS = {
     get_args(model.model_fields["test"].annotation)[0]: model
@@ -55,7 +59,7 @@ MET = [
 ]
 PRINTED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "access tracking by page_idle": (
-        {"test": "access_tracking_perf_test"},
+        {"test": "access_tracking_perf_test", "vcpus": 1},
         [
             *VM,
             "",
@@ -216,9 +220,14 @@ def test_phases_that_follow_one_another_add_up() -> None:
 # -- counts -----------------------------------------------------------------------------------
 
 
+@cache
+def page_idle_run() -> tuple[World, Record]:
+    return run("access_tracking_perf_test", vcpus=1)
+
+
 def test_populating_takes_the_read_lock_once_a_page_and_later_touches_do_not() -> None:
-    _, record = run("access_tracking_perf_test")
-    pages = 2 * 10 * MIB // (4 * KIB)
+    _, record = page_idle_run()
+    pages = 10 * MIB // (4 * KIB)
     assert record.summary["faults"] == acquisitions(record, "fault", "read") == pages
     assert record.summary["touches"] == 5 * pages, "five rounds of access"
     # One page below the top of the addresses: the region begins and ends inside a table.
@@ -227,7 +236,7 @@ def test_populating_takes_the_read_lock_once_a_page_and_later_touches_do_not() -
 
 
 def test_a_round_of_touches_is_two_flags_one_trip_to_user_space_and_the_touches() -> None:
-    built, record = run("access_tracking_perf_test")
+    built, record = page_idle_run()
     test, costs = built.selftest, built.kvms[0].costs
     trip = 2 * round(test.machine["exit_to_user_ns"] / 2)
     wanted = 2 * costs.line.transfer_ns + trip + 2560 * costs.touch_ns
@@ -235,22 +244,53 @@ def test_a_round_of_touches_is_two_flags_one_trip_to_user_space_and_the_touches(
     assert took["Writing to populated memory"] == took["Reading from idle memory"] == wanted
 
 
-def test_page_idle_walks_once_to_mark_and_once_more_for_a_page_marked_before() -> None:
-    _, record = run("access_tracking_perf_test")
-    pages = 2 * 10 * MIB // (4 * KIB)
-    assert acquisitions(record, "age", "write") == 3 * pages
+def idle_walks(pages: int, rounds: int, stays: range) -> int:
+    """Walks of ``rounds`` of marking by one thread; translations of ``stays`` are never dropped.
+
+    Reading a page's bit walks for each page of its word that is marked (mm/page_idle.c).
+    """
+    idle, walks = [False] * pages, 0
+    for number in range(rounds):
+        young = [number == 0 or page not in stays for page in range(pages)]
+        for page in range(pages):
+            word = page - page % 64
+            marked = [other for other in range(word, min(word + 64, pages)) if idle[other]]
+            walks += len(marked)
+            for other in marked:
+                idle[other], young[other] = not young[other], False
+            if not idle[page]:
+                walks += 1
+                idle[page], young[page] = True, False
+    return walks
+
+
+def test_page_idle_walks_for_each_marked_page_of_a_word_and_to_mark() -> None:
+    _, record = page_idle_run()
+    words = 10 * MIB // (64 * 4 * KIB)
+    first, second = 64 * 63 // 2 + 64, 64 + 64 * 63 // 2 + 64
+    assert idle_walks(2560, 2, range(0)) == words * (first + second)
+    assert acquisitions(record, "age", "write") == words * (first + second)
+
+
+def test_pages_behind_the_first_of_a_huge_page_have_no_idle_bit() -> None:
+    options = {"backing_src": "anonymous_thp", "vcpus": 1, "vcpu_memory": 4 * MIB}
+    built, record = run("access_tracking_perf_test", **options, idle_pages="warn")
+    # A round reads the word of each folio's first page 64 times, once it is marked.
+    assert acquisitions(record, "age", "write") == 2 * (1 + 63 + 64)
+    (marked,) = built.selftest.marked.values()
+    assert (marked.pages, marked.still_idle) == (1024, 2)
 
 
 def test_pages_whose_translation_stayed_cached_look_idle_still() -> None:
-    # 1680 pages on 1280 slots: 400 slots are used twice a round, 880 keep their page.
-    options = {"vcpu_memory": 1680 * 4 * KIB, "idle_pages": "warn"}
+    # 1664 pages on 1280 slots: 384 slots are used twice a round, 896 keep their page.
+    options = {"vcpu_memory": 1664 * 4 * KIB, "idle_pages": "warn"}
     built, record = run("access_tracking_perf_test", **options)
     assert built.kvms[0].costs.tlb_entries == 1280
     marked = built.selftest.marked
-    assert [mark.pages for mark in marked.values()] == [1680, 1680]
-    assert [mark.still_idle for mark in marked.values()] == [880, 880]
-    # Their bit is read, with a walk, but they are not marked again.
-    assert acquisitions(record, "age", "write") == 2 * (1680 + 880 + 2 * 800)
+    assert [mark.pages for mark in marked.values()] == [1664, 1664]
+    assert [mark.still_idle for mark in marked.values()] == [896, 896]
+    walks = idle_walks(1664, 2, range(384, 1280))
+    assert acquisitions(record, "age", "write") == 2 * walks
 
 
 def test_a_test_with_too_many_idle_pages_ends_or_warns() -> None:
@@ -342,25 +382,27 @@ def test_mprotect_is_one_range_each_way_and_every_write_fails_in_between() -> No
     pages = 8 * MIB // (4 * KIB)
     assert acquisitions(record, "range_start", "write") == 2
     assert acquisitions(record, "range_end", "write") == 2
-    paths = [vcpu.fault for vcpu in built.kvms[0].vcpus]
-    assert all(path.efaults >= 1 for path in paths)
+    failed = [vcpu.fault.user_exits for vcpu in built.kvms[0].vcpus]
+    assert all(failed)
     # Every vCPU goes through its part at least once after all have failed once.
-    assert sum(path.efaults for path in paths) >= pages
+    assert sum(failed) >= pages
     made = acquisitions(record, "fault", "read")
-    assert record.summary["faults"] == made + sum(path.efaults for path in paths)
+    assert record.summary["faults"] == made + sum(failed)
 
 
 def test_nothing_is_writable_while_the_memory_is_read_only() -> None:
     from simkvm.kernel.stage2 import VALID, WRITE
 
     built = world("mmu_stress_test")
-    protection, entries = built.selftest.protection, built.kvms[0].stage2.leaf.entries
+    kvm = built.kvms[0]
+    entries = kvm.stage2.leaf.entries
     seen: set[int] = set()
     step = built.env.step
 
     def checked() -> None:
         step()
-        if not protection.writable and not protection.changing:
+        read_only = any(not refusal.reads for refusal in kvm.refusals)
+        if read_only and kvm.host.mmap_writer is None:
             valid = entries[(entries & VALID) != 0]
             seen.update(np.unique(valid & WRITE).tolist())
 
@@ -387,15 +429,15 @@ def test_moving_a_memslot_takes_the_lock_once_and_srcu_twice() -> None:
     iterations = [phase for phase in phases(record) if phase["name"].endswith("iteration")]
     name = "move-active-area"
     assert acquisitions(record, "memslot", "write", name) == 2 * len(iterations)
-    # Two expedited grace periods a move, each of one wake-up or, if nobody is inside, two.
+    # Two expedited grace periods a move, each of two wake-ups at least.
     wakeups = 2 * 2 * built.kvms[0].costs.wakeup_ns
     assert all(p["end_ns"] - p["begin_ns"] >= wakeups for p in iterations)
-    assert built.kvms[0].vcpus[0].fault.mmio_exits > 0, "half of the area is away"
+    assert built.kvms[0].vcpus[0].fault.user_exits > 0, "half of the area is away"
 
 
 def test_a_guest_beside_the_memslot_that_moves_is_not_disturbed() -> None:
     built, record = run("memslot_perf_test", first=4, last=4)
-    assert built.kvms[0].vcpus[0].fault.mmio_exits == 0
+    assert built.kvms[0].vcpus[0].fault.user_exits == 0
     assert record.summary["faults"] == 3 * 64 * KIB // (4 * KIB), "each page once"
 
 
@@ -413,22 +455,96 @@ def test_memslots_that_a_sub_test_cannot_have_are_refused_as_the_selftest_does()
     assert said[3].startswith("Testing unmap performance")
 
 
-def test_dirty_logging_asks_each_memslot_in_each_round() -> None:
-    built, _ = run("dirty_log_perf_test", memslots=2, iterations=3)
-    calls = built.kvms[0].dirty_log.calls
-    each = 512
-    read = [("get", 0), ("get", 1), ("clear", 0, 0, each), ("clear", 1, 0, each)]
-    on, off = [("enable", 0), ("enable", 1)], [("disable", 0), ("disable", 1)]
-    assert calls == [*on, *(3 * read), *off]
-    assert built.kvms[0].dirty_log.manual_protect is True
+PROTECT = ("permission_fault", "read")
+
+
+def test_each_round_clears_each_memslot_in_one_hold_and_then_every_page_faults() -> None:
+    built, record = run("dirty_log_perf_test", memslots=2, iterations=3)
+    assert built.kvms[0].dirty_log.manual_protect
+    pages = 2 * 2 * MIB // (4 * KIB)
+    assert acquisitions(record, "dirty_log_clear", "write") == 3 * 2
+    # With the bitmap initially set nothing is protected before the first clear: the first round
+    # does not fault, the second and the third do, and only to relax.
+    assert acquisitions(record, "write_protect", "write") == 0
+    assert acquisitions(record, "dirty_log_get", "write") == 0
+    assert acquisitions(record, "fault", "read") == pages
+    assert acquisitions(record, *PROTECT) == 2 * pages
 
 
 def test_without_manual_protect_reading_protects_and_nothing_is_cleared() -> None:
-    built, record = run("dirty_log_perf_test", manual_protect=False)
-    assert {call[0] for call in built.kvms[0].dirty_log.calls} == {"enable", "get", "disable"}
+    _, record = run("dirty_log_perf_test", manual_protect=False)
+    assert acquisitions(record, "dirty_log_clear", "write") == 0
+    assert acquisitions(record, "write_protect", "write") == 1
+    assert acquisitions(record, "dirty_log_get", "write") == 2
+    # Protected when logging began and after each reading: two rounds of faults.
+    assert acquisitions(record, *PROTECT) == 2 * 2 * 2 * MIB // (4 * KIB)
+
+
+def test_blocks_are_split_by_the_first_write_after_a_clear_and_the_rest_faults_in() -> None:
+    built, record = run("dirty_log_perf_test", backing_src="anonymous_thp")
+    blocks = 2 * 2 * MIB // (2 * MIB)
+    assert built.kvms[0].splits == blocks
+    # Populating, in two halves of a block as the memory begins inside one; then 4 KiB pages.
+    assert record.summary["faults"] == blocks + blocks * 512
+    assert acquisitions(record, *PROTECT) == blocks, "a block has one entry to protect"
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_writes_of_a_round_are_what_reading_the_log_finds(slots: int) -> None:
+    built = world("dirty_log_perf_test", memslots=slots, write_percent=40, iterations=3)
+    kvm, found = built.kvms[0], []
+    get = kvm.dirty_log.get
+
+    def counted(task: Any, t_ns: int, slot: range) -> Any:
+        found.append(kvm.dirty_log.dirty(slot))
+        return get(task, t_ns, slot)
+
+    kvm.dirty_log.get = counted  # type: ignore[method-assign]
+    built.run()
     pages = 2 * 2 * MIB // (4 * KIB)
-    # Protected when logging began and after each reading: populate, then two rounds of faults.
-    assert acquisitions(record, "fault", "read") == 3 * pages
+    assert sum(found[:slots]) == pages, "initially set"
+    assert 0.3 * pages < sum(found[-slots:]) < 0.5 * pages
+
+
+@pytest.mark.parametrize("kernel", ["linux-6.12", "linux-6.12-x86", *X86])
+def test_split_blocks_come_back_when_logging_ends_and_their_tables_go(kernel: str) -> None:
+    machine = "x86-icelake-64c" if "x86" in kernel else "ampere-altra-80c"
+    top = {"machine": machine, "kernel": kernel}
+    built, record = run("kvm_page_table_test", top, vcpus=1, backing_src="anonymous_thp")
+    (kvm,) = built.kvms
+    assert (kvm.splits, kvm.collapses) == (2, 2), "4 MiB are two blocks"
+    assert record.summary["violations"] == 0
+    assert kvm.tables_freed + len(kvm.waiting) == kvm.tables_allocated
+
+
+def test_after_logging_each_block_is_one_fault_and_one_callback() -> None:
+    built, record = run("kvm_page_table_test", vcpus=1, backing_src="anonymous_thp")
+    stages = [phase["name"] for phase in phases(record)]
+    assert stages == ["KVM_CREATE_MAPPINGS", "KVM_UPDATE_MAPPINGS", "KVM_ADJUST_MAPPINGS"]
+    # Create: a block each. Update: the write splits and maps a page, the second half faults in.
+    # Adjust: the first page is mapped, the second one's fault puts the block in the table's place.
+    assert record.summary["faults"] == 2 * (1 + (1 + 256) + 1)
+    assert len(built.kvms[0].waiting) + built.kvms[0].tables_called_back == 2
+
+
+@pytest.mark.parametrize("kernel", X86)
+@pytest.mark.parametrize("test", sorted(SMALL))
+def test_every_test_runs_on_x86(test: str, kernel: str) -> None:
+    top = {"machine": "x86-icelake-64c", "kernel": kernel}
+    small = {"lru_gen": True, "idle_pages": "warn"} if test.startswith("access") else {}
+    _, record = run(test, top, **small)
+    assert record.summary["violations"] == 0
+    assert phases(record)
+    modes = [line for line in lines(record) if line.startswith("Testing guest mode")]
+    assert all("PA-bits:ANY" in line for line in modes)
+
+
+def test_a_page_that_userfaultfd_serves_takes_two_faults_on_no_architecture() -> None:
+    top = {"machine": "x86-icelake-64c", "kernel": "linux-6.15-x86"}
+    built, record = run("demand_paging_test", top)
+    pages = 2 * 2 * MIB // (4 * KIB)
+    assert sum(uffd.messages for uffd in built.selftest.uffds) == pages
+    assert record.summary["faults"] == acquisitions(record, "fault", "read") == pages
 
 
 def test_vcpus_run_while_logging_is_switched_off_if_asked() -> None:
@@ -521,14 +637,15 @@ def test_the_mode_decides_granule_and_address_bits_and_the_host_page_only_the_gr
 
 
 def test_memory_lies_one_guest_page_below_the_top() -> None:
-    (vm,) = scenario("access_tracking_perf_test", vcpus=1, mode=12).vms(64).values()
-    assert vm.ipa_base + vm.memory_bytes == (1 << 36) - 4 * KIB
+    (vm,) = scenario("access_tracking_perf_test", vcpus=1, mode=12).selftest.vms(64).values()
+    assert vm.base + vm.memory == (1 << 36) - 4 * KIB
 
 
 def test_the_number_of_vcpus_follows_the_host_where_it_does_in_the_selftest() -> None:
     wide = {"vcpus": None, "slot_size": 8 * MIB}
-    assert scenario("max_guest_memory_test", **wide).vms(64)["vm"].vcpus == 48
-    assert scenario("max_guest_memory_test", **wide).vms(1)["vm"].vcpus == 1
+    spec = scenario("max_guest_memory_test", **wide).selftest
+    assert spec.vms(64)["vm"].vcpus == 48
+    assert spec.vms(1)["vm"].vcpus == 1
 
 
 def test_threads_run_where_they_are_pinned_to() -> None:
@@ -548,9 +665,9 @@ CHANGES: dict[str, dict[str, Any]] = {
         "overlap": True,
         "backing_src": "anonymous_thp",
         "mode": 4,
-        "lru_gen": True,
-        "age_while_populating": ({"lru_gen": True}, True),
-        "idle_pages": ({"vcpu_memory": MIB}, "warn"),
+        "lru_gen": ({"vcpu_memory": 2 * MIB}, False),
+        "age_while_populating": True,
+        "idle_pages": ({"lru_gen": False, "vcpu_memory": MIB}, "fail"),
     },
     "demand_paging_test": {
         "host_page_size": 16 * KIB,
@@ -656,6 +773,8 @@ def fingerprint(test: str, options: dict[str, Any]) -> str:
         base = {"first": 3, "last": 5} if test == "memslot_perf_test" else {}
         if options.get("last") == 0:
             base = {"first": 0}
+        if test == "access_tracking_perf_test":  # marking pages idle takes long
+            base = {"lru_gen": True, "idle_pages": "warn"}
         KNOWN[key] = run(test, **{**base, **options})[1].fingerprint
     return KNOWN[key]
 
@@ -768,6 +887,31 @@ def test_contenders_and_ageing_work_on_the_test_s_guest() -> None:
     assert record.summary["ageing_passes"] > 0
     with pytest.raises(InputError, match=r"no guest 'vm0'.*expected one of vm|did you mean 'vm'"):
         scenario("max_guest_memory_test", {"contenders": {"vmm": {**drop, "guest": "vm0"}}})
+
+
+def test_a_contender_that_needs_pages_among_blocks_works_on_a_test_s_guest() -> None:
+    log = {"kind": "dirty_log", "guest": "vm", "interval": "200 us", "rounds": 2}
+    split = {"kind": "thp_split", "guest": "vm", "rate": 20_000.0}
+    options = {"vcpus": 1, "backing_src": "anonymous_thp", "vcpu_memory": 8 * MIB}
+    idle = {"lru_gen": True, "idle_pages": "warn"}
+    for contender in (log, split):
+        built, record = run(
+            "access_tracking_perf_test", {"contenders": {"c": contender}}, **options, **idle
+        )
+        assert built.kvms[0].stage2.blocks is not None
+        assert record.summary["safety"] == "clean"
+    with pytest.raises(InputError, match="dirty_log_perf_test logs the writes of vm itself"):
+        scenario("dirty_log_perf_test", {"contenders": {"c": log}})
+
+
+@pytest.mark.parametrize("mode", ["MISSING", "MINOR"])
+def test_userfaultfd_serves_a_guest_of_blocks_and_pages(mode: str) -> None:
+    log = {"kind": "dirty_log", "guest": "vm", "interval": "200 us", "rounds": 2}
+    options = {"uffd_mode": mode, "backing_src": "shared_hugetlb"}
+    built, record = run("demand_paging_test", {"contenders": {"c": log}}, **options)
+    assert sum(uffd.messages for uffd in built.selftest.uffds) == 2, "one for each huge page"
+    assert built.kvms[0].host.huge.all()
+    assert record.summary["safety"] == "clean"
 
 
 def test_small_options_are_there_for_every_test() -> None:

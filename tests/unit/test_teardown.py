@@ -315,6 +315,7 @@ def test_teardown_starts_when_it_is_told_to() -> None:
     made = lab()
     made.fill()
     teardown = Teardown(made.kvm, made.task, "close_vm", 123_456)
-    made.run(teardown.run())
+    end = made.run(teardown.run())
     (row,) = account(made.kvm.mmu_lock.rows)
     assert row["arrival"] == 123_456
+    assert end == made.env.now > row["entry"] + row["hold"] + teardown.walk_ns
