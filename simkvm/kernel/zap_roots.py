@@ -193,9 +193,8 @@ class ZapRoots(Teardown):
     def _zap_page(self, table: TableId, t_ns: int) -> None:
         kvm, stage2 = self._kvm, self._kvm.stage2
         level = stage2.levels[table.level]
-        if (
-            level is stage2.leaf or level is stage2.blocks
-        ):  # blocks among pages hang in an upper table
+        # Blocks among pages hang in an upper table.
+        if level is stage2.leaf or level is stage2.blocks:
             each, bits = stage2.block_leaves if level is stage2.blocks else 1, self._bits(0, 1)
             first = ((table.index << bits) - level.phase) * each
             last = first + (each << bits)
