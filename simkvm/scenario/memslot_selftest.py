@@ -66,8 +66,8 @@ class MemslotPerf(Selftest):
     verbose: bool = Field(default=False, description="Print more (-v).")
     disable_slot_zap_quirk: bool = Field(
         default=False,
-        description="Zap only the leaves of the memslot that moves (-q); x86 only, arm64 never "
-        "does anything else: without effect there.",
+        description="Zap only the leaves of the memslot that moves (-q, x86): without effect, as "
+        "the model never zaps more, and arm64 does not either.",
     )
     memory: Size = Field(
         default=WHOLE,
