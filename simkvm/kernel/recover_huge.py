@@ -18,7 +18,7 @@ from simpy import Event
 
 from simkvm.kernel.apply_range import apply_range
 from simkvm.kernel.sites import RECOVER_HUGE
-from simkvm.kernel.stage2 import WRITE
+from simkvm.kernel.stage2 import VALID
 from simkvm.kernel.task import Task, reach
 
 if TYPE_CHECKING:
@@ -62,7 +62,11 @@ class Recover:
         size = kvm.stage2.block_leaves
         t_ns += kvm.stage2.leaf_visits(first, last) * kvm.costs.unmap.visit_ns
         for leaf in range(first - first % size, last, size):
-            if kvm.stage2.table_below(leaf) and kvm.maps_blocks(leaf):
+            if (
+                kvm.stage2.table_below(leaf)
+                and kvm.maps_blocks(leaf)
+                and self._can(kvm, *kvm.stage2.block_span(leaf))
+            ):
                 t_ns = self._replace(kvm, cpu, t_ns, leaf)
         return t_ns
 
@@ -70,13 +74,17 @@ class Recover:
         kvm.collapses += 1
         tables, _ = kvm.stage2.subtree(leaf)
         with kvm.mappings_going(t_ns):
-            kvm.stage2.collapse(leaf, WRITE)
+            kvm.stage2.collapse(leaf, kvm.block_rights(leaf))
             self._leave(kvm, leaf)
         for table in tables:
             kvm.oracle.unlinked(table, t_ns)
         kvm.collapse_free.unlinked(kvm, tables, t_ns, cpu)
         entries = len(tables) * kvm.entries
         return t_ns + kvm.collapse_free.under_lock_ns(kvm.costs.free, len(tables), entries)
+
+    def _can(self, kvm: Kvm, first: int, last: int) -> bool:
+        """A huge entry is made of one below that is there (``tdp_mmu_make_huge_spte``)."""
+        return bool((kvm.stage2.leaf.entries[first:last] & VALID).any())
 
     def _leave(self, kvm: Kvm, leaf: int) -> None:
         """The block stays."""
@@ -86,6 +94,10 @@ class Zap(Recover):
     """Zap the tables; the next fault in each maps the block."""
 
     name: ClassVar[str] = "zap"
+
+    def _can(self, kvm: Kvm, first: int, last: int) -> bool:
+        """Always."""
+        return True
 
     def _leave(self, kvm: Kvm, leaf: int) -> None:
         kvm.stage2.break_block(leaf)
