@@ -162,10 +162,6 @@ class SizedFaultPath(FaultPath):
             return 0
         return WRITE if write or not self._kvm.dirty_log.logs(leaf) else 0
 
-    def _block_writable(self, leaf: int) -> int:
-        first, last = self._kvm.stage2.block_span(leaf)
-        return 0 if (self._kvm.host.state[first:last] & WRPROTECT).any() else WRITE
-
     def _map_page(self, t_ns: int, leaf: int, write: bool) -> int:
         kvm, stage2 = self._kvm, self._kvm.stage2
         end_ns, linked_ns = t_ns + self._costs.hold_ns, t_ns
@@ -186,7 +182,7 @@ class SizedFaultPath(FaultPath):
     def _map_block(self, t_ns: int, leaf: int) -> int:
         kvm, stage2 = self._kvm, self._kvm.stage2
         end_ns = t_ns + kvm.block_faults.hold_ns
-        made = stage2.map_block(leaf, self._block_writable(leaf))
+        made = stage2.map_block(leaf, kvm.block_rights(leaf))
         if made:
             end_ns += self._linked(made, t_ns)
         kvm.entry_locked(self._leaf_tables(leaf), t_ns, end_ns)
@@ -200,7 +196,7 @@ class SizedFaultPath(FaultPath):
         tables, _ = stage2.subtree(leaf)
         made_ns = kvm.flush_ns(t_ns + kvm.block_faults.hold_ns, alone_ns=kvm.costs.tlbi_all_ns)
         kvm.forget_translations(t_ns)
-        stage2.collapse(leaf, self._block_writable(leaf))
+        stage2.collapse(leaf, kvm.block_rights(leaf))
         kvm.entry_locked(self._leaf_tables(leaf), t_ns, made_ns)
         for table in tables:
             kvm.oracle.unlinked(table, made_ns)

@@ -17,7 +17,7 @@ from simkvm.kernel.costs import Costs, FreeCosts
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dirty_log import DirtyLog
 from simkvm.kernel.geometry import GEOMETRIES
-from simkvm.kernel.host_memory import HostMemory
+from simkvm.kernel.host_memory import WRPROTECT, HostMemory
 from simkvm.kernel.memslot import Refusal
 from simkvm.kernel.memslots import Memslots
 from simkvm.kernel.mmu import MMUS
@@ -289,14 +289,33 @@ class Kvm:
 
         Empty if the huge page began in the place of an earlier table.
         """
-        host, entries = self.host, self.host.entries
-        if not host.fast_huge[table]:
+        if not self.host.fast_huge[table]:
             return None
+        huge = self._huge_around(table)
+        return huge if huge.start == table * self.host.entries else range(0)
+
+    def _huge_around(self, table: int) -> range:
+        host, entries = self.host, self.host.entries
         first, last = self.stage2.block_span(table * entries)
         tables = range(first // entries, -(-last // entries))
         if len(tables) == 1 or not host.huge[tables.start : tables.stop].all():
             return range(table * entries, min((table + 1) * entries, self.leaves))
-        return range(first, last) if tables.start == table else range(0)
+        return range(first, last)
+
+    def huge_in_part(self, first: int, last: int) -> list[range]:
+        """Huge pages that ``first`` up to ``last`` covers in part: one at either end."""
+        entries, found = self.host.entries, []
+        for table in sorted({first // entries, (last - 1) // entries}):
+            if self.host.fast_huge[table]:
+                huge = self._huge_around(table)
+                if (first > huge.start or last < huge.stop) and huge not in found:
+                    found.append(huge)
+        return found
+
+    def block_rights(self, leaf: int) -> int:
+        """WRITE if the host lets the block of ``leaf`` be written to."""
+        first, last = self.stage2.block_span(leaf)
+        return 0 if (self.host.state[first:last] & WRPROTECT).any() else WRITE
 
     def clear_young(self, leaves: NDArray[np.int64], t_ns: int) -> None:
         """Ageing clears the accessed flags of ``leaves`` (distinct, young) at ``t_ns``."""

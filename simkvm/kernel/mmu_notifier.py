@@ -158,11 +158,32 @@ class MmuNotifier:
         self._active += 1
         token = self.srcu.enter(t_ns)
         t_ns = yield from self._start(task, t_ns + kvm.costs.ageing.call_ns, first, last, blockable)
+        t_ns = yield from self.split_huge(task, t_ns, first, last, blockable)
         t_ns = change(t_ns, first, last)
         t_ns = yield from reach(kvm.env, t_ns)
         t_ns = yield from self._end(task, t_ns + kvm.costs.ageing.call_ns, first, last, leaving)
         self.srcu.leave(token, t_ns)
         self._ended(t_ns)
+        return t_ns
+
+    def split_huge(
+        self, task: Task, t_ns: int, first: int, last: int, blockable: bool = True
+    ) -> Steps:
+        """Split the huge pages of which only ``first`` up to ``last`` goes (``__split_huge_pmd``).
+
+        That is an invalidation of all of each, inside another one if that is under way: where a
+        fault gives up only within the range, it may have mapped the block again meanwhile.
+        """
+        host, size = self._kvm.host, self._kvm.host.entries
+
+        def split(at_ns: int, begin: int, end: int) -> int:
+            host.huge[max(begin, first) // size : -(-min(end, last) // size)] = False
+            return at_ns + size * self._kvm.costs.unmap.visit_ns
+
+        for huge in self._kvm.huge_in_part(first, last):
+            t_ns = yield from self.invalidate(
+                task, t_ns, huge.start, huge.stop, blockable, change=split
+            )
         return t_ns
 
     def _ended(self, t_ns: int) -> None:

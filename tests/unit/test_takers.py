@@ -521,7 +521,7 @@ def test_a_write_to_a_huge_page_that_a_child_shares_splits_it() -> None:
     vcpu = lab.touch((700, READ, MS), (5, READ, 0), (5, WROTE, 0))
     lab.env.timeout(2 * MS)
     lab.env.run(vcpu.process)
-    assert ranges(made) == [(0, 1024), (5, 6)]
+    assert ranges(made) == [(0, 1024), (0, 512), (5, 6)], "__split_huge_pmd(), then the page"
     assert lab.kvm.host.huge.tolist() == [False, True]
     assert host(made, 5) == PRESENT | OWN
     assert host(made, 6) == PRESENT | OWN | WRPROTECT
