@@ -45,9 +45,4 @@ class ThpSplit(Contender):
     def _split(self, t_ns: int, table: int) -> Generator[Event, Any, int]:
         kvm, entries = self.kvm, self.kvm.host.entries
         first, last = table * entries, min((table + 1) * entries, kvm.leaves)
-
-        def split(at_ns: int, first: int, last: int) -> int:
-            kvm.host.huge[table] = False
-            return at_ns + (last - first) * kvm.costs.unmap.visit_ns
-
-        return (yield from self.invalidate(t_ns, first, last, split))
+        return (yield from self.invalidate(t_ns, first, last, kvm.split_host))

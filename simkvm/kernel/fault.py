@@ -182,6 +182,7 @@ class FaultPath:
             self._task.cpu.enter_kernel(t_ns)
             t_ns = yield from reach(self._env, t_ns)
         if self._write and copies(kvm.host, kvm.host.fast[leaf]):
+            t_ns = yield from kvm.notifier.split_huge_pages(self._task, t_ns, leaf, leaf + 1)
             t_ns = yield from kvm.notifier.invalidate(self._task, t_ns, leaf, leaf + 1)
             t_ns = yield from reach(self._env, t_ns)
         self._map_in_host(leaf)

@@ -237,10 +237,9 @@ class Kvm:
         host = self.host
         if not host.fast_huge[leaf // host.entries] or self.dirty_log.logs(leaf):
             return False
-        if self.stage2.block_leaves == host.entries:
-            return True
-        first, last = self.stage2.block_span(leaf)
-        return bool(host.huge[first // host.entries : -(-last // host.entries)].all())
+        return self.stage2.block_leaves == host.entries or host.all_huge(
+            *self.stage2.block_span(leaf)
+        )
 
     def refusal(self, leaf: int, write: bool) -> Refusal | None:
         """Why a fault on ``leaf`` goes to user space, if it does."""
@@ -395,6 +394,12 @@ class Kvm:
     def zap_host(self, t_ns: int, first: int, last: int) -> int:
         """Remove the host's mappings of these leaves from ``t_ns`` on; returns when it is done."""
         return t_ns + self.host.zap(first, last) * self.costs.unmap.host_page_ns
+
+    def split_host(self, t_ns: int, first: int, last: int) -> int:
+        """Split the huge page that these leaves are, from ``t_ns`` on; returns when it is done."""
+        if last - first <= self.host.entries:  # else it becomes smaller huge pages
+            self.host.huge[first // self.host.entries] = False
+        return t_ns + self.host.entries * self.costs.unmap.visit_ns
 
     def path_at(self, leaf: int, t_ns: int) -> frozenset[TableId]:
         """Tables, root included, that a walker without lock goes through at ``t_ns``."""

@@ -7,6 +7,10 @@ that finds, under the lock, an invalidation in progress, or a sequence that move
 the page up, gives up and is taken again. Which invalidations count is ``fault_retry``: any of the
 VM (arm64), or those whose range the page lies in (x86). Stage 2 is unmapped whatever the host is
 about to do: remove, protect, replace or move its pages.
+
+A huge page of which the range has only a part is split in between, an invalidation of its own over
+all of it (mm/huge_memory.c, ``__split_huge_pmd``). On x86 nothing else takes back a block that a
+fault maps meanwhile for a page of it that lies beside the range.
 """
 
 from __future__ import annotations
@@ -158,11 +162,26 @@ class MmuNotifier:
         self._active += 1
         token = self.srcu.enter(t_ns)
         t_ns = yield from self._start(task, t_ns + kvm.costs.ageing.call_ns, first, last, blockable)
+        t_ns = yield from self.split_huge_pages(task, t_ns, first, last, blockable)
         t_ns = change(t_ns, first, last)
         t_ns = yield from reach(kvm.env, t_ns)
         t_ns = yield from self._end(task, t_ns + kvm.costs.ageing.call_ns, first, last, leaving)
         self.srcu.leave(token, t_ns)
         self._ended(t_ns)
+        return t_ns
+
+    def split_huge_pages(
+        self, task: Task, t_ns: int, first: int, last: int, blockable: bool = True
+    ) -> Steps:
+        """Split those that the leaves ``first`` up to ``last`` have a part of; returns the end."""
+        kvm = self._kvm
+        for leaf in (first, last - 1):
+            low, high = kvm.stage2.block_span(leaf)
+            if (low < first or high > last) and kvm.host.all_huge(low, high):
+                t_ns = yield from reach(kvm.env, t_ns)
+                t_ns = yield from self.invalidate(
+                    task, t_ns, low, high, blockable, change=kvm.split_host
+                )
         return t_ns
 
     def _ended(self, t_ns: int) -> None:

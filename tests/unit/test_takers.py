@@ -515,13 +515,13 @@ def test_a_write_copies_while_the_child_lives_and_reuses_the_page_after() -> Non
 
 
 def test_a_write_to_a_huge_page_that_a_child_shares_splits_it() -> None:
-    """do_huge_pmd_wp_page() falls back to a copy of the one page."""
+    """do_huge_pmd_wp_page() falls back to __split_huge_pmd() and a copy of the one page."""
     made = huge("fork", child=20 * MS, start=1000)
     lab = made.lab
     vcpu = lab.touch((700, READ, MS), (5, READ, 0), (5, WROTE, 0))
     lab.env.timeout(2 * MS)
     lab.env.run(vcpu.process)
-    assert ranges(made) == [(0, 1024), (5, 6)]
+    assert ranges(made) == [(0, 1024), (0, 512), (5, 6)]
     assert lab.kvm.host.huge.tolist() == [False, True]
     assert host(made, 5) == PRESENT | OWN
     assert host(made, 6) == PRESENT | OWN | WRPROTECT
