@@ -81,6 +81,10 @@ class HostMemory:
         """Whether nothing is mapped in ``first`` up to ``last``."""
         return not self.state[first:last].any()
 
+    def all_huge(self, first: int, last: int) -> bool:
+        """Whether huge pages stand for the tables of all leaves from ``first`` up to ``last``."""
+        return bool(self.huge[first // self.entries : -(-last // self.entries)].all())
+
     def map_all(self) -> None:
         """Give every leaf of an empty page table a page of its own."""
         self.state[:] = PRESENT | YOUNG | OWN

@@ -247,7 +247,7 @@ class Kvm:
             return False  # ``fault_supports_stage2_huge_mapping``
         if self.stage2.block_leaves == host.entries:
             return True
-        return bool(host.huge[first // host.entries : -(-last // host.entries)].all())
+        return host.all_huge(first, last)
 
     def refusal(self, leaf: int, write: bool) -> Refusal | None:
         """Why a fault on ``leaf`` goes to user space, if it does."""

@@ -7,6 +7,10 @@ that finds, under the lock, an invalidation in progress, or a sequence that move
 the page up, gives up and is taken again. Which invalidations count is ``fault_retry``: any of the
 VM (arm64), or those whose range the page lies in (x86). Stage 2 is unmapped whatever the host is
 about to do: remove, protect, replace or move its pages.
+
+A huge page of which the range has only a part is split in between, an invalidation of its own over
+all of it (mm/huge_memory.c, ``__split_huge_pmd``). On x86 nothing else takes back a block that a
+fault maps meanwhile for a page of it that lies beside the range.
 """
 
 from __future__ import annotations

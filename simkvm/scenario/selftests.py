@@ -30,15 +30,9 @@ from simkvm.scenario.selftest import GRANULES, Pin, Selftest, Vcpus, Vm, whole
 from simkvm.units import exact_size
 
 
-class Memstress(Selftest):
-    """What the tests around ``lib/memstress.c`` share."""
+class OnBackingSource(Selftest):
+    """A test to which one says the guest's mode and what memory is behind it."""
 
-    vcpus: Vcpus = Field(default=1, description="vCPUs (-v).")
-    vcpu_memory: Size = Field(default=GIB, description="Memory that each vCPU touches (-b).")
-    overlap: bool = Field(
-        default=False,
-        description="Every vCPU touches the memory of all instead of a part of its own (-o).",
-    )
     backing_src: BackingSource = Field(
         default="anonymous", description="Type of the host memory behind the guest's (-s)."
     )
@@ -60,6 +54,17 @@ class Memstress(Selftest):
     def backing_bytes(self) -> int:
         """Page size of the backing source."""
         return backing_bytes(self.backing_src, self.page_size)
+
+
+class Memstress(OnBackingSource):
+    """What the tests around ``lib/memstress.c`` share."""
+
+    vcpus: Vcpus = Field(default=1, description="vCPUs (-v).")
+    vcpu_memory: Size = Field(default=GIB, description="Memory that each vCPU touches (-b).")
+    overlap: bool = Field(
+        default=False,
+        description="Every vCPU touches the memory of all instead of a part of its own (-o).",
+    )
 
     @property
     def memory(self) -> int:
@@ -265,7 +270,7 @@ class DemandPaging(Memstress):
             yield "uffd_mode", f"MINOR needs shared memory: backing_src {' or '.join(SHARED)}"
 
 
-class KvmPageTable(Selftest):
+class KvmPageTable(OnBackingSource):
     """Stage-2 mappings from their creation over their splitting to blocks again."""
 
     memory_key: ClassVar[str] = "memory"
@@ -274,30 +279,10 @@ class KvmPageTable(Selftest):
     test: Literal["kvm_page_table_test"] = "kvm_page_table_test"
     vcpus: Vcpus = Field(default=1, description="vCPUs (-v); all touch the same memory.")
     memory: Size = Field(default=GIB, description="Memory of the guest (-b).")
-    backing_src: BackingSource = Field(
-        default="anonymous", description="Type of the host memory behind the guest's (-s)."
-    )
-    mode: int | None = Field(
-        default=None,
-        ge=0,
-        lt=len(MODES),
-        description="Guest mode by number (-m): address bits and the guest's page size; "
-        "null: the default, 6 on arm64, 9 on x86.",
-    )
     phys_offset: AnySize | None = Field(
         default=None,
         description="Guest-physical address of the memory (-p); null: below the top of all.",
     )
-
-    @property
-    def guest_mode(self) -> GuestMode:
-        """As ``mode`` says."""
-        return super().guest_mode if self.mode is None else MODES[self.mode]
-
-    @property
-    def backing_bytes(self) -> int:
-        """Page size of the backing source."""
-        return backing_bytes(self.backing_src, self.page_size)
 
     @property
     def test_memory(self) -> int:

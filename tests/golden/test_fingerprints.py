@@ -6,7 +6,6 @@ then look at what the diff says of the summaries.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,11 +15,11 @@ from typing import Any
 import pytest
 import worlds
 
+from golden.stored import as_they_were
 from simkvm.scenario.load import load
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("fingerprints.json")
-UPDATE = "python -m pytest tests/golden --update-golden"
 MS = 1_000_000
 MIB = 1 << 20
 DONTNEED = {"kind": "madvise_dontneed", "guest": "vm0", "range": 2 * MIB, "rate": 2000.0}
@@ -259,16 +258,7 @@ def outcome(case: str) -> dict[str, Any]:
 
 def test_fingerprints_are_as_they_were(request: pytest.FixtureRequest) -> None:
     found = {case: outcome(case) for case in ALL}
-    if request.config.getoption("--update-golden"):
-        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
-    stored = json.loads(GOLDEN.read_text())
-    changed = [
-        f"{case}: {key} was {stored.get(case, {}).get(key)}, is {value}"
-        for case, values in found.items()
-        for key, value in values.items()
-        if stored.get(case, {}).get(key) != value
-    ]
-    assert not changed, "\n".join([*changed, f"if that is meant: {UPDATE}"])
+    as_they_were(request, GOLDEN, found)
     assert len({values["fingerprint"] for values in found.values()}) == len(ALL)
 
 

@@ -5,15 +5,15 @@ After a change that is meant to change results: ``python -m pytest tests/golden 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import selftest_runs
 
+from golden.stored import as_they_were
+
 GOLDEN = Path(__file__).with_name("selftests.json")
-UPDATE = "python -m pytest tests/golden --update-golden"
 CASES: dict[str, dict[str, Any]] = {
     **{test: {"test": test} for test in selftest_runs.SMALL},
     "access_tracking_perf_test": {"test": "access_tracking_perf_test", "vcpus": 1},
@@ -40,16 +40,7 @@ def outcome(case: str) -> dict[str, Any]:
 
 def test_selftests_are_as_they_were(request: pytest.FixtureRequest) -> None:
     found = {case: outcome(case) for case in CASES}
-    if request.config.getoption("--update-golden"):
-        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
-    stored = json.loads(GOLDEN.read_text())
-    changed = [
-        f"{case}: {key} was {stored.get(case, {}).get(key)}, is {value}"
-        for case, values in found.items()
-        for key, value in values.items()
-        if stored.get(case, {}).get(key) != value
-    ]
-    assert not changed, "\n".join([*changed, f"if that is meant: {UPDATE}"])
+    as_they_were(request, GOLDEN, found)
 
 
 def test_a_second_run_in_the_process_feels_nothing_of_the_first() -> None:

@@ -550,6 +550,44 @@ def test_taking_back_part_of_a_huge_page_splits_it() -> None:
     assert not made.kvm.stage2.is_block(5)
 
 
+@pytest.mark.parametrize(
+    ("first", "size", "ranges"),
+    [(0, 2 * MIB, 1), (4 * KIB, 2 * MIB - 4 * KIB, 2), (MIB, 2 * MIB, 3), (MIB, 5 * MIB, 2)],
+)
+def test_each_huge_page_that_a_range_cuts_is_a_range_of_its_own(
+    first: int, size: int, ranges: int
+) -> None:
+    """zap_pmd_range() -> __split_huge_pmd(), between the start and the end of the one around it."""
+    made = Logged(all_pages(step=512))
+    made.touch()
+    made.locks()
+    made.lab.drop(first, size)
+    assert made.locks() == {START: ranges, END: ranges}
+    assert made.kvm.notifier.in_progress == 0
+    assert made.kvm.notifier.sequence == ranges
+
+
+def test_a_block_mapped_beside_a_range_goes_with_the_huge_page(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a fault looks at ranges, one on page 0 is not in the way of pages 57 to 511."""
+    made = Logged(all_pages(step=512))
+    made.touch()
+    start = made.kvm.notifier._start
+
+    def started(task: Any, t_ns: int, first: int, last: int, blockable: bool) -> Iterator[Any]:
+        t_ns = yield from start(task, t_ns, first, last, blockable)
+        if first == 57:
+            made.kvm.stage2.map_block(0, WRITE)
+        return t_ns
+
+    monkeypatch.setattr(made.kvm.notifier, "_start", started)
+    made.lab.drop(57 * 4 * KIB, MIB)
+    assert not made.kvm.host.huge[0]
+    assert not made.kvm.stage2.leaf.entries[:512].any()
+    assert made.kvm.stage2.leaf.entries[512:].all()
+
+
 def test_zapping_a_huge_page_is_one_entry() -> None:
     lab = Lab(4 * MIB, BLOCKS, contenders={"l": {"kind": "dirty_log", "guest": "vm"}})
     lab.kvm.host.install_huge(0, 1024)

@@ -515,7 +515,7 @@ def test_a_write_copies_while_the_child_lives_and_reuses_the_page_after() -> Non
 
 
 def test_a_write_to_a_huge_page_that_a_child_shares_splits_it() -> None:
-    """do_huge_pmd_wp_page() falls back to a copy of the one page."""
+    """do_huge_pmd_wp_page() falls back to __split_huge_pmd() and a copy of the one page."""
     made = huge("fork", child=20 * MS, start=1000)
     lab = made.lab
     vcpu = lab.touch((700, READ, MS), (5, READ, 0), (5, WROTE, 0))
