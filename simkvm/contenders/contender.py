@@ -53,6 +53,8 @@ class Contender:
             return t_ns
         if due_ns <= t_ns:
             return t_ns
+        # Its timer is set when it goes to sleep, after those of threads that did so before.
+        t_ns = yield from reach(self.kvm.env, t_ns)
         self.task.cpu.sleep(t_ns)
         t_ns = yield from reach(self.kvm.env, due_ns)
         self.task.cpu.enter_kernel(t_ns)
