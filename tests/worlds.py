@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from simkvm.kernel.host_memory import HostMemory
 from simkvm.kernel.kvm import Kvm
@@ -121,9 +123,21 @@ class Journal:
     callbacks: list[Callback] = field(default_factory=list)
     locks: dict[str, list[int]] = field(default_factory=dict)
     taken: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    open_leaves: dict[str, NDArray[np.int32]] = field(default_factory=dict)  #: how often each is
     ends: dict[str, int] = field(default_factory=dict)
     changes: int = 0  #: of tables or host mappings so far
     tables_queued: int = 0  #: tables left to RCU so far
+
+    def take(self, kvm: Kvm, first: int, last: int) -> None:
+        """These leaves were unmapped by an invalidation that has not ended."""
+        self.taken.setdefault(kvm.name, []).append((first, last))
+        nothing = np.zeros(kvm.leaves, np.int32)
+        self.open_leaves.setdefault(kvm.name, nothing)[first:last] += 1
+
+    def give_back(self, guest: str, piece: tuple[int, int]) -> None:
+        """The invalidation that took ``piece`` has ended."""
+        self.taken[guest].remove(piece)
+        self.open_leaves[guest][slice(*piece)] -= 1
 
     def open_ranges(self, guest: str) -> list[tuple[int, int]]:
         """Leaves between the start and the end of an invalidation, as far as unmapped."""
@@ -198,23 +212,23 @@ def _listen_to_invalidations(notes: Journal, patch: pytest.MonkeyPatch) -> None:
         guests[kvm.name] = kvm
         if kvm.no_memslot(first):
             return  # a memslot goes: no range that ends
-        notes.taken.setdefault(kvm.name, []).append((first, last))
+        notes.take(kvm, first, last)
 
     def zap_leaves(kvm: Kvm, t_ns: int, first: int, last: int) -> None:
         if kvm.alive and not kvm.no_memslot(first):
             pieces.setdefault(kvm.name, []).append((first, last))
-            notes.taken.setdefault(kvm.name, []).append((first, last))
+            notes.take(kvm, first, last)
 
     def invalidated(oracle: Oracle, first: int, last: int, *_: Any) -> None:
         taken = notes.taken.get(oracle.guest, [])
         for piece in [p for p in pieces.get(oracle.guest, []) if first <= p[0] and p[1] <= last]:
             pieces[oracle.guest].remove(piece)
-            taken.remove(piece)
+            notes.give_back(oracle.guest, piece)
         kvm = guests.get(oracle.guest)
         for slot in kvm.memslots.overlapping(first, last) if kvm is not None else ():
             for cut in chunks(kvm.stage2, *slot):
                 if cut in taken:  # all of them, unless the tree went away half-way
-                    taken.remove(cut)
+                    notes.give_back(oracle.guest, cut)
         notes.ends[oracle.guest] = notes.ends.get(oracle.guest, 0) + 1
 
     before(patch, Kvm, "unmap_chunk", unmap_chunk)

@@ -72,7 +72,13 @@ class PreFault(Contender):
             self.ioctls += 1
             end = min(self.mapped + self._call, self._last)
             while self.mapped < end and self.kvm.alive and not self.kvm.no_memslot(self.mapped):
+                over = Event(self.kvm.env)
+                self.kvm.in_ioctl.append(over)
                 t_ns = yield from self._fault_in(t_ns, self.mapped)
+                self.kvm.in_ioctl.remove(over)
+                if over.callbacks:
+                    t_ns = yield from reach(self.kvm.env, t_ns)
+                    over.succeed()
                 t_ns += self.kvm.costs.ageing.resched_ns + self.task.cpu.take_stolen()
                 t_ns = yield from reach(self.kvm.env, t_ns)
                 self.mapped += bool(self.kvm.stage2.leaf.fast[self.mapped] & VALID)

@@ -55,7 +55,8 @@ class EagerSplit:
         while position < last:
             if kvm.split_cache.pages < self._needed(step) or kvm.lock_break(task.cpu, t_ns):
                 t_ns = yield from self._refill(task, t_ns, self._needed(step))
-            if not kvm.stage2.attached:
+            # The zap of x86's roots is planned ahead: nothing may be added to them any more.
+            if not kvm.stage2.attached or not (self._breaks or kvm.alive):
                 break
             end = min(last, (position // step + 1) * step)
             t_ns = yield from self._chunk(t_ns, position, end)

@@ -120,6 +120,7 @@ class Kvm:
         #: Whether MGLRU walks page tables: on arm64 host and guest have the flag, or neither.
         self.walks_page_tables = machine.hw_af or machine.arch != "arm64"
         self.vcpus: list[Vcpu] = []
+        self.in_ioctl: list[Event] = []  #: one for the end of each fault that no running vCPU takes
         # Shares of the memory may meet inside a block.
         meeting = self.leaf_pages > 1 or block_bytes is not None or not _apart(guest.access)
         self.shared = guest.vcpus > 1 and meeting

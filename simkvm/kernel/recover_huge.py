@@ -61,7 +61,7 @@ class Recover:
         return (yield from reach(kvm.env, kvm.flush_ns(t_ns, kvm.costs.tlbi_all_ns)))
 
     def _chunk(self, kvm: Kvm, cpu: int, t_ns: int, first: int, last: int) -> int:
-        if kvm.stage2.blocks is None:
+        if kvm.stage2.blocks is None or not kvm.alive:
             return t_ns
         size = kvm.stage2.block_leaves
         t_ns += kvm.stage2.leaf_visits(first, last) * kvm.costs.unmap.visit_ns

@@ -95,6 +95,8 @@ class Teardown:
             assert vcpu.process is not None
             if vcpu.process.is_alive:
                 yield vcpu.process
+        while kvm.in_ioctl:
+            yield kvm.in_ioctl[0]  # who is inside an ioctl holds the file, and the address space
         t_ns = max(t_ns, int(kvm.env.now), *(vcpu.finished_ns for vcpu in kvm.vcpus))
         self._task.cpu.enter_kernel(t_ns)
         return (yield from reach(kvm.env, t_ns))
