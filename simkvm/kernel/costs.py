@@ -174,14 +174,15 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int, deeper_ns: float)
     hold = machine["fault_hold_ns"]
     parts = 2 * half_exit + around + vma + hold + machine["dcache_clean_4k_ns"]
     parts += atomics * line.same_ns
-    gup_hit = machine["s2_map4k_total_ns"] - parts
+    # A machine whose parts are dearer than their sum has nothing left: no step takes less than 0.
+    gup_hit = max(0.0, machine["s2_map4k_total_ns"] - parts)
     alloc = machine["s2_fault4k_alloc_total_ns"] - machine["s2_map4k_total_ns"] - lock_of_gup
     clear = machine["zero_4k_ns"] + machine["page_alloc_free_ns"]
-    zero_page = alloc - clear
+    alloc = max(0.0, alloc)
+    zero_page = max(0.0, alloc - clear)
     if leaf_bytes >= 2 << 20:
-        alloc = (machine["s2_fault2m_total_ns"] - parts - machine["dcache_clean_2m_ns"]) * (
-            leaf_bytes / (2 << 20)
-        )
+        block = machine["s2_fault2m_total_ns"] - parts - machine["dcache_clean_2m_ns"]
+        alloc = max(0.0, block) * (leaf_bytes / (2 << 20))
     elif leaf_bytes > 4096:
         alloc += machine["zero_4k_ns"] * (leaf_bytes / 4096 - 1)
     return FaultCosts(
@@ -201,7 +202,7 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int, deeper_ns: float)
         gup_zero_ns=round(gup_hit + zero_page),
         gup_alloc_ns=round(gup_hit + alloc),
         gup_copy_ns=round(gup_hit + alloc),
-        gup_cow_ns=round(gup_hit + alloc + _copied_not_cleared(machine, leaf_bytes)),
+        gup_cow_ns=round(max(gup_hit, gup_hit + alloc + _copied_not_cleared(machine, leaf_bytes))),
         ptl_ns=round(machine["host_ptl_hold_ns"]),
         hold_ns=round(hold + clean),
         relax_hold_ns=round(hold),

@@ -178,24 +178,35 @@ class ZapRoots(Teardown):
     # -- the shadow MMU -----------------------------------------------------------------------
 
     def _zap_pages(self, t_ns: int) -> Steps:
-        """``kvm_mmu_zap_all``: page by page; then one flush, and the pages are freed."""
+        """``kvm_mmu_zap_all``: page by page; then one flush, and the pages are freed.
+
+        After the lock was let go it starts again with the pages that are left: the other end of
+        the VM may have zapped some, and those are its to free.
+        """
         kvm, stage2, costs = self._kvm, self._kvm.stage2, self._kvm.costs
-        tables = stage2.all_tables()
+        tables, mine = stage2.all_tables(), list[TableId]()
         page_ns = costs.unmap.descend_ns + kvm.entries * costs.unmap.visit_ns
-        spent = [page_ns + self._leaves_ns(table) for table in tables]
-        self.walk.visits += len(tables) * kvm.entries
-        self.walk.longest_ns = max([self.walk.longest_ns, *spent])
+        spent = np.array([page_ns + self._leaves_ns(table) for table in tables], np.int64)
+        self.walk.longest_ns = max(self.walk.longest_ns, int(spent.max(initial=0)))
 
         def apply(walk: Walk, done: int, stop: int, t_ns: int) -> None:
-            for table in tables[done:stop]:
+            for table in (tables[number] for number in range(done, stop) if spent[number]):
                 self._zap_page(table, t_ns)
+                mine.append(table)
+
+        def let_go(t_ns: int) -> Steps:
+            t_ns = yield from self._let_go(t_ns)
+            left = set(stage2.all_tables()).union(mine)
+            spent[[table not in left for table in tables]] = 0
+            walk.ends_ns[:] = np.cumsum(spent)
+            return t_ns
 
         numbers = np.arange(len(tables))
-        walk = Walk(numbers, np.cumsum(spent, dtype=np.int64), len(tables), numbers >= 0)
-        walker = YieldingWalker(kvm, True, apply, self._let_go)
-        t_ns = yield from walker.run(walk, t_ns, more=False)
+        walk = Walk(numbers, np.cumsum(spent), len(tables), numbers >= 0)
+        t_ns = yield from YieldingWalker(kvm, True, apply, let_go).run(walk, t_ns, more=False)
+        self.walk.visits += len(mine) * kvm.entries
         t_ns = kvm.ipi.flush(kvm, (yield from reach(kvm.env, t_ns)))
-        for table in tables:
+        for table in mine:
             t_ns += kvm.table_free.under_lock_ns(costs.free)
             kvm.table_free.unlinked(kvm, table, t_ns, self._task.cpu.id)
         return t_ns

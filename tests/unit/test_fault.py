@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 from lab import KIB, MIB, Lab, account, events, world
 
 from simkvm.kernel.aging import AgeingWalk
+from simkvm.kernel.costs import Costs
 from simkvm.kernel.fault import CACHE_CAPACITY
 from simkvm.kernel.host_memory import OWN, PRESENT
 from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.sites import AGE, FAULT, NAMES, RANGE_END
 from simkvm.kernel.stage2 import AF, VALID, WRITE
+from simkvm.scenario.machine import load_machine
 
 READ, WROTE = VALID | AF, VALID | AF | WRITE
 
@@ -425,3 +428,12 @@ def test_an_uncontended_fault_needs_two_events_at_most(think: int) -> None:
 def test_a_contended_fault_needs_three_events_at_most(policy: str, vcpus: int) -> None:
     kernel = {"base": "linux-6.12", "set": {"fault_lock": policy}}
     assert events_a_fault(vcpus, 1, 0, 256, kernel=kernel) <= 3
+
+
+@pytest.mark.parametrize("base", ["ampere-altra-80c", "graviton3-64c", "x86-icelake-64c"])
+@pytest.mark.parametrize("size", [4096, 65536, 2 << 20])
+def test_no_step_of_a_fault_takes_less_than_nothing(base: str, size: int) -> None:
+    """Whoever sets one part of a measured whole to more than the whole gets no time back."""
+    dear = {"fault_hold_ns": 5000, "atomic_uncontended_ns": 20, "zero_4k_ns": 50_000}
+    fault = Costs.of(load_machine({"base": base, "set": dear}), size, 4096).fault
+    assert all(value >= 0 for value in dataclasses.astuple(fault))
