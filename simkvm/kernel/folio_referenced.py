@@ -48,7 +48,7 @@ class FolioReferenced(RmapAgeing):
         self._promoted.clear()
         t_ns = yield from reach(kvm.env, t_ns)
         for table, present in enumerate(kvm.host.present):
-            for folio in self.folios(self.leaves(table)) if present else ():
+            for folio in self.folios(self.leaves(table)) if present and kvm.alive else ():
                 if not kvm.alive or int(folio[0]) // kvm.folio_leaves in self._promoted:
                     continue
                 entries = self.entries(folio)
