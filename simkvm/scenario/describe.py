@@ -57,6 +57,8 @@ def explain(key: str) -> str:
     """
     wanted = key.strip().split(".")
     found = [entry for entry in _entries() if _matches(entry.name.split("."), wanted)]
+    if not found and any(_matches(name.split(".")[: len(wanted)], wanted) for name in key_names()):
+        return explain(".".join(wanted[:-1]))  # a free name: what may be under it
     if not found:
         known = key_names()
         hint = nearest(key, known) or nearest(wanted[-1], [name.split(".")[-1] for name in known])

@@ -85,43 +85,55 @@ def every_rule_holds(spec: Scenario) -> None:
     assert len(leaks) == len(record.violations)
 
 
-@settings(max_examples=24, phases=[Phase.generate])
+@settings(max_examples=12, phases=[Phase.generate])
 @given(drawn.scenarios(teardown=False))
 def test_every_rule_holds_after_every_event(spec: Scenario) -> None:
     every_rule_holds(spec)
 
 
-@settings(max_examples=10, phases=[Phase.generate])
+@settings(max_examples=7, phases=[Phase.generate])
 @given(drawn.scenarios(teardown=True))
 def test_every_rule_holds_while_a_vm_is_torn_down(spec: Scenario) -> None:
     every_rule_holds(spec)
 
 
-@settings(max_examples=24, phases=[Phase.generate])
+@settings(max_examples=12, phases=[Phase.generate])
 @given(drawn.scenarios(takers=True))
 def test_every_rule_holds_whatever_takes_the_lock(spec: Scenario) -> None:
     every_rule_holds(spec)
 
 
-@settings(max_examples=20, phases=[Phase.generate])
+@settings(max_examples=7, phases=[Phase.generate])
 @given(drawn.scenarios(teardown=False, sized=True))
 def test_every_rule_holds_where_leaves_differ_in_size(spec: Scenario) -> None:
     every_rule_holds(spec)
 
 
-@settings(max_examples=10, phases=[Phase.generate])
+@settings(max_examples=6, phases=[Phase.generate])
+@given(drawn.scenarios(takers=True, sized=True))
+def test_every_rule_holds_whatever_takes_leaves_that_differ(spec: Scenario) -> None:
+    every_rule_holds(spec)
+
+
+@settings(max_examples=5, phases=[Phase.generate])
+@given(drawn.scenarios(takers=True, sized=True, arch="x86"))
+def test_every_rule_holds_on_x86_whatever_takes_leaves_that_differ(spec: Scenario) -> None:
+    every_rule_holds(spec)
+
+
+@settings(max_examples=6, phases=[Phase.generate])
 @given(drawn.scenarios(teardown=True, sized=True))
 def test_every_rule_holds_at_the_end_of_a_vm_with_leaves_that_differ(spec: Scenario) -> None:
     every_rule_holds(spec)
 
 
-@settings(max_examples=12, phases=[Phase.generate])
+@settings(max_examples=8, phases=[Phase.generate])
 @given(drawn.scenarios(sized=True, arch="x86"))
 def test_every_rule_holds_on_x86_where_leaves_differ_in_size(spec: Scenario) -> None:
     every_rule_holds(spec)
 
 
-@settings(max_examples=12, phases=[Phase.generate])
+@settings(max_examples=8, phases=[Phase.generate])
 @given(drawn.scenarios(arch="x86"))
 def test_every_rule_holds_on_x86(spec: Scenario) -> None:
     every_rule_holds(spec)

@@ -13,6 +13,7 @@ import pytest
 from lab import KIB, MIB, Lab, account
 
 from simkvm.kernel.cmpxchg_race import Loads
+from simkvm.kernel.host_change import depart
 from simkvm.kernel.host_memory import IDLE
 from simkvm.kernel.stage2 import AF, BLOCK, VALID, WRITE, TableId
 
@@ -203,3 +204,46 @@ def test_the_fast_path_leaves_the_zero_page_alone() -> None:
     made.env.run(vcpu.process)
     assert made.kvm.host.fast[3] & 2, "the zero page was copied"
     assert made.kvm.stage2.leaf.fast[3] & WRITE
+
+
+# -- a part of a huge page ------------------------------------------------------------------------
+
+
+def test_a_huge_page_of_which_a_part_goes_is_invalidated_as_a_whole_first() -> None:
+    """__split_huge_pmd(): a range of its own, start and end, inside the one that asked for it."""
+    made = lab()
+    made.drop(first=64 * KIB, size=16 * KIB)
+    assert made.kvm.host.huge.tolist() == [False, True]
+    assert made.acquisitions() == {("range_start", "write"): 2, ("range_end", "write"): 2}
+    assert made.kvm.notifier.in_progress == 0
+    made.drop(first=2 * MIB, size=2 * MIB)
+    assert made.acquisitions() == {("range_start", "write"): 1, ("range_end", "write"): 1}
+
+
+def test_a_fault_beside_the_range_may_not_keep_a_block_over_it() -> None:
+    """x86 retries by range: between the outer start and the split a block can be mapped again."""
+    made = Lab(
+        2 * MIB,
+        {"mapping": 2 * MIB, "mapped": True},
+        machine="x86-icelake-64c",
+        kernel="linux-6.12-x86",
+        contenders=SIZED,
+    )
+    kvm = made.kvm
+    split_huge = kvm.notifier.split_huge
+
+    def mapped_meanwhile(*args: Any) -> Any:
+        kvm.notifier.split_huge = split_huge  # type: ignore[method-assign]
+        kvm.stage2.map_block(0, WRITE)
+        return split_huge(*args)
+
+    kvm.notifier.split_huge = mapped_meanwhile  # type: ignore[method-assign]
+    made.drop(first=64 * KIB, size=16 * KIB)
+    assert not (kvm.stage2.leaf.entries & VALID).any()
+
+
+def test_a_huge_page_that_is_on_its_way_takes_no_time_to_zap() -> None:
+    host = lab().kvm.host
+    assert depart(host, 0, 512) == 1
+    assert host.zap(0, 1024) == 1, "the one that is there"
+    assert host.present == [0, 0]

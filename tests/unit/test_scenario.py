@@ -1106,6 +1106,7 @@ def test_defaults_in_the_json_schema_are_valid_themselves() -> None:
         ),
         ("contenders.x.batch", ["PAGE_REPORTING_CAPACITY", "VIRTIO_BALLOON_ARRAY_PFNS_MAX"]),
         ("contenders.x.delay", ["PAGE_REPORTING_DELAY", "Default: 2 s."]),
+        ("contenders.x", ["mapping by name", "kind: madvise_dontneed - "]),
         ("ageing", ["mapping or null", "interval - Pause", "Default: null."]),
         ("access.pattern", ["populate, uniform, zipf, hot_cold, phases, trace", "Required."]),
     ],

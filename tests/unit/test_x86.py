@@ -587,6 +587,23 @@ def test_shadow_pages_are_freed_under_the_lock_after_one_flush() -> None:
     assert made.kvm.tables_freed == 4
 
 
+@pytest.mark.parametrize("kernel", ["linux-6.12-x86", SHADOW])
+def test_two_ends_at_once_zap_each_page_once(kernel: str) -> None:
+    """kvm_mmu_zap_all() starts again after it let go of the lock; each end frees its own list."""
+    access = {"pattern": "populate"}
+    teardown = {"order": "both", "at": 4_000_000}
+    built = world(
+        machine=ICELAKE,
+        kernel=kernel,
+        guest={"memory": 16 * MIB, "access": access, "teardown": teardown},
+    )
+    record = built.run()
+    (kvm,) = built.kvms
+    assert not record.violations
+    assert kvm.tables_freed == kvm.tables_allocated > 8
+    assert len(built.teardowns) == 2
+
+
 @pytest.mark.parametrize("order", ["close_vm", "process_exit"])
 @pytest.mark.parametrize("kernel", ["linux-6.15-x86", "linux-6.15-x86-shadow"])
 def test_ageing_without_mmu_lock_survives_the_end(kernel: str, order: str) -> None:
