@@ -591,7 +591,7 @@ def test_shadow_pages_are_freed_under_the_lock_after_one_flush() -> None:
 def test_two_ends_at_once_zap_each_page_once(kernel: str) -> None:
     """kvm_mmu_zap_all() starts again after it let go of the lock; each end frees its own list."""
     access = {"pattern": "populate"}
-    teardown = {"order": "both", "at": 4_000_000}
+    teardown = {"order": "both", "at": 20_000_000}
     built = world(
         machine=ICELAKE,
         kernel=kernel,
@@ -600,7 +600,7 @@ def test_two_ends_at_once_zap_each_page_once(kernel: str) -> None:
     record = built.run()
     (kvm,) = built.kvms
     assert not record.violations
-    assert kvm.tables_freed == kvm.tables_allocated > 8
+    assert kvm.tables_freed == kvm.tables_allocated >= 8
     assert len(built.teardowns) == 2
 
 
