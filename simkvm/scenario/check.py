@@ -12,7 +12,14 @@ from typing import Any
 from simkvm.kernel.bugs import BUGS
 from simkvm.kernel.geometry import GEOMETRIES
 from simkvm.scenario.access import Access, Phases, Populate, Trace
-from simkvm.scenario.contenders import Contender, DirtyLog, Khugepaged, Memslot, ThpSplit
+from simkvm.scenario.contenders import (
+    Compaction,
+    Contender,
+    DirtyLog,
+    Khugepaged,
+    Memslot,
+    ThpSplit,
+)
 from simkvm.scenario.errors import Keys, Problem, nearest
 from simkvm.scenario.fields import KIB
 from simkvm.scenario.groups import every_guest, meant, member_names, virtual_machines
@@ -324,6 +331,9 @@ def _contender(
     if isinstance(contender, Memslot) and contender.slot >= guest.memslots:
         message = f"{contender.guest} has memslots 0 to {guest.memslots - 1}"
         yield Problem((*keys, "slot"), message)
+    pages = guest.memory_bytes // guest.page_size
+    if isinstance(contender, Compaction) and contender.pages > pages:
+        yield Problem((*keys, "pages"), f"{contender.pages} is more than the guest has, {pages}")
     for name, message in contender.complaints():
         yield Problem((*keys, name), message)
 

@@ -132,6 +132,7 @@ def test_what_the_models_refuse() -> None:
     blocks = {"mapping": "2 MiB", "folio": "2 MiB"}
     assert "works on pages, vm is mapped by 2 MiB" in refused(kind="ksm", vm=blocks)
     assert "vm has memslots 0 to 3" in refused(kind="memslot", slot=4, vm={"memslots": 4})
+    assert "16385 is more than the guest has, 16384" in refused(kind="compaction", pages=16385)
     assert "6 KiB is not a multiple" in refused(kind="mprotect", range="6 KiB")
     assert "more than the guest's memory" in refused(kind="pre_fault", range="1 GiB")
     assert "20 ms is longer than interval" in refused(kind="fork", child="20 ms", interval="10 ms")
