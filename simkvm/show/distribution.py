@@ -102,16 +102,19 @@ def site_figure(
     """p50, p99 or max in ns of one site's waits or holds over all guests, modes and points.
 
     None if it never took the lock. A maximum is exact; so are the recorder's own percentiles, and
-    those of several rows together come from their histograms.
+    those of several rows together come from their histograms, and are at most the maximum.
     """
     found = [result.locks for result in results]
     rows = pd.concat([t[(t["site"] == site) & (t["lock"] == lock)] for t in found])
     if rows.empty:
         return None
-    if figure == "max" or len(rows) == 1:
+    top = float(rows[f"{quantity}_max_ns"].max())
+    if figure == "max":
+        return top
+    if len(rows) == 1:
         return float(rows[f"{quantity}_{figure}_ns"].max())
     merged = distribution(results, site, quantity, lock=lock)
-    return None if merged is None else merged.quantile_ns(PERCENTILES[figure])
+    return None if merged is None else min(top, merged.quantile_ns(PERCENTILES[figure]))
 
 
 def _rows(histograms: pd.DataFrame, site: str, quantity: str, lock: str) -> pd.DataFrame:

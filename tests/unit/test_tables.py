@@ -317,6 +317,9 @@ def test_a_site_of_several_guests_is_one_distribution():
     assert merged == distribution([result], "fault", "hold").quantile_ns(0.99)
     assert rows["hold_p99_ns"].min() * 0.96 <= merged <= rows["hold_p99_ns"].max() * 1.04
     assert site_figure([result], "fault", "hold", "max") == rows["hold_max_ns"].max()
+    below = rows["hold_p50_ns"].min()
+    result.locks["hold_max_ns"] = below  # as if all were at the bottom of their bucket
+    assert site_figure([result], "fault", "hold", "p99") == below
     assert site_figure([result], "teardown", "hold", "p99") is None
 
 
