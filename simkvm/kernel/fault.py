@@ -110,17 +110,19 @@ class FaultPath:
         self.lacking = True
         noted = self._mmap_lock.visit(self._cpu, t_ns, 3) + costs.vma_ns
         self._noted_ns = noted
-        if not state:
-            gup_ns = self._filling_ns(write)
-        elif not write:
-            gup_ns = costs.gup_zero_ns
-        else:
-            gup_ns = costs.gup_copy_ns if state < MIGRATION else self._settling_ns(state)
-        t_ns = noted + gup_ns
+        t_ns = noted + self._gup_ns(state, write)
         self.ptl_until_ns = t_ns
         self.ptl_table = leaf // kvm.host.entries
         self._mmap_lock.post(self._cpu, t_ns)
         return t_ns
+
+    def _gup_ns(self, state: int, write: bool) -> int:
+        """GUP's slow path, where the host's entry ``state`` does not do for the access."""
+        if not state:
+            return self._filling_ns(write)
+        if not write:
+            return self._costs.gup_zero_ns
+        return self._costs.gup_copy_ns if state < MIGRATION else self._settling_ns(state)
 
     def _filling_ns(self, write: bool) -> int:
         """GUP's slow path where nothing is mapped."""

@@ -41,7 +41,7 @@ class TdpFault(FaultPath):
 
     def look_up(self, t_ns: int, leaf: int, write: bool) -> int:
         """From the cache's top-up, over at ``t_ns``, to a host page; returns when that is there."""
-        kvm, costs = self._kvm, self._costs
+        kvm = self._kvm
         self.faults += 1
         if self.cached < self.cache_minimum:
             self.cached = CACHE_CAPACITY
@@ -56,13 +56,7 @@ class TdpFault(FaultPath):
         if (state & OWN or (state and not write)) and (state < MIGRATION or usable(state, write)):
             return t_ns + self._hit_ns
         self.lacking = True
-        if not state:
-            gup_ns = self._filling_ns(write)
-        elif not write:
-            gup_ns = costs.gup_zero_ns
-        else:
-            gup_ns = costs.gup_copy_ns if state < MIGRATION else self._settling_ns(state)
-        t_ns = self._mmap_lock.visit(self._cpu, t_ns, 1) + gup_ns
+        t_ns = self._mmap_lock.visit(self._cpu, t_ns, 1) + self._gup_ns(state, write)
         self.ptl_until_ns = t_ns
         self.ptl_table = leaf // kvm.host.entries
         self._mmap_lock.post(self._cpu, t_ns)
