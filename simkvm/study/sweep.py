@@ -117,7 +117,9 @@ class _Run:
                 tick = self.progress.tick
                 Drive(work, self._settled, workers=workers, backend=backend, tick=tick).run(missing)
         except KeyboardInterrupt:
-            raise Interrupted(self.done, self.total) from None
+            # from the store: a worker may have finished a point and not come to say so
+            done = sum(key in self.store for key in mine)
+            raise Interrupted(done, self.total) from None
         finally:
             self.progress.stop()
             self.store.sweep_stale()  # of workers that were killed

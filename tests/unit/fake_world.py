@@ -77,6 +77,21 @@ def pool_that_dies_once(workers: int) -> Executor:
     return DiesOnce(min(1, workers), mp_context=get_context("spawn"))
 
 
+class Wordless(ProcessPoolExecutor):
+    """A pool in which Ctrl-C comes after the first task has finished and before it is told."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = super().submit(fn, *args, **kwargs)
+        if isinstance(future.result(), str):
+            raise KeyboardInterrupt
+        return future
+
+
+def pool_that_is_interrupted(workers: int) -> Executor:
+    """Processes started afresh, as the product's own."""
+    return Wordless(workers, mp_context=get_context("spawn"))
+
+
 def do_and_die_once(fn: Any, *args: Any, **kwargs: Any) -> Any:
     """Do it; if it stored a point and nobody has died of that yet, die."""
     folder = Path(os.environ[MARKS])

@@ -261,6 +261,15 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path, marks: Path, jobs: int) 
     }
 
 
+def test_ctrl_c_counts_what_is_kept_not_what_was_told(tmp_path: Path, marks: Path) -> None:
+    """A worker that has stored its point may not have come to say so before the Ctrl-C."""
+    wanted = study(tmp_path, ["good", "good-too"])
+    with pytest.raises(Interrupted) as interruption:
+        run(wanted, tmp_path / "out", jobs=2, backend=fake_world.pool_that_is_interrupted)
+    assert (interruption.value.done, interruption.value.total) == (1, 2)
+    assert list(Results(tmp_path / "out").summary["status"]) == ["done", "missing"]
+
+
 class Told(Silent):
     """Remembers what a sweep told it."""
 
