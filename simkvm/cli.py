@@ -8,9 +8,10 @@ point of a sweep has no result, or a result did not come out again); 2 wrong inp
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from simkvm.study.result import Result, Results
+    from simkvm.validate.row import Row
 
 VIOLATED = 1
 WRONG_INPUT = 2
@@ -348,11 +350,56 @@ def lackey(file: str, out: str, window: int, page_size: str) -> None:
     _show(trace_report(header, out))
 
 
+@main.group(cls=Commands)
+def validate() -> None:
+    """Hold the model against theory, publications and traces.
+
+    The exit status is 0 when the rows were computed; what they say is in them.
+    """
+
+
+@validate.command()
+@json_option
+def theory(*, as_json: bool) -> None:
+    """Closed forms: queueing, RCU, young pages, geometry."""
+    from simkvm.validate.theory import rows
+
+    _report_rows(list(rows()), as_json=as_json)
+
+
+@validate.command()
+@json_option
+def published(*, as_json: bool) -> None:
+    """Figures that were measured on real machines."""
+    from simkvm.validate.published import rows
+
+    _report_rows(list(rows()), as_json=as_json)
+
+
+@validate.command()
+@json_option
+def traces(*, as_json: bool) -> None:
+    """Counts of a traced Linux 6.12 with KVM guests."""
+    from simkvm.validate.traces import rows
+
+    _report_rows(list(rows()), as_json=as_json)
+
+
 def _show(report: RenderableType) -> None:
     from simkvm.show.text import render
 
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     click.echo(render(report, colour=colour))
+
+
+def _report_rows(rows: Sequence[Row], *, as_json: bool) -> None:
+    from simkvm.show.validation import report
+    from simkvm.validate.row import document
+
+    if as_json:
+        click.echo(json.dumps(document(rows), indent=2, allow_nan=False))
+    else:
+        _show(report(rows))
 
 
 def _draw_all(opened: Result | Results, folder: Path, *, err: bool = False) -> None:
