@@ -91,7 +91,7 @@ class Contender:
     def read_lock_mmap(self, t_ns: int) -> Steps:
         """Take ``mmap_lock`` for read from ``t_ns`` on; returns when it is had."""
         t_ns = yield from mmap_lock.wait(self.kvm, self.task, t_ns)
-        return self.kvm.host.mmap_lock.visit(self.task.cpu.id, t_ns, 1)
+        return self.kvm.host.mmap_lock.visit(self.task.cpu.id, t_ns, mmap_lock.LOCK)
 
     def take_back(self, t_ns: int, first_byte: int, size: int) -> Steps:
         """``MADV_DONTNEED`` of ``size`` bytes at ``first_byte`` of guest memory.

@@ -132,8 +132,10 @@ class Populate:
     def chunks(self) -> Iterator[Chunk]:
         """Rounds over the share; a chunk never spans two rounds."""
         for _ in range(self.access.repeat):
-            for start in range(self.low, self.high, CHUNK_TOUCHES):
-                pages = np.arange(start, min(start + CHUNK_TOUCHES, self.high), dtype=np.int64)
+            step = self.access.every
+            for start in range(self.low, self.high, step * CHUNK_TOUCHES):
+                end = min(start + step * CHUNK_TOUCHES, self.high)
+                pages = np.arange(start, end, step, dtype=np.int64)
                 yield Chunk(pages, np.full(pages.size, self.access.write), self.access.think)
 
     @staticmethod
@@ -142,9 +144,10 @@ class Populate:
         return True
 
     @staticmethod
-    def touches(access: schema.Populate, pages: int, _vcpus: int, _base_dir: Path) -> int:
-        """The shares of all vCPUs cover every page once a round."""
-        return pages * access.repeat
+    def touches(access: schema.Populate, pages: int, vcpus: int, _base_dir: Path) -> int:
+        """The shares of all vCPUs cover every page (or every n-th of each share) once a round."""
+        shares = (pages * n // vcpus - pages * (n - 1) // vcpus for n in range(1, vcpus + 1))
+        return sum(-(-share // access.every) for share in shares) * access.repeat
 
 
 class Drawn:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 import numpy as np
 from simpy import Environment, Event
 
-from simkvm.kernel.aging_call import CALLS, Pass
+from simkvm.kernel import mmap_lock
+from simkvm.kernel.aging_call import CALLS, Leaves, Pass
 from simkvm.kernel.folio_referenced import FolioReferenced
 from simkvm.kernel.host_memory import OWN, YOUNG
 from simkvm.kernel.mglru import MAX_LRU_BATCH, Lruvec
@@ -150,7 +151,7 @@ class AgeingWalk:
         kvm = self.kvm
         promoted = 0
         t_ns = yield from reach(self.env, t_ns)
-        t_ns = kvm.host.mmap_lock.visit(self.task.cpu.id, t_ns, 1)
+        t_ns = kvm.host.mmap_lock.visit(self.task.cpu.id, t_ns, mmap_lock.LOCK)
         t_ns = yield from reach(self.env, t_ns)
         # A trylock that fails, because of a writer, skips the address space.
         present = kvm.host.present if kvm.host.mmap_writer is None else []
@@ -178,7 +179,7 @@ class AgeingWalk:
         kvm.host.mmap_lock.post(cpu.id, t_ns)
         cpu.enter_kernel(t_ns)
         t_ns = yield from reach(self.env, t_ns + costs.lru_lock_ns + costs.resched_ns)
-        return (yield from reach(self.env, kvm.host.mmap_lock.visit(cpu.id, t_ns, 1)))
+        return (yield from reach(self.env, kvm.host.mmap_lock.visit(cpu.id, t_ns, mmap_lock.LOCK)))
 
     def _table(self, t_ns: int, table: int, report: Pass) -> Generator[Event, Any, tuple[int, int]]:
         """One host page table, under its lock."""
@@ -213,6 +214,7 @@ class AgeingWalk:
             kvm.notifier.srcu.leave(token, t_ns)
         young = np.union1d(by_host, by_guest)
         t_ns += (len(young) - len(by_guest)) * self._costs.promote_ns
+        t_ns += fetched_lines(by_host, by_guest) * kvm.costs.line.transfer_ns
         t_ns = yield from reach(self.env, t_ns)
         young = young[(kvm.host.state[young] & OWN) != 0]  # an unmap may have come meanwhile
         report.young += len(young)
@@ -243,6 +245,17 @@ class AgeingWalk:
         kvm.host.unlock(t_ns)
         self.task.cpu.enter_kernel(t_ns)
         return t_ns, moved
+
+
+def fetched_lines(by_host: Leaves, by_guest: Leaves) -> int:
+    """Cache lines that vCPUs' CPUs wrote last and that a walk over one host table has to fetch.
+
+    Of a page that was faulted in since the last walk (``by_host``: the host's own flag is young)
+    its ``struct page``, and the host entry; of one that the guest used (``by_guest``) the stage-2
+    entry, in which its CPU set the flag. Eight entries share a line.
+    """
+    entries = len(np.unique(by_host >> 3)) + len(np.unique(by_guest >> 3))
+    return len(by_host) + entries
 
 
 METHODS: Final[dict[str, type[AgeingMethod]]] = {

@@ -8,6 +8,7 @@ message 20230526234435.662652-1-yuzhao@google.com, patch 10 of 10.
 =============== =================================================================================
 ``blind``        nobody: only the host's own accessed flag counts (up to v6.11)
 ``per_pte``      the secondary MMU, for each present PTE (since v6.12)
+``per_pte_twice`` the secondary MMU, once for each present PTE and once more if it was young
 ``per_folio``    the secondary MMU, once for the PTEs of one large folio (since v7.1)
 ``bitmap``       windows of 64 PTEs with one call that tests and one that clears (2023 proposal)
 =============== =================================================================================
@@ -335,6 +336,33 @@ class PerPte(PerFolio):
         return 1
 
 
+class PerPteTwice(AgeingCall):
+    """One call for each present PTE that only tests, and one that clears if it was young.
+
+    How the series stood before one call did both (message
+    CADrL8HVRSyS8ZADRTvHZ-QDKBRv1SFvVyJKkr-CW2mzpNjW5Zw@mail.gmail.com compares the two).
+    """
+
+    name = "per_pte_twice"
+
+    def ask(
+        self, t_ns: int, leaves: Leaves, report: Pass
+    ) -> Generator[Event, Any, tuple[int, Leaves]]:
+        """Leaf by leaf."""
+        found: list[Leaves] = []
+        for leaf in leaves.tolist():
+            t_ns, young = yield from self.notifier.test(t_ns, leaf)
+            report.calls += 1
+            t_ns += self.costs.scan_ns
+            if young:
+                t_ns, cleared = yield from self.notifier.clear(t_ns, leaf, leaf + 1)
+                report.calls += 1
+                found.append(cleared)
+                t_ns += self.costs.promote_ns
+        t_ns = yield from reach(self.env, t_ns)
+        return t_ns, np.concatenate([leaves[:0], *found])
+
+
 class Bitmap(AgeingCall):
     """Windows of 64 PTEs: a call that tests them all, then one that clears the interesting ones.
 
@@ -387,4 +415,6 @@ class Bitmap(AgeingCall):
         return start + busy_ns
 
 
-CALLS: dict[str, type[AgeingCall]] = {call.name: call for call in (Blind, PerPte, PerFolio, Bitmap)}
+CALLS: dict[str, type[AgeingCall]] = {
+    call.name: call for call in (Blind, PerPte, PerPteTwice, PerFolio, Bitmap)
+}

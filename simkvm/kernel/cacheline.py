@@ -44,7 +44,7 @@ class LineCosts:
         )
 
 
-MOST_ATOMICS = 4  #: atomics on one line that one CPU issues in a row
+MOST_ATOMICS = 5  #: atomics on one line that one CPU issues in a row
 
 
 class CacheLine:

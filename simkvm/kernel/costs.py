@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from simkvm.kernel.cacheline import LineCosts
+from simkvm.kernel.mmap_lock import LOCK, UNLOCK
 from simkvm.scenario.machine import Machine
 
 
@@ -165,10 +166,10 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int, deeper_ns: float)
     half_exit = machine["exit_roundtrip_ns"] / 2
     around = machine["memslot_lookup_ns"] + machine["srcu_ns"]
     vma = machine["mmap_lock_vma_lookup_ns"]
-    atomics = 4  # two on each of mmap_lock and mmu_lock
-    lock_of_gup = header = 0.0
-    if machine.arch == "x86":  # fast GUP looks up no VMA; GUP's slow path takes mmap_lock
-        vma, atomics, lock_of_gup = 0, 2, line.same_ns
+    atomics = LOCK + UNLOCK + 2  # mmap_lock around the VMA's look-up, and mmu_lock
+    lock_of_gup, header = LOCK * line.same_ns, 0.0  # GUP's slow path takes mmap_lock
+    if machine.arch == "x86":  # fast GUP looks up no VMA
+        vma, atomics = 0, 3  # mmu_lock, and the count of mapped pages
         header = machine["slab_alloc_or_free_ns"]  # each table has a struct kvm_mmu_page
     clean = _clean(machine, leaf_bytes)
     hold = machine["fault_hold_ns"]

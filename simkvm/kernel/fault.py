@@ -19,6 +19,7 @@ from simpy import Event
 
 from simkvm.kernel.host_change import arrival, copies, usable
 from simkvm.kernel.host_memory import MIGRATION, OWN, PRESENT, WRPROTECT, YOUNG
+from simkvm.kernel.mmap_lock import LOCK, UNLOCK
 from simkvm.kernel.sites import FAULT
 from simkvm.kernel.stage2 import VALID, WRITE, TableId
 from simkvm.kernel.task import Task, reach
@@ -72,7 +73,10 @@ class FaultPath:
         self._write = False
         self._noted_ns = 0
         self._hit_ns = kvm.costs.fault.gup_hit_ns  #: GUP for a page that is there,
-        self._alloc_ns = kvm.costs.fault.gup_alloc_ns  #: and for one that is not
+        self._alloc_ns = kvm.costs.fault.gup_alloc_ns  #: and for one that is not,
+        self._fill_bytes = kvm.leaf_pages * kvm.page_bytes  #: which is cleared
+        self._dram = kvm.dram
+        self._pages_stat = kvm.pages_stat
         self.faults = 0
         self.retries = 0
         self.user_exits = 0  #: faults that only user space could resolve
@@ -104,17 +108,24 @@ class FaultPath:
         state = self._host_state[leaf]
         if (state & OWN or (state and not write)) and (state < MIGRATION or usable(state, write)):
             self.lacking = False
-            noted = self._mmap_lock.visit(self._cpu, t_ns, 2) + costs.vma_ns
+            noted = self._mmap_lock.visit(self._cpu, t_ns, LOCK + UNLOCK) + costs.vma_ns
             self._noted_ns = noted
             return noted + self._hit_ns
         self.lacking = True
-        noted = self._mmap_lock.visit(self._cpu, t_ns, 3) + costs.vma_ns
+        noted = self._mmap_lock.visit(self._cpu, t_ns, LOCK + UNLOCK + LOCK) + costs.vma_ns
         self._noted_ns = noted
-        t_ns = noted + self._gup_ns(state, write)
+        t_ns = self._resolve(noted, state, write)
         self.ptl_until_ns = t_ns
         self.ptl_table = leaf // kvm.host.entries
         self._mmap_lock.post(self._cpu, t_ns)
         return t_ns
+
+    def _resolve(self, t_ns: int, state: int, write: bool) -> int:
+        """GUP's slow path from ``t_ns`` on: returns its end, by when the page has its content."""
+        end_ns = t_ns + self._gup_ns(state, write)
+        if write and state < MIGRATION:
+            return self._dram.write(t_ns, end_ns, self._fill_bytes)
+        return end_ns
 
     def _gup_ns(self, state: int, write: bool) -> int:
         """GUP's slow path, where the host's entry ``state`` does not do for the access."""
@@ -146,7 +157,8 @@ class FaultPath:
         self.faults += 1
         self.user_exits += 1
         if not refusal.reads:  # found out by GUP, not from the memory slots
-            t_ns = self._mmap_lock.visit(self._cpu, t_ns, 3) + costs.vma_ns + costs.gup_hit_ns
+            t_ns = self._mmap_lock.visit(self._cpu, t_ns, LOCK + UNLOCK + LOCK)
+            t_ns += costs.vma_ns + costs.gup_hit_ns
         if self.cached < self.cache_minimum:
             self.cached = CACHE_CAPACITY
         t_ns += costs.user_ns
@@ -239,6 +251,8 @@ class FaultPath:
         made = stage2.map_leaf(leaf, WRITE if state & OWN and state < WRPROTECT else 0)
         if made:
             hold += self._linked(made, entry_ns)
+        if self._pages_stat is not None:
+            hold = self._pages_stat.serve(self._cpu, entry_ns + hold) - entry_ns
         if kvm.expected:
             kvm.leaf_mapped(leaf, entry_ns)
         return hold, self._vcpu.mapped(entry_ns + hold + costs.enter_ns)

@@ -51,6 +51,8 @@ class SizedFaultPath(FaultPath):
         if kvm.huge_pages and not self._host_state[leaf]:
             self._huge = kvm.host.empty(*kvm.stage2.block_span(leaf))
         self._alloc_ns = kvm.block_faults.gup_alloc_ns if self._huge else costs.gup_alloc_ns
+        leaves = kvm.stage2.block_leaves if self._huge else 1
+        self._fill_bytes = leaves * kvm.leaf_pages * kvm.page_bytes
         self._wants_write = write
         relaxes = self._only_rights(leaf, write)
         self._hit_ns = costs.relax_hit_ns if relaxes else costs.gup_hit_ns

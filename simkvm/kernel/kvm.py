@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from simpy import Environment, Event
 
 from simkvm.kernel import table_free
+from simkvm.kernel.cacheline import CacheLine, LineCosts
 from simkvm.kernel.cmpxchg_race import CmpxchgRaces, Loads
 from simkvm.kernel.costs import Costs, FreeCosts
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dirty_log import DirtyLog
+from simkvm.kernel.dram import Dram
 from simkvm.kernel.geometry import GEOMETRIES
 from simkvm.kernel.host_memory import WRPROTECT, HostMemory
 from simkvm.kernel.memslot import Refusal
@@ -59,6 +61,7 @@ class Kvm:
         rcu: Rcu,
         remote_flush: TlbiPath | Ipi,
         memory: TableMemory,
+        dram: Dram,
         break_lock: bool,
         block_bytes: int | None = None,
         logged: bool = False,
@@ -74,6 +77,9 @@ class Kvm:
         self.rcu = rcu
         self.remote_flush = remote_flush
         self.memory = memory
+        self.dram = dram
+        #: x86 counts mapped leaves in one word of the VM (``kvm_update_page_stats``, v6.12).
+        self.pages_stat = CacheLine(LineCosts.of(machine)) if kernel.arch == "x86" else None
         geometry = GEOMETRIES[kernel.arch](guest.page_size, guest.ipa_bits)
         self.pages = memory_bytes // guest.page_size
         self.leaves = memory_bytes // leaf_bytes

@@ -10,7 +10,7 @@ that are inside, which are about to leave.
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from simpy import Event
 
@@ -21,12 +21,18 @@ if TYPE_CHECKING:
 
 Steps = Generator[Event, Any, int]
 
+#: What taking it does to its line: the count is changed, and the owner, next to it, is written
+#: (kernel/locking/rwsem.c, ``rwsem_set_reader_owned``, v6.12).
+LOCK: Final = 2
+#: What letting go does: the count is changed.
+UNLOCK: Final = 1
+
 
 def write_lock(kvm: Kvm, task: Task, t_ns: int) -> Steps:
     """Take it for write at ``t_ns``, after a writer that has it; returns when it is had."""
     t_ns = yield from wait(kvm, task, t_ns)
     kvm.host.mmap_writer = []
-    return kvm.host.mmap_lock.visit(task.cpu.id, t_ns, 1)
+    return kvm.host.mmap_lock.visit(task.cpu.id, t_ns, LOCK)
 
 
 def write_unlock(kvm: Kvm, task: Task, t_ns: int) -> Steps:

@@ -20,6 +20,7 @@ from simpy import Environment, Event
 from simkvm.kernel.cacheline import CacheLine
 from simkvm.kernel.cpu import NEVER
 from simkvm.kernel.fault import FaultPath
+from simkvm.kernel.mmap_lock import LOCK, UNLOCK
 from simkvm.kernel.task import Task, reach
 from simkvm.scenario.machine import Machine
 
@@ -120,7 +121,7 @@ class Userfaultfd:
         first = leaf // self._served * self._served
         last = min(first + self._served, kvm.leaves)
         t_ns = yield from reach(self.env, t_ns + self.costs.syscall_ns)
-        t_ns = kvm.host.mmap_lock.visit(task.cpu.id, t_ns, 2) + kvm.costs.fault.vma_ns
+        t_ns = kvm.host.mmap_lock.visit(task.cpu.id, t_ns, LOCK + UNLOCK) + kvm.costs.fault.vma_ns
         if kvm.host.fast[leaf]:
             self.collisions += 1
             return t_ns
@@ -200,9 +201,9 @@ class UserfaultPath(FaultPath):
 
     uffd: Userfaultfd
 
-    def _filling_ns(self, write: bool) -> int:
+    def _resolve(self, t_ns: int, state: int, write: bool) -> int:
         """Nothing is allocated: GUP comes to the missing entry, and waits."""
-        return self._costs.gup_hit_ns
+        return super()._resolve(t_ns, state, write) if state else t_ns + self._costs.gup_hit_ns
 
     def install(self, t_ns: int) -> Generator[Event, Any, int] | None:
         """Sleep until somebody has served the fault, then look again."""
@@ -214,7 +215,7 @@ class UserfaultPath(FaultPath):
         self.ptl_table = -1  # no entry is installed, so no lock is taken for one
         while not self._host_state[self._leaf]:  # mmap_lock was let go of before the fault sleeps
             t_ns = yield from self.uffd.handle(self._task, t_ns, self._leaf)
-            t_ns = self._mmap_lock.visit(self._cpu, t_ns, 2) + self._costs.vma_ns
+            t_ns = self._mmap_lock.visit(self._cpu, t_ns, LOCK + UNLOCK) + self._costs.vma_ns
             t_ns = yield from reach(self._env, t_ns + self._costs.gup_hit_ns)
             self._mmap_lock.post(self._cpu, t_ns)
         return t_ns

@@ -18,6 +18,7 @@ from simkvm.guest.software_af import vcpu_class
 from simkvm.kernel import bugs
 from simkvm.kernel.aging import AgeingThread
 from simkvm.kernel.cpu import Cpu
+from simkvm.kernel.dram import Dram
 from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.mglru import Lruvec
 from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
@@ -61,6 +62,7 @@ class World:
             self.env._eid = shuffled(self.stream("ties"))  # type: ignore[assignment]
         self.recorder = Recorder()
         self.memory = TableMemory()
+        self.dram = Dram.of(machine)
         self.remote_flush = FLUSHES[kernel["remote_flush"]].of(machine)
         self.guests = virtual_machines(scenario, machine)
         self.cpus = self._cpus()
@@ -167,6 +169,7 @@ class World:
             self.rcu,
             self.remote_flush,
             self.memory,
+            self.dram,
             break_lock=scenario.host.preemptible or self.kernel["lock_break"] == "build",
             block_bytes=block_bytes(guest, theirs),
             logged=logs_writes(theirs),

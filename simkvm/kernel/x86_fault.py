@@ -23,6 +23,7 @@ from simpy import Event
 from simkvm.kernel.fault import CACHE_CAPACITY, Faulting, FaultPath
 from simkvm.kernel.host_change import usable
 from simkvm.kernel.host_memory import MIGRATION, OWN
+from simkvm.kernel.mmap_lock import LOCK
 from simkvm.kernel.qrwlock import Section
 from simkvm.kernel.task import Task
 
@@ -56,7 +57,7 @@ class TdpFault(FaultPath):
         if (state & OWN or (state and not write)) and (state < MIGRATION or usable(state, write)):
             return t_ns + self._hit_ns
         self.lacking = True
-        t_ns = self._mmap_lock.visit(self._cpu, t_ns, 1) + self._gup_ns(state, write)
+        t_ns = self._resolve(self._mmap_lock.visit(self._cpu, t_ns, LOCK), state, write)
         self.ptl_until_ns = t_ns
         self.ptl_table = leaf // kvm.host.entries
         self._mmap_lock.post(self._cpu, t_ns)

@@ -70,6 +70,30 @@ class YoungNotifier:
             return self._lockless(t_ns, first, last)
         return (yield from self._locked(t_ns, first, last, flush or self._always_flush))
 
+    def test(self, t_ns: int, leaf: int) -> Generator[Event, Any, tuple[int, bool]]:
+        """Ask about one leaf at ``t_ns`` and leave its flag (``test_young``).
+
+        Returns when the call is over, and whether it was young.
+        """
+        kvm = self.kvm
+        t_ns = yield from reach(kvm.env, t_ns + self._costs.call_ns)
+        walk_ns = self._walk_ns(leaf, leaf + 1)
+        if self._lock in WITHOUT_MMU_LOCK and not self._falls_back:
+            kvm.young_calls.lockless += 1
+            tables = kvm.path_at(leaf, t_ns)
+            kvm.oracle.walk(Walk(self.task.name, tables, t_ns, walk_ns, walk_ns, 1))
+            return t_ns + walk_ns, bool(kvm.stage2.young(leaf, leaf + 1)[0])
+        found: list[bool] = []
+
+        def section(entry_ns: int) -> tuple[int, int]:
+            found.append(kvm.stage2.attached and bool(kvm.stage2.young(leaf, leaf + 1)[0]))
+            return walk_ns, entry_ns + walk_ns
+
+        kvm.young_calls.locked += 1
+        take = kvm.mmu_lock.read if self._lock == "read" else kvm.mmu_lock.write
+        t_ns = yield from acquired(take(t_ns, self.task.cpu.id, AGE, section))
+        return t_ns, found[0]
+
     def _walk_ns(self, first: int, last: int) -> int:
         """The walk of one call: one for each memslot, an entry after the other."""
         kvm, costs = self.kvm, self._costs

@@ -38,6 +38,7 @@ class Populate(Model):
     pattern: Literal["populate"] = "populate"
     write: bool = Field(default=True, description="Write (true) or read (false).")
     repeat: int = Field(default=1, ge=1, description="Rounds over the vCPU's share of the memory.")
+    every: int = Field(default=1, ge=1, description="Touch only every n-th page (1: all).")
     think: Think = 0
 
 

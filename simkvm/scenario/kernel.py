@@ -35,6 +35,7 @@ POLICIES: Final[dict[str, dict[str, str]]] = {
     "ageing_call": {
         "blind": "MGLRU's page-table walk asks nobody: it sees host accesses only",
         "per_pte": "one notifier call for each present PTE",
+        "per_pte_twice": "one notifier call to test each present PTE, one more to clear it",
         "per_folio": "one notifier call for the PTEs of one large folio",
         "bitmap": "windows of 64 PTEs, one test and at most one clear call each",
     },

@@ -66,6 +66,7 @@ class AccessTrackingPerf(MemstressTest):
         self._stop = False
         self._threads = self.flags(self.kvm)
         self._walk = AgeingWalk(self.kvm, self.task)
+        self._read_ns = round(world.machine["lru_gen_read_ns"])
         self._generation = -1  #: in which the pages were found last
 
     def vcpu_thread(self, kvm: Kvm, index: int) -> Thread:
@@ -145,9 +146,9 @@ class AccessTrackingPerf(MemstressTest):
     # -- MGLRU --------------------------------------------------------------------------------
 
     def _age(self) -> Steps:
-        """``lru_gen_do_aging``: a command to debugfs, and the statistics are read."""
+        """``lru_gen_do_aging``: debugfs says what the youngest generation is, then the command."""
         self.task.cpu.enter_kernel(self.t_ns)
-        done = yield from self._walk.run(self.t_ns)
+        done = yield from self._walk.run(self.t_ns + self._read_ns)
         self.passes.append(done)
         self.t_ns = done.end_ns + self.task.cpu.take_stolen() + self.kvm.costs.switch_ns
         self.task.cpu.enter_user(self.t_ns, NEVER)

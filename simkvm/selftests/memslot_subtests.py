@@ -19,6 +19,7 @@ from simkvm.guest.pause import Pause
 from simkvm.kernel.cpu import NEVER, Cpu
 from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.memslot import MemslotUpdate
+from simkvm.kernel.mmap_lock import LOCK
 from simkvm.kernel.task import Task, reach
 from simkvm.scenario.fields import MIB
 from simkvm.scenario.memslot_selftest import EXTRA, MOVE_SIZE
@@ -153,7 +154,7 @@ def madvise_dontneed(
     """One call of ``madvise(MADV_DONTNEED)``, in the kernel at ``t_ns``."""
     t_ns = yield from reach(kvm.env, t_ns)
     mmap_lock = kvm.host.mmap_lock
-    t_ns = mmap_lock.visit(task.cpu.id, t_ns, 1)
+    t_ns = mmap_lock.visit(task.cpu.id, t_ns, LOCK)
     first, last = leaf_range(kvm, first_byte, size)
     return (yield from kvm.notifier.invalidate(task, t_ns, first, last, leaving=mmap_lock))
 

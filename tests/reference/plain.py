@@ -771,7 +771,7 @@ class Vcpu:
         self.tell()
         self.faults += 1
         there = page.own or (page.present and not write)
-        request = vm.mmap.visit(self.cpu.id, 2 if there else 3, self.moved)
+        request = vm.mmap.visit(self.cpu.id, 3 if there else 5, self.moved)
         present = page.present
         noted = (yield request.done) + costs.vma_ns
         if there:
@@ -917,7 +917,7 @@ class Ager:
         vm.mmap.ask(cpu)
 
     def take_mmap(self, vm: Vm) -> Steps:
-        request = vm.mmap.visit(self.cpu.id, 1)
+        request = vm.mmap.visit(self.cpu.id, 2)
         t = yield request.done
         yield self.clock.at(t, STEP, request.number)
 
@@ -936,7 +936,10 @@ class Ager:
             page.young = False
         report.scanned += len(pages)
         used = yield from self.ask(vm, pages, report)
-        yield from clock.pause(len(young - used) * costs.promote_ns)
+        lines = {page.leaf >> 3 for page in young}, {page.leaf >> 3 for page in used}
+        fetched = len(young) + sum(map(len, lines))
+        fetch_ns = fetched * vm.costs.line.transfer_ns
+        yield from clock.pause(len(young - used) * costs.promote_ns + fetch_ns)
         clock.fire(table.aged, int(clock.now))
         table.aged = None
         self.cpu.enter_kernel(clock.now)
@@ -1239,7 +1242,7 @@ class Madvise:
                 yield clock.at(int(due))
                 self.cpu.enter_kernel(clock.now)
             first, last = place * step, place * step + spec.range
-            request, leaf = vm.mmap.visit(self.cpu.id, 1), vm.leaf_bytes
+            request, leaf = vm.mmap.visit(self.cpu.id, 2), vm.leaf_bytes
             yield request.done
             yield from vm.invalidate(self.cpu, first // leaf, -(-last // leaf), request)
             yield from clock.pause(self.cpu.take_stolen())
