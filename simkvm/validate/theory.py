@@ -16,7 +16,21 @@ def rows(only: str = "*") -> Iterator[TheoryRow]:
 
 def closed_forms() -> list[ClosedForm]:
     """All of them, in the order in which they are shown; nothing is run yet."""
-    from simkvm.validate import theory_locks, theory_rcu, theory_rounds, theory_tables, theory_young
+    from simkvm.validate import (
+        theory_deferred,
+        theory_locks,
+        theory_rcu,
+        theory_rounds,
+        theory_tables,
+        theory_young,
+    )
 
-    subjects = (theory_locks, theory_rounds, theory_rcu, theory_young, theory_tables)
+    subjects = (
+        theory_locks,
+        theory_rounds,
+        theory_rcu,
+        theory_deferred,
+        theory_young,
+        theory_tables,
+    )
     return [form for subject in subjects for form in subject.closed_forms()]

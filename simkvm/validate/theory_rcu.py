@@ -5,8 +5,9 @@ The rules (kernel/rcu/tree.c, v6.12), in ticks of T = 1 / HZ:
 * A CPU that runs something notices a grace period at the first tick after its start and reports
   at the second (`rcu_sched_clock_irq`), so a period of busy CPUs lasts 2 ticks.
 * Idle CPUs report nothing. The grace-period kthread credits them when it scans for quiescent
-  states (`rcu_gp_fqs_loop`), first after J = 1 + (HZ > 250) + (HZ > 500) jiffies. No timer is early:
-  the wheel adds a jiffy, so the period lasts J + 1 ticks: 2 at HZ 100 and 250, 3 at 300, 4 at 1000.
+  states (`rcu_gp_fqs_loop`), first after J = 1 + (HZ > 250) + (HZ > 500) jiffies. No timer is
+  early, the wheel adds a jiffy, so the period lasts J + 1 ticks: 2 at HZ 100 and 250, 3 at 300,
+  4 at 1000.
 * A callback gets a number when its CPU's core next runs: of the next period if none runs, else of
   the one after the running one (`rcu_seq_snap`). The CPU's core runs at ticks at which it has
   something to do: at the start and the end of a period, and to report.
@@ -20,8 +21,10 @@ to P, is numbered at the start's tick (k = 1) or the report's (k = 2) with the p
 one, and waits 2 P + 1 - k whole ticks; one that comes later is numbered at tick 1 of the next
 period and waits 3 P + 1 - k. Half a tick comes on top in the mean. Only the CPU on which the
 kthread itself runs numbers the later ones, too, before the next period starts (`rcu_gp_cleanup`):
-there it is 2 P + 1 - k for all k. A callback of an offloaded CPU is numbered when it comes, by a kthread (tree_nocb.h): its
-period starts at once, so that on average half a tick of the first one is over, and nobody has to
+there it is 2 P + 1 - k for all k.
+
+A callback of an offloaded CPU is numbered when it comes, by a kthread (tree_nocb.h). Alone, its
+period starts at once, so that half a tick of the first one is over on average, and nobody has to
 notice the end: (P - 1/2) T.
 """
 
