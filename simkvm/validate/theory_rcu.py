@@ -70,6 +70,7 @@ def closed_forms() -> list[ClosedForm]:
         *(_alone(hz, offloaded=True) for hz in PERIODS),
         *(_lazy(hz) for hz in PERIODS),
         *(_batches(backlog) for backlog in (3_000, 30_000)),
+        *(_flood(hz) for hz in (250, 1000)),
     ]
 
 
@@ -296,5 +297,23 @@ def _batches(backlog: int) -> ClosedForm:
         batches_of(backlog),
         lambda: exactly(len(Stream([500_000] * backlog, 250, CPUS, cost_ns=100).batches)),
         "rcu_do_batch() in kernel/rcu/tree.c, v6.12: blimit 10, rcu_divisor 7",
+        drawn=False,
+    )
+
+
+def _flood(hz: int) -> ClosedForm:
+    """All are queued in one moment on an idle CPU, which invokes them one after the other.
+
+    A tick numbers them, the period follows, one tick more and the first one is invoked.
+    """
+    count, cost_ns, at_ns = 9_000, 200, 500_000
+    first_ns = (PERIODS[hz] + 2) * NS_PER_S // hz - at_ns
+    return ClosedForm(
+        f"rcu/flood/{hz}/wait",
+        f"HZ={hz}, idle host: mean wait of {count} callbacks queued at once, {cost_ns} ns each",
+        "ms",
+        (first_ns + (count - 1) * cost_ns / 2) / MS,
+        lambda: exactly(fmean(Stream([at_ns] * count, hz, 0, cost_ns=cost_ns).waits) / MS),
+        TICKS,
         drawn=False,
     )
