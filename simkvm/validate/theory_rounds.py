@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from heapq import heapify, heapreplace
+from math import nan
 from typing import TYPE_CHECKING, Any
 
 from simpy import Environment
@@ -53,10 +54,12 @@ def _nothing_drawn() -> np.random.Generator:
 def steady(values: NDArray[Any], period: int = 1) -> Estimate:
     """Mean of a quantity that repeats every ``period`` values.
 
-    Only the middle half is looked at: a run begins and ends otherwise.
+    Only the middle half is looked at: a run begins and ends otherwise. NaN if nothing repeats.
     """
     rounds = values[: len(values) // period * period].reshape(-1, period)
     quarter = len(rounds) // 4
+    if not quarter:
+        return exactly(nan)
     return exactly(float(rounds[quarter:-quarter].mean()))
 
 
@@ -140,7 +143,7 @@ def _batch_behind_a_writer(readers: int) -> ClosedForm:
             lock.read(cpu, cpu, 0, lambda entry: (900, entry + 900))
         env.run()
         account = Account.of(lock)
-        return exactly(float(account.wait[account.mode == READ].mean()))
+        return exactly(float(account.wait[account.arrival > 0].mean()))
 
     middle = (readers - 1) / 2
     return ClosedForm(
