@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
+from simkvm.scenario.errors import InputError, nearest
 from simkvm.validate.closed_form import ClosedForm
 from simkvm.validate.row import TheoryRow
 
 
 def rows(only: str = "*") -> Iterator[TheoryRow]:
-    """The rows whose id matches the pattern `only`, each as it is computed."""
-    return (form.row() for form in closed_forms() if fnmatchcase(form.id, only))
+    """The rows whose id matches the pattern `only`, each as it is computed.
+
+    Raises InputError if there is none.
+    """
+    forms = closed_forms()
+    chosen = [form for form in forms if fnmatchcase(form.id, only)]
+    if not chosen:
+        hint = nearest(only, (form.id for form in forms))
+        raise InputError(f"no row of the theory matches '{only}'", key="--only", hint=hint)
+    return (form.row() for form in chosen)
 
 
 def closed_forms() -> list[ClosedForm]:

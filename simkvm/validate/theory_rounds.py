@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from simpy import Environment
 
 from simkvm.kernel.cacheline import CacheLine, LineCosts
-from simkvm.kernel.qrwlock import QueuedRwlock
+from simkvm.kernel.qrwlock import QueuedRwlock, Section
 from simkvm.kernel.tlb import TlbiPath
 from simkvm.validate import queueing
 from simkvm.validate.closed_form import ClosedForm, Estimate, exactly, replicated, streams
@@ -31,6 +31,7 @@ def closed_forms() -> list[ClosedForm]:
         _writers_in_turn(6),
         *(_rounds(readers, writers) for readers, writers in ((1, 1), (3, 1), (5, 2))),
         _batch_behind_a_writer(8),
+        _reader_behind_a_waiting_writer(),
         _lone_reader(),
         *(_saturated_readers(threads) for threads in (16, 48)),
         _line_repair(8),
@@ -43,6 +44,11 @@ def entries(account: Account) -> NDArray[np.int64]:
     """When each got in, in order of arrival."""
     entered: NDArray[np.int64] = account.arrival + account.wait
     return entered
+
+
+def section(hold_ns: int) -> Section:
+    """One that is held so long."""
+    return lambda entry: (hold_ns, entry + hold_ns)
 
 
 def _nothing_drawn() -> np.random.Generator:
@@ -138,9 +144,9 @@ def _batch_behind_a_writer(readers: int) -> ClosedForm:
     def measure() -> Estimate:
         env = Environment()
         lock = QueuedRwlock(env, FREE, handoff_ns, next_ns)
-        lock.write(0, 0, 0, lambda entry: (hold_ns, entry + hold_ns))
+        lock.write(0, 0, 0, section(hold_ns))
         for cpu in range(1, readers + 1):
-            lock.read(cpu, cpu, 0, lambda entry: (900, entry + 900))
+            lock.read(cpu, cpu, 0, section(900))
         env.run()
         account = Account.of(lock)
         return exactly(float(account.wait[account.arrival > 0].mean()))
@@ -153,6 +159,35 @@ def _batch_behind_a_writer(readers: int) -> ClosedForm:
         hold_ns + handoff_ns + middle * next_ns - (1 + middle),
         measure,
         f"readers that stand in a row enter together; {QRWLOCK}",
+        drawn=False,
+    )
+
+
+def _reader_behind_a_waiting_writer() -> ClosedForm:
+    """A writer waits for the last of the readers inside, and shuts the door behind it.
+
+    A reader that comes meanwhile could share the lock with those, but waits for them and for the
+    writer, with a hand-over before each of the two.
+    """
+    read_ns, write_ns, handoff_ns, arrival_ns = (900, 2_000, 1_300), 400, 30, 100
+
+    def measure() -> Estimate:
+        env = Environment()
+        lock = QueuedRwlock(env, FREE, handoff_ns, next_ns=0)
+        for cpu, hold_ns in enumerate(read_ns):
+            lock.read(0, cpu, 0, section(hold_ns))
+        lock.write(50, 3, 0, section(write_ns))
+        lock.read(arrival_ns, 4, 0, section(900))
+        env.run()
+        return exactly(float(Account.of(lock).wait[-1]))
+
+    return ClosedForm(
+        "lock/behind-waiting-writer/wait",
+        "a reader that comes when a writer waits for readers: wait",
+        "ns",
+        max(read_ns) + handoff_ns + write_ns + handoff_ns - arrival_ns,
+        measure,
+        f"a writer that waits shuts the fast path; {QRWLOCK}",
         drawn=False,
     )
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from simkvm.scenario.errors import InputError
 from simkvm.validate.closed_form import CONFIDENCE, ClosedForm
 from simkvm.validate.theory import closed_forms, rows
 
@@ -25,7 +26,8 @@ def test_theory_lies_inside(form: ClosedForm) -> None:
 def test_ids_are_unique_and_patterns_choose_among_them() -> None:
     assert max(Counter(form.id for form in FORMS).values()) == 1
     assert [row.id for row in rows("lock/m-d-inf*")] == ["lock/m-d-infinity/inside"]
-    assert not list(rows("no-such-*"))
+    with pytest.raises(InputError, match="did you mean 'lock/m-d-infinity/inside'"):
+        rows("lock/m-d-infinity/insid")
 
 
 def test_all_rows_together_are_wrong_once_in_thirty_sets_of_seeds() -> None:
