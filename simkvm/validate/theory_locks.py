@@ -120,7 +120,7 @@ def _open_writers(law: str, load: float) -> list[ClosedForm]:
     @cache
     def runs() -> list[Account]:
         return [
-            poisson(rng, SERVICE_NS / load, draw, WRITE, count=8_000, warm_up=500)
+            poisson(rng, SERVICE_NS / load, draw, WRITE, count=12_000, warm_up=500)
             for rng in streams(name, REPLICATIONS)
         ]
 
@@ -237,7 +237,8 @@ def closed(
 
 def _closed(law: str, threads: int) -> list[ClosedForm]:
     """Writers that think for an exponential time: throughput, and by Little's law the wait."""
-    name, think_ns, until_ns = f"lock/repair/{law}/{threads}", 50_000.0, 30_000_000
+    name, think_ns = f"lock/repair/{law}/{threads}", 50_000.0
+    until_ns = 240_000_000 // threads  # about as many sections for any number
     warm_ns = 10 * think_ns
     if law == "constant":
         draw, transform = constant(SERVICE_NS), queueing.constant(SERVICE_NS)

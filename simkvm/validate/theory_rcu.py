@@ -49,7 +49,7 @@ NS_PER_S, MS = 1_000_000_000, 1_000_000
 EVER = 1 << 50
 CPUS = 4
 COUNT = 10_000  #: callbacks under continuous grace periods; every single wait is independent
-LONE = 1_500
+LONE = 2_500
 FREE = RcuCosts(0, 0, 0, 0, 0, 0)
 #: Ticks of a grace period that waits for an idle CPU, by HZ.
 PERIODS = {100: 2, 250: 2, 300: 3, 1000: 4}

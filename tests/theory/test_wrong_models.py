@@ -16,6 +16,7 @@ from simkvm.kernel.rcu import Rcu, RcuConfig
 from simkvm.kernel.stage2 import AF
 from simkvm.kernel.tlb import TlbiPath
 from simkvm.kernel.unmap import UnmapWalk
+from simkvm.validate import theory_locks, theory_rounds
 from simkvm.validate.theory import rows
 
 Patch = pytest.MonkeyPatch
@@ -153,6 +154,8 @@ def empty_tables_stay(patch: Patch) -> None:
 def test_a_mistake_is_found(
     mistake: Callable[[Patch], None], seen_by: list[str], monkeypatch: Patch
 ) -> None:
+    for subject in (theory_locks, theory_rounds):  # fewer are enough to see that much
+        monkeypatch.setattr(subject, "REPLICATIONS", 8)
     mistake(monkeypatch)
     for only in seen_by:
         found = verdicts(only)
@@ -161,6 +164,7 @@ def test_a_mistake_is_found(
 
 def test_long_waits_tell_the_order_of_service_and_the_mean_does_not(monkeypatch: Patch) -> None:
     """Why there are both: who serves the last first has the same mean wait."""
+    monkeypatch.setattr(theory_locks, "REPLICATIONS", 8)
     last_come_first_served(monkeypatch)
     found = verdicts("lock/m-d-1/0.8/[lw]*")
     assert found == {"lock/m-d-1/0.8/wait": "inside", "lock/m-d-1/0.8/long": "outside"}
