@@ -131,13 +131,13 @@ def _block(page: int) -> ClosedForm:
 
     def largest() -> Estimate:
         geometry = Geometry(page, IPA_BITS)
-        return exactly(geometry.span_bytes(geometry.min_block_level))
+        return exactly(geometry.span_bytes(geometry.min_block_level) / MIB)
 
     return ClosedForm(
         f"tables/{_name(page)}/block",
         f"{format_size(page)} pages: what the largest block covers",
-        "bytes",
-        page * (page // 8) ** (2 if page == 4 * KIB else 1),
+        "MiB",
+        page * (page // 8) ** (2 if page == 4 * KIB else 1) / MIB,
         largest,
         BLOCKS,
         drawn=False,
@@ -145,20 +145,20 @@ def _block(page: int) -> ClosedForm:
 
 
 def _tables(page: int, memory: int, mapping: int = 0) -> ClosedForm:
-    """Bytes in tables of a guest that has touched everything, root included."""
+    """Memory in tables of a guest that has touched everything, root included."""
     skip = 0 if not mapping else round(log2(mapping // page) / log2(page // 8))
     below = tables_of(page, memory, levels_of(page, IPA_BITS), skip)
 
     def measure() -> Estimate:
         stage2 = filled(page, memory, mapping, base=0)
-        return exactly((stage2.linked_tables + stage2.geometry.root_pages) * page)
+        return exactly((stage2.linked_tables + stage2.geometry.root_pages) * page / KIB)
 
     leaves = f"{format_size(mapping)} blocks" if mapping else f"{format_size(page)} pages"
     return ClosedForm(
         f"tables/{_name(page)}/{f'blocks-{_name(mapping)}' if mapping else 'pages'}",
-        f"{format_size(memory)} in {leaves}: bytes in tables",
-        "bytes",
-        (sum(below.values()) + roots_of(page, IPA_BITS)) * page,
+        f"{format_size(memory)} in {leaves}: memory in tables",
+        "KiB",
+        (sum(below.values()) + roots_of(page, IPA_BITS)) * page / KIB,
         measure,
         GEOMETRY,
         drawn=False,
@@ -206,13 +206,6 @@ def _populated(page: int, mib: int) -> ClosedForm:
     )
 
 
-def _freed(page: int, memory: int, first: int, last: int) -> float:
-    """Bytes of the tables that unmapping bytes ``first`` to ``last`` of a mapped guest unlinks."""
-    stage2 = Stage2(Geometry(page, IPA_BITS), 0, memory // page, page)
-    stage2.map_all(WRITE)
-    return len(UnmapWalk(stage2, first // page, last // page, FREE).tables) * page
-
-
 def _unmapped(page: int, mib: int, offset: int) -> ClosedForm:
     """Every leaf table that lies wholly within the range goes, and of those above none."""
     memory, size = 4 * GIB, mib * MIB
@@ -221,9 +214,9 @@ def _unmapped(page: int, mib: int, offset: int) -> ClosedForm:
     off = "" if not offset else f", {format_size(offset)} off a table"
     return ClosedForm(
         f"tables/{_name(page)}/unmap{'-unaligned' if offset else ''}",
-        f"{format_size(size)} of {format_size(page)} pages unmapped{off}: bytes of tables freed",
-        "bytes",
-        whole * page,
+        f"{format_size(size)} of {format_size(page)} pages unmapped{off}: tables freed",
+        "KiB",
+        whole * page / KIB,
         partial(_unmap, page, memory, covers + offset, size),
         UNMAP,
         drawn=False,
@@ -231,7 +224,11 @@ def _unmapped(page: int, mib: int, offset: int) -> ClosedForm:
 
 
 def _unmap(page: int, memory: int, first: int, size: int) -> Estimate:
-    return exactly(_freed(page, memory, first, first + size))
+    """KiB of the tables that unmapping ``size`` bytes from ``first`` on unlinks, all mapped."""
+    stage2 = Stage2(Geometry(page, IPA_BITS), 0, memory // page, page)
+    stage2.map_all(WRITE)
+    walk = UnmapWalk(stage2, first // page, (first + size) // page, FREE)
+    return exactly(len(walk.tables) * page / KIB)
 
 
 def _all_unmapped() -> ClosedForm:
@@ -239,9 +236,9 @@ def _all_unmapped() -> ClosedForm:
     page, memory = 4 * KIB, 4 * GIB
     return ClosedForm(
         "tables/4k/unmap-all",
-        f"{format_size(memory)} of 4 KiB pages unmapped: bytes of tables freed",
-        "bytes",
-        sum(tables_of(page, memory, levels_of(page, IPA_BITS)).values()) * page,
+        f"{format_size(memory)} of 4 KiB pages unmapped: tables freed",
+        "KiB",
+        sum(tables_of(page, memory, levels_of(page, IPA_BITS)).values()) * page / KIB,
         partial(_unmap, page, memory, 0, memory),
         UNMAP,
         drawn=False,
