@@ -359,12 +359,13 @@ def validate() -> None:
 
 
 @validate.command()
+@click.option("--only", metavar="GLOB", default="*", help="Only rows whose id matches.")
 @json_option
-def theory(*, as_json: bool) -> None:
+def theory(*, only: str, as_json: bool) -> None:
     """Closed forms: queueing, RCU, young pages, geometry."""
     from simkvm.validate.theory import rows
 
-    _report_rows(list(rows()), as_json=as_json)
+    _report_rows(list(rows(only)), as_json=as_json)
 
 
 @validate.command()

@@ -42,7 +42,7 @@ def _share(value: float | None) -> str:
 
 
 def _theory(rows: Sequence[Row]) -> RenderableType:
-    headers = ("id", "what", "unit", "theory", "simulated", "low", "high", "deviation", "verdict")
+    headers = ("id", "what", "unit", "theory", "simulated", "deviation", "+-", "verdict")
     return titled_table(
         "Theory",
         headers,
@@ -53,9 +53,8 @@ def _theory(rows: Sequence[Row]) -> RenderableType:
                 row.unit,
                 figure(row.expected),
                 figure(row.simulated),
-                figure(row.low),
-                figure(row.high),
                 _share(row.deviation),
+                f"{row.half_width:.1%}" if row.half_width else "exact",
                 row.verdict,
             )
             for row in rows

@@ -39,6 +39,11 @@ class TheoryRow:
         return _deviation(self.expected, self.simulated)
 
     @property
+    def half_width(self) -> float:
+        """Half the interval over expected; 0 for what is compared exactly."""
+        return (self.high - self.low) / 2 / abs(self.expected) if self.high > self.low else 0.0
+
+    @property
     def verdict(self) -> Verdict:
         """Whether theory lies within what the model showed."""
         return "inside" if self.low <= self.expected <= self.high else "outside"
@@ -148,4 +153,5 @@ def _deviation(reference: float, simulated: float) -> float:
 
 
 def _verdict(row: Row) -> dict[str, Any]:
-    return {"deviation": row.deviation, "verdict": row.verdict}
+    derived = {"deviation": row.deviation, "verdict": row.verdict}
+    return derived | ({"half_width": row.half_width} if isinstance(row, TheoryRow) else {})

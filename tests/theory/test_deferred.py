@@ -1,17 +1,10 @@
-"""Memory that waits for RCU, through a whole world, against closed forms.
+"""Memory that waits for RCU, through a whole world: lengths, bounds, and what policies change.
 
-A VMM drops 2 MiB ranges of a guest at random moments, a few in each grace period, so that grace
-periods follow one another without a pause. Everything theoretical is counted in ticks:
-
-* a grace period ends when the idle CPUs are credited, at the first scan: jiffies_till_first_fqs
-  (1, or 3 at HZ 1000) rounded up by one tick; busy CPUs have reported by then (2 ticks);
-* the queueing CPU numbers its callbacks when it notices a grace period (tick 1) and when it
-  reports (tick 2), with the period after the running one; what comes later in a period of k ticks
-  waits for tick 1 of the next. One tick after the end the callbacks run.
-
-Times of unlinking come from the oracle's hook, waits from RCU's callbacks, the memory held from
-the timeline: three sources. Arrivals are Poisson; intervals are 4.5 standard errors wide on each
-side, worked out from the theory's own variance (risk below 1e-5).
+What waits on average is a row of ``simkvm validate theory``; rules in
+:mod:`simkvm.validate.theory_rcu`, the world in :mod:`simkvm.validate.theory_deferred`. Times of
+unlinking come from the oracle's hook, waits from RCU's callbacks, the memory held from the
+timeline: three sources. Arrivals are Poisson; intervals are 4.5 standard errors wide on each side,
+worked out from the theory's own variance (risk below 1e-5).
 """
 
 from __future__ import annotations
@@ -22,17 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from worlds import MIB, MS, Journal, journal, world
+from worlds import MS, Journal, journal, world
 
 from simkvm.observe.record import Record
 from simkvm.scenario.machine import load_machine
+from simkvm.validate.theory_deferred import CPUS, dropping
+from simkvm.validate.theory_rcu import NS_PER_S, PERIODS, mean_wait, waits_in_ticks
 
-NS_PER_S = 1_000_000_000
 Z = 4.5
-MACHINE = "graviton3-64c"
-CPUS = 6
-#: HZ, ticks of a grace period, calls a second (several in each period), milliseconds to run.
-RATES = {100: (2, 500.0, 1200), 250: (2, 1200.0, 700), 1000: (4, 2500.0, 300)}
+#: Calls a second (several in each period) and milliseconds to run, by HZ.
+RATES = {100: (500.0, 1200), 250: (1200.0, 700), 1000: (2500.0, 300)}
 POLICIES = ["put_page_rcu", "free_removed_table", "free_removed_table_count_test"]
 
 
@@ -49,48 +41,20 @@ class Run(NamedTuple):
 @cache
 def dropped(hz: int, policy: str = "put_page_rcu") -> Run:
     """A guest that keeps touching 32 MiB, of which a VMM drops 2 MiB at random moments."""
-    ticks, rate, duration_ms = RATES[hz]
+    rate, duration_ms = RATES[hz]
     with journal() as notes:
-        record = world(
-            machine=MACHINE,
-            kernel={"base": "linux-7.1-lockless", "set": {"table_free": policy}},
-            host={"hz": hz, "cpus": CPUS},
-            guest={
-                "vcpus": 2,
-                "memory": 32 * MIB,
-                "access": {"pattern": "uniform", "write_ratio": 1.0, "think": 60_000},
-            },
-            # It never runs. Its CPU is the first idle one, so the grace-period kthread stays there:
-            # on the VMM's own CPU it would number the callbacks at other moments.
-            ageing={"start": duration_ms * MS - 1},
-            contenders={
-                "vmm": {
-                    "kind": "madvise_dontneed",
-                    "guest": "vm0",
-                    "range": 2 * MIB,
-                    "rate": rate,
-                    "arrivals": "poisson",
-                }
-            },
-            duration=duration_ms * MS,
-        ).run()
-    return Run(record, notes, duration_ms * MS, NS_PER_S // hz, ticks)
+        record = world(**dropping(hz, duration_ms, rate, policy)).run()
+    return Run(record, notes, duration_ms * MS, NS_PER_S // hz, PERIODS[hz])
 
 
-def waits_in_ticks(ticks: int) -> list[int]:
-    """Ticks from the one that sees a callback to its invocation, for each tick of a period."""
-    return [(2 if tick <= 2 else 3) * ticks + 1 - tick for tick in range(1, ticks + 1)]
-
-
-def expected_wait(ticks: int) -> tuple[float, float]:
-    """Mean and standard deviation of the wait, in ticks: the above, plus up to one tick before."""
-    whole = waits_in_ticks(ticks)
-    return float(np.mean(whole)) + 0.5, sqrt(float(np.var(whole)) + 1 / 12)
+def deviation(ticks: int) -> float:
+    """Standard deviation of a wait in ticks."""
+    return sqrt(float(np.var(waits_in_ticks(ticks))) + 1 / 12)
 
 
 def slack_ns() -> int:
     """What the grace-period kthread and a softirq may be late behind their tick."""
-    machine = load_machine(MACHINE)
+    machine = load_machine("graviton3-64c")
     wake = machine["wakeup_ns"] + machine["context_switch_ns"]
     return round(4 * wake + 100 * CPUS)
 
@@ -124,10 +88,10 @@ def settled(run: Run) -> list[int]:
 def test_a_callback_waits_as_long_as_the_ticks_say(hz: int) -> None:
     run = dropped(hz)
     waits = np.array(settled(run)) / run.tick_ns
-    mean, deviation = expected_wait(run.ticks)
-    assert len(waits) > 200
-    assert abs(waits.mean() - mean) <= Z * deviation / sqrt(len(waits)) + slack_ns() / run.tick_ns
     late = slack_ns() / run.tick_ns
+    assert len(waits) > 200
+    off = abs(waits.mean() - mean_wait(run.ticks))
+    assert off <= Z * deviation(run.ticks) / sqrt(len(waits)) + late
     assert waits.min() >= min(waits_in_ticks(run.ticks)) - late
     assert waits.max() <= max(waits_in_ticks(run.ticks)) + 1 + late
 
@@ -175,9 +139,8 @@ def test_the_timeline_is_the_sum_of_its_waits(hz: int) -> None:
 def test_a_second_walk_costs_the_softirq_not_the_wait() -> None:
     """The three policies differ in what a callback costs; ticks decide how long a table waits."""
     means = [float(np.mean(settled(dropped(1000, policy)))) for policy in POLICIES]
-    _, deviation = expected_wait(4)
     samples = min(len(settled(dropped(1000, policy))) for policy in POLICIES)
-    apart = 2 * Z * deviation / sqrt(samples) * dropped(1000).tick_ns + slack_ns()
+    apart = 2 * Z * deviation(4) / sqrt(samples) * dropped(1000).tick_ns + slack_ns()
     assert max(means) - min(means) <= apart
 
 

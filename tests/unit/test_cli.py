@@ -561,3 +561,18 @@ def test_a_recording_becomes_a_trace(here):
     assert result.exit_code == 0
     assert result.stdout.startswith("t.parquet: ")
     assert (here / "t.parquet").is_file()
+
+
+def test_theory_says_what_it_should_be_and_what_it_is() -> None:
+    one = simkvm_command("validate", "theory", "--only", "tables/16k/r*")
+    assert one.exit_code == 0
+    assert "1 inside" in one.stdout
+    as_json = simkvm_command("validate", "theory", "--only", "tables/16k/r*", "--json")
+    (row,) = json.loads(as_json.stdout)
+    assert (row["id"], row["expected"], row["simulated"]) == ("tables/16k/roots", 16, 16)
+    assert (row["half_width"], row["verdict"]) == (0, "inside")
+
+
+def test_rows_that_nobody_knows_are_refused() -> None:
+    refused = simkvm_command("validate", "theory", "--only", "tables/16k/root")
+    assert_refused(refused, "no row of the theory matches 'tables/16k/root' (did you mean")
