@@ -87,8 +87,16 @@ def rows(kernel: str = "linux-6.12") -> Iterator[TraceRow]:
 def counted(run: Run, kernel: str = "linux-6.12", **keys: Any) -> Iterator[TraceRow]:
     """The rows of one run of commands. ``keys``: more of the scenario's."""
     host = {"preemption": PREEMPTION[run.kernel]}
-    apart = "slotdel" in run.commands
-    vm = LabVm(run.memory, run.vcpus, run.thp, apart, kernel=kernel, host=host, **keys)
+    vm = LabVm(
+        run.memory,
+        run.vcpus,
+        run.thp,
+        apart="slotdel" in run.commands,
+        meet="bgstop" in run.commands,
+        kernel=kernel,
+        host=host,
+        **keys,
+    )
     for number, command in enumerate(run.commands[: max(run.counts, default=-1) + 1]):
         simulated = vm.do(command)
         for what, measured in run.counts.get(number, {}).items():

@@ -15,6 +15,8 @@ Commands take numbers, offsets and lengths in KiB, a length of 0 being the rest 
     dnc:OFFSET,LENGTH,PIECE          MADV_DONTNEED piece by piece
     dnr:OFFSET,LENGTH,N              N times one page, at random places
     dirty:ON, slotdel                dirty logging of the slot, its end
+    bgrand:OFFSET,LENGTH,WRITE       vCPUs touch random pages of the range from now on
+    bgstop                           until now
     age:SWAPPINESS                   a pass of MGLRU's ageing over the memcg (lru_gen in debugfs)
     sleep:MS, destroy                as they say
 
@@ -45,6 +47,8 @@ PAGE: Final = 4 * KIB
 CODE_PAGES: Final = 1
 CODE_TABLES: Final = 2
 MS: Final = 1_000_000
+BACKGROUND_TOUCHES: Final = 512
+BACKGROUND_GAP_NS: Final = 1000
 ROUND_TRIP_NS: Final = 100_000  #: between two commands, a snapshot of /proc/vmstat apart
 
 #: Knuth's MMIX generator, which the program uses for every random choice.
@@ -90,15 +94,25 @@ class Orders(Pause):
 class LabVm:
     """A VM of ``memory`` bytes. ``thp``: on huge pages. ``lab`` as :class:`Lab`'s ``keys``.
 
-    ``apart``: the page of code is only added to what is counted.
+    ``apart``: the page of code is only added to what is counted; ``meet``: vCPUs may touch the
+    same page at the same time.
     """
 
     def __init__(
-        self, memory: int, vcpus: int = 1, thp: bool = False, apart: bool = False, **lab: Any
+        self,
+        memory: int,
+        vcpus: int = 1,
+        thp: bool = False,
+        *,
+        apart: bool = False,
+        meet: bool = False,
+        **lab: Any,
     ) -> None:
         self._memory = memory
         self._apart = apart or thp
         guest: dict[str, Any] = {"vcpus": vcpus}
+        if meet:
+            guest["access"] = {"pattern": "uniform", "touches": 1}
         if thp:
             guest["mapping"] = 2 * MIB
             lab.setdefault("contenders", {"log": {"kind": "dirty_log", "guest": "vm"}})
@@ -110,8 +124,8 @@ class LabVm:
         self._offers = 0  # to break the lock
         self._count_offers()
         self._orders = Orders(vcpus)
-        self._jobs: list[Chunk | None] = [None] * vcpus
-        self._over = False
+        self._jobs: list[Iterator[Chunk]] = [iter(())] * vcpus
+        self._stop = self._over = False
         for index in range(vcpus):
             kind = type(self.lab.vcpus[0])
             cpu = self.lab.world.cpus[index]
@@ -179,12 +193,11 @@ class LabVm:
         faults = [vcpu.fault for vcpu in self._kvm.vcpus]
         before = [(fault.faults, fault.retries) for fault in faults]
         for index, part in enumerate(pages):
-            self._jobs[index] = Chunk(part.astype(np.int64), np.full(len(part), write), 0)
-        self.lab.env.run(max(self.lab.t_ns, int(self.lab.env.now) + 1))
-        self._orders.give(self.lab.t_ns)
-        while not self._orders.all_wait:
-            self.lab.env.step()
-        self.lab.t_ns = max(self.lab.t_ns, self._orders.last_ns, int(self.lab.env.now))
+            if len(part):
+                chunk = Chunk(part.astype(np.int64), np.full(len(part), write), 0)
+                self._jobs[index] = iter([chunk])
+        self._give()
+        self._wait()
         taken = sum(fault.faults for fault in faults) - sum(n for n, _ in before)
         again = sum(fault.retries for fault in faults) - sum(n for _, n in before)
         aborts, maps = taken + len(faults), taken - again
@@ -197,6 +210,41 @@ class LabVm:
                 "stage2_map_walker": maps * len(self._kvm.stage2.levels),
             }
         )
+
+    def _give(self) -> None:
+        self.lab.env.run(max(self.lab.t_ns, int(self.lab.env.now) + 1))
+        self._orders.give(self.lab.t_ns)
+
+    def _wait(self) -> None:
+        while not self._orders.all_wait:
+            self.lab.env.step()
+        self.lab.t_ns = max(self.lab.t_ns, self._orders.last_ns, int(self.lab.env.now))
+
+    def _bgrand(self, offset: int, length: int, write: int) -> None:
+        first, size = self._range(offset, length)
+        self._stop = False
+        for index in range(len(self._jobs)):
+            self._random = _next(self._random)
+            low = self._first + first // PAGE
+            self._jobs[index] = self._background(self._random, low, size // PAGE, bool(write))
+        self._give()
+
+    def _background(self, state: int, first: int, pages: int, write: bool) -> Iterator[Chunk]:
+        """Random touches until :attr:`_stop`.
+
+        Slower than those traced, but as there all pages are touched again between two commands.
+        """
+        while not self._stop:
+            drawn = []
+            for _ in range(BACKGROUND_TOUCHES):
+                state = _next(state)
+                drawn.append(first + (state >> 33) % pages)
+            writes = np.full(len(drawn), write)
+            yield Chunk(np.array(drawn, np.int64), writes, BACKGROUND_GAP_NS)
+
+    def _bgstop(self) -> None:
+        self._stop = True
+        self._wait()
 
     def _host(self, offset: int = 0, length: int = 0) -> None:
         first, size = self._range(offset, length)
@@ -263,9 +311,8 @@ class LabVm:
             yield self._orders
             if self._over:
                 return
-            job, self._jobs[index] = self._jobs[index], None
-            if job is not None and len(job.pages):
-                yield job
+            job, self._jobs[index] = self._jobs[index], iter(())
+            yield from job
 
     # -- what is counted ----------------------------------------------------------------------
 
