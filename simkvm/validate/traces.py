@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from simkvm.validate.row import TraceRow
 from simkvm.validate.traced import batches, grace_periods, record
+from simkvm.validate.traced.batches import Burst
 from simkvm.validate.traced.grace_periods import Experiment, Samples
 from simkvm.validate.traced.labvm import LabVm
 from simkvm.validate.traced.record import Run
@@ -47,6 +48,7 @@ MEANINGS: Final[Mapping[str, str]] = {
     "stage2_free_unlinked_table": "tables replaced by blocks",
     "stage2_free_unlinked_table_rcu_cb": "their callbacks run",
     "rcu_do_batch": "batches of callbacks",
+    "synchronize_srcu_expedited": "waits for who reads the memory slots",
     "stage2_free_walker": "entries visited by the end of the VM",
     "nr_sec_page_table_pages": "pages of tables afterwards, roots and code's included",
     "mmu_lock read": "read acquisitions of mmu_lock",
@@ -76,7 +78,8 @@ def rows(kernel: str = "linux-6.12") -> Iterator[TraceRow]:
     """The rows, each as it is computed. ``kernel``: the variant that should count the same."""
     for run in record.runs():
         yield from counted(run, kernel)
-    yield from burst()
+    for burst in batches.traced():
+        yield from batched(burst)
     for experiment in grace_periods.EXPERIMENTS:
         yield from lengths(experiment)
 
@@ -122,15 +125,14 @@ def meaning(what: str) -> str:
 # -- callbacks and grace periods --------------------------------------------------------------
 
 
-def burst(cpus: int = 1, blimit: int = 10) -> Iterator[TraceRow]:
-    """The rows of the 128 callbacks."""
-    kernels = batches.traced()
-    models = batches.simulated(kernels, cpus, blimit)
+def batched(burst: Burst, cpus: int = 1, blimit: int = 10) -> Iterator[TraceRow]:
+    """The rows of one burst of callbacks."""
+    models = batches.simulated(burst, cpus, blimit)
     parts = {
         "batches": ("batches of callbacks", "batches", len),
         "first tick": ("ticks passed when the first batch begins", "ticks", lambda b: b[0][0]),
         "at the first tick": (
-            "callbacks invoked by batches that begin between that tick and the next",
+            "callbacks in batches that begin before the next tick",
             "callbacks",
             lambda b: sum(number for tick, number in b if tick == b[0][0]),
         ),
@@ -140,12 +142,12 @@ def burst(cpus: int = 1, blimit: int = 10) -> Iterator[TraceRow]:
     }
     for name, (about, unit, of) in parts.items():
         yield TraceRow(
-            id=f"unlink-c/rcu_do_batch/{name}",
-            about=f"128 tables unlinked in 1 ms across a tick: {about}",
+            id=f"{burst.name}/rcu_do_batch/{name}",
+            about=f"{len(burst.called_ns)} tables unlinked at once: {about}",
             unit=unit,
-            measured=of(kernels.batches),
+            measured=of(burst.batches),
             simulated=of(models),
-            source="deb-unmap2-ic1, unlink-c, commands 4 and 5",
+            source=f"deb-unmap2-ic1, {burst.name}, commands {burst.commands}",
         )
 
 

@@ -274,10 +274,11 @@ class LabVm:
         ask = log.enable if on else log.disable
         self.lab.t_ns = self.lab.run(ask(self.lab.task, self.lab.t_ns, range(self._kvm.leaves)))
 
-    def _slotdel(self) -> None:
+    def _slotdel(self) -> Counts:
         lab = self.lab
         update = MemslotUpdate(self._kvm, lab.task)
         lab.t_ns = lab.run(update.delete(lab.t_ns))
+        return Counter({"synchronize_srcu_expedited": update.grace_periods})
 
     def _age(self, swappiness: int) -> Counts:
         calls = self.lab.age().calls + (CODE_PAGES if self._apart else 0)
