@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Iterator
+from itertools import islice
 from typing import Any, Final
 
 import numpy as np
@@ -181,11 +182,8 @@ class LabVm:
         pages = []
         for _ in self._jobs:
             self._random = _next(self._random)
-            state, drawn = self._random, []
-            for _ in range(number):
-                state = _next(state)
-                drawn.append(first // PAGE + (state >> 33) % (size // PAGE))
-            pages.append(self._first + np.array(drawn, np.int64))
+            drawn = islice(_drawn(self._random, size // PAGE), number)
+            pages.append(self._first + first // PAGE + np.fromiter(drawn, np.int64))
         return self._touch(pages, bool(write))
 
     def _touch(self, pages: list[Any], write: bool = True) -> Counts:
@@ -225,22 +223,19 @@ class LabVm:
         self._stop = False
         for index in range(len(self._jobs)):
             self._random = _next(self._random)
-            low = self._first + first // PAGE
-            self._jobs[index] = self._background(self._random, low, size // PAGE, bool(write))
+            low, drawn = self._first + first // PAGE, _drawn(self._random, size // PAGE)
+            self._jobs[index] = self._background(low, drawn, bool(write))
         self._give()
 
-    def _background(self, state: int, first: int, pages: int, write: bool) -> Iterator[Chunk]:
+    def _background(self, first: int, drawn: Iterator[int], write: bool) -> Iterator[Chunk]:
         """Random touches until :attr:`_stop`.
 
         Slower than those traced, but as there all pages are touched again between two commands.
         """
+        writes = np.full(BACKGROUND_TOUCHES, write)
         while not self._stop:
-            drawn = []
-            for _ in range(BACKGROUND_TOUCHES):
-                state = _next(state)
-                drawn.append(first + (state >> 33) % pages)
-            writes = np.full(len(drawn), write)
-            yield Chunk(np.array(drawn, np.int64), writes, BACKGROUND_GAP_NS)
+            pages = first + np.fromiter(islice(drawn, BACKGROUND_TOUCHES), np.int64)
+            yield Chunk(pages, writes, BACKGROUND_GAP_NS)
 
     def _bgstop(self) -> None:
         self._stop = True
@@ -263,11 +258,8 @@ class LabVm:
 
     def _dnr(self, offset: int, length: int, number: int) -> None:
         first, size = self._range(offset, length)
-        state = 12345
-        for _ in range(number):
-            state = _next(state)
-            page = self._first + first // PAGE + (state >> 33) % (size // PAGE)
-            self.lab.drop(page * PAGE, PAGE)
+        for page in islice(_drawn(12345, size // PAGE), number):  # the program's own seed
+            self.lab.drop((self._first + page) * PAGE + first, PAGE)
 
     def _dirty(self, on: int) -> None:
         log = self._kvm.dirty_log
@@ -365,6 +357,13 @@ class LabVm:
             return 0
         pages = kvm.stage2.geometry.root_pages + kvm.stage2.linked_tables + len(kvm.waiting)
         return pages + (CODE_TABLES if self._apart else 0)
+
+
+def _drawn(state: int, pages: int) -> Iterator[int]:
+    """Pages drawn by the generator from ``state`` on."""
+    while True:
+        state = _next(state)
+        yield (state >> 33) % pages
 
 
 def _next(state: int) -> int:
