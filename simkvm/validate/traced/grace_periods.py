@@ -12,8 +12,8 @@ Set `a-rcu-none`: 2 CPUs, PREEMPT_DYNAMIC booted with preempt=none, so RCU is pr
 jiffies_to_sched_qs 25, in both. See :mod:`simkvm.validate.traced.record` for the rest.
 
 What is compared are ticks, because nothing else is real. The emulated CPUs shared two host CPUs,
-and one that lost its own got its interrupts late by a tick of the host (4 ms) or more. In the idle runs
-of `a-rcu-none` that shows in about one call of ten. Loaded, it is everywhere: in `hog1` four
+and one that lost its own got its interrupts late by a tick of the host (4 ms) or more. In the idle
+runs of `a-rcu-none` that shows in about one call of ten. Loaded, it is everywhere: in `hog1` four
 grace periods of ten end more than 3 ms after the last CPU reported, though the kthread that was
 woken for it had an idle CPU; and the host of `deb-rcu` had other work, too. Lengths of those runs
 only bound the kernel's from above. Where a grace period lasts until a scan presses a CPU
