@@ -21,8 +21,8 @@ function's calls or:
 * ``min_seq``, ``max_seq``: generations in debugfs's lru_gen after the command.
 
 Left out of what was traced: eviction, which the model does not have; idle page tracking, whose
-calls depend on which pages of the VM lie together in physical memory; command 6 of `thp-h`, in which the
-host's khugepaged happened to run; a MADV_COLLAPSE that failed.
+calls depend on which pages of the VM lie together in physical memory; command 6 of `thp-h`, in
+which the host's khugepaged happened to run; a MADV_COLLAPSE that failed.
 """
 
 from __future__ import annotations
