@@ -49,7 +49,7 @@ class SizedFaultPath(FaultPath):
         kvm, costs = self._kvm, self._costs
         self._huge = False
         if kvm.huge_pages and not self._host_state[leaf]:
-            self._huge = kvm.host.empty(*kvm.stage2.block_span(leaf))
+            self._huge = kvm.host.takes_huge(*kvm.stage2.block_span(leaf))
         self._alloc_ns = kvm.block_faults.gup_alloc_ns if self._huge else costs.gup_alloc_ns
         leaves = kvm.stage2.block_leaves if self._huge else 1
         self._fill_bytes = leaves * kvm.leaf_pages * kvm.page_bytes
@@ -87,7 +87,7 @@ class SizedFaultPath(FaultPath):
 
     def _map_in_host(self, leaf: int) -> None:
         host, state = self._kvm.host, self._host_state[leaf]
-        if self._huge and host.empty(*self._kvm.stage2.block_span(leaf)):
+        if self._huge and host.takes_huge(*self._kvm.stage2.block_span(leaf)):
             host.install_huge(*self._kvm.stage2.block_span(leaf))
             return
         if host.fast_huge[leaf // host.entries] and state >= MIGRATION:

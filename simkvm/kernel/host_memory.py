@@ -45,6 +45,9 @@ class HostMemory:
         #: Host tables in whose place one huge page is mapped (a PMD): its pages are all present.
         self.huge: NDArray[np.bool_] = np.zeros(len(self.present), np.bool_)
         self.fast_huge = memoryview(self.huge)  # type: ignore[arg-type]  # a buffer
+        #: Host tables of small pages that were zapped: they stay, however empty, and in the place
+        #: of one no fault maps a huge page (zap_pte_range(), __handle_mm_fault(), v6.12).
+        self.kept: NDArray[np.bool_] = np.zeros(len(self.present), np.bool_)
         self.aged_table = -1  #: the host table that ageing locked last
         self.left: dict[int, int] = {}  #: tables that it let go of lately -> when
         self._aged_from_ns = 0
@@ -76,9 +79,12 @@ class HostMemory:
         for table in range(first // self.entries, -(-last // self.entries)):
             self.present[table] = min(self.entries, len(self.state) - table * self.entries)
             self.huge[table] = True
+            self.kept[table] = False
 
-    def empty(self, first: int, last: int) -> bool:
-        """Whether nothing is mapped in ``first`` up to ``last``."""
+    def takes_huge(self, first: int, last: int) -> bool:
+        """Whether a fault may map a huge page over ``first`` up to ``last``: nothing is there."""
+        if self.kept[first // self.entries : -(-last // self.entries)].any():
+            return False
         return not self.state[first:last].any()
 
     def all_huge(self, first: int, last: int) -> bool:
@@ -107,7 +113,7 @@ class HostMemory:
         for table, count in zip(tables.tolist(), counts.tolist(), strict=True):
             self.present[table] += count
         if huge:
-            self.huge[tables[counts == self.entries]] = True
+            self.huge[tables[(counts == self.entries) & ~self.kept[tables]]] = True
         self.lru.add_many(own)
         return len(lacking)
 
@@ -120,6 +126,7 @@ class HostMemory:
         if last - first == 1 and self.fast[first] == PRESENT | (self.fast[first] & YOUNG):
             self.fast[first] = 0  # a zero page about to be copied, the commonest of all
             self.present[first // self.entries] -= 1
+            self.kept[first // self.entries] = True
             return 1
         self.split(first, last)
         state = self.state[first:last]
@@ -130,6 +137,7 @@ class HostMemory:
             self.present[table] -= count
         state[:] = 0
         huge = self.huge[tables]
+        self.kept[tables[~huge]] = True
         self.huge[first // self.entries : -(-last // self.entries)] = False
         return int(gone[~huge].sum()) + int(np.count_nonzero(huge))
 

@@ -17,13 +17,17 @@ table's start.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simkvm.kernel.geometry import LAST_LEVEL, Geometry
+
+if TYPE_CHECKING:
+    from simkvm.kernel.unmap import UnmapWalk
 
 VALID: Final = 1  #: a leaf: page or block
 AF: Final = 2  #: accessed
@@ -94,6 +98,7 @@ class Stage2:
         self.leaf = self.levels[self.leaf_level]
         self.linked_tables = 0
         self.attached = True  #: the VM still has its root (``mmu->pgt``)
+        self.on_unmap: Callable[[UnmapWalk], None] | None = None  #: told of every unmap walk
         # (upper level, the level below it, leaves an upper entry covers as a shift, slot's phase)
         parent = self.levels.get(self.leaf_level - 1)
         self._leaf_parents = parent.fast if parent is not None else None

@@ -59,6 +59,8 @@ class UnmapWalk:
         else:
             self._remove_leaves(self.first, self.last)
         self.stage2.linked_tables -= len(self.tables)
+        if self.stage2.on_unmap is not None:
+            self.stage2.on_unmap(self)
 
     def _walk(self, depth: int, first: int, last: int) -> None:
         """Walk the entries of one level that cover leaves ``first`` up to ``last``."""

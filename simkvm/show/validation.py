@@ -37,6 +37,11 @@ def figure(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.4g}"
 
 
+def _number(value: float) -> str:
+    """A count as it is, anything else with four significant digits."""
+    return str(int(value)) if value == int(value) else figure(value)
+
+
 def _share(value: float | None) -> str:
     return NOTHING if value is None else f"{value:+.1%}"
 
@@ -97,8 +102,8 @@ def _traces(rows: Sequence[Row]) -> RenderableType:
                 row.id,
                 row.about,
                 row.unit,
-                figure(row.measured),
-                figure(row.simulated),
+                _number(row.measured),
+                _number(row.simulated),
                 figure(row.p_value),
                 row.verdict,
             )

@@ -1,0 +1,1 @@
+"""Experiments that a real kernel was traced under, made again in the model."""
