@@ -322,7 +322,7 @@ def results(folder: str, csv: str | None) -> None:
 
 @main.group(name="import", cls=Commands)
 def import_() -> None:
-    """Make traces for guests of recorded programs."""
+    """Bring in what was measured or recorded on a real host."""
 
 
 @import_.command()
@@ -348,6 +348,68 @@ def lackey(file: str, out: str, window: int, page_size: str) -> None:
 
     header = convert(file, out, page_size=parse_size(page_size), window=window)
     _show(trace_report(header, out))
+
+
+@import_.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("--phase", default="", metavar="PHASE", help="What the host did meanwhile.")
+@click.option("--out", metavar="FILE", help="Keep the observations as .csv or .json.")
+@json_option
+def ftrace(files: tuple[str, ...], *, phase: str, out: str | None, as_json: bool) -> None:
+    """Read measurements: how long functions, locks and grace periods took.
+
+    FILE is the text of ftrace or trace-cmd report, perf lock contention, /proc/lock_stat or a
+    bpftrace script, plain or .gz; - is stdin. contrib/ has the recipes.
+    """
+    from simkvm.measure import observation, read
+    from simkvm.show.measurements import observation_report
+
+    rows = [row for file in files for row in read.read(file, phase)]
+    if out is not None:
+        observation.write(rows, out)
+    if as_json:
+        click.echo(json.dumps(observation.document(rows), indent=2, allow_nan=False))
+    else:
+        _show(observation_report(rows))
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "--machine",
+    default="ampere-altra-80c",
+    show_default=True,
+    metavar="BASE",
+    help="The machine that keeps what was not measured: a name or a profile.",
+)
+@click.option("--overhead", metavar="TIME|FUNCTION", help="The tracer's own part of a duration.")
+@click.option("--kernel", default="", metavar="TEXT", help="The kernel measured, for the source.")
+@click.option("--out", metavar="FILE", help="Write the profile, .toml.")
+@json_option
+def calibrate(
+    files: tuple[str, ...],
+    *,
+    machine: str,
+    overhead: str | None,
+    kernel: str,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Make a machine profile of measurements.
+
+    FILE is what simkvm import ftrace reads or writes, or PHASE=FILE to say what the host did
+    meanwhile; contrib/README.md lists the phases.
+    """
+    from simkvm.measure.profile import calibrated, written
+    from simkvm.show.measurements import calibration_report
+
+    calibration = calibrated(files, machine, overhead=overhead, kernel=kernel, out=out)
+    if out is not None:
+        written(calibration, out)
+    if as_json:
+        click.echo(json.dumps(calibration.document(), indent=2, allow_nan=False))
+    else:
+        _show(calibration_report(calibration, out))
 
 
 @main.group(cls=Commands)

@@ -27,9 +27,15 @@ def machine_report(machine: Machine) -> Group:
     return Group(
         Text(f"{machine.name}: {machine.title}", "bold"),
         Text(f"  {shape}, {', '.join(flags) or 'no hw_af, tlbirange or fwb'}"),
-        Text("  basis: V read in the source, D derived, R recalled, E estimate\n"),
+        Text(f"  basis: {_bases(machine)}\n"),
         named_table(rows, {**columns, "source": 60}),
     )
+
+
+def _bases(machine: Machine) -> str:
+    bases = "V read in the source, D derived, R recalled, E estimate"
+    measured = any(parameter.basis == "M" for parameter in machine.parameters.values())
+    return f"M measured on the host, {bases}" if measured else bases
 
 
 def kernel_report(kernel: KernelVariant) -> Group:
