@@ -373,6 +373,60 @@ def ftrace(files: tuple[str, ...], *, phase: str, out: str | None, as_json: bool
         _show(observation_report(rows))
 
 
+@import_.command()
+@click.argument("file")
+@click.option("--out", required=True, metavar="FILE", help="The trace to write, .parquet.")
+@click.option("--target", metavar="ID", help="The target to take, if there are several.")
+@click.option("--sample", metavar="TIME", help="The sampling interval, if FILE lacks it (5 ms).")
+@click.option("--resolution", metavar="TIME", help="A page is touched once in it; default: sample.")
+@click.option("--ghz", default=3.0, show_default=True, metavar="N", help="Of the replay's machine.")
+@click.option(
+    "--writes",
+    type=click.FloatRange(0, 1),
+    default=0.3,
+    show_default=True,
+    metavar="SHARE",
+    help="Of touches after a page's first, which writes.",
+)
+@click.option("--idle", is_flag=True, help="Touch regions without accesses once, at the start.")
+@click.option("--page-size", default="4 KiB", show_default=True, metavar="SIZE")
+@seed_option
+def damon(
+    file: str,
+    out: str,
+    target: str | None,
+    sample: str | None,
+    resolution: str | None,
+    ghz: float,
+    writes: float,
+    idle: bool,
+    page_size: str,
+    seed: int | None,
+) -> None:
+    """Draw a trace with the heat that DAMON recorded.
+
+    FILE is what damo writes: its JSON (plain or compressed), the raw form of its reports, or the
+    damon_aggregated events as perf script prints them; - is stdin.
+    """
+    from simkvm.guest.damon import convert
+    from simkvm.show.catalogue import damon_report
+    from simkvm.units import parse_size
+
+    imported = convert(
+        file,
+        out,
+        target=target,
+        sample=sample,
+        resolution=resolution,
+        ghz=ghz,
+        writes=writes,
+        idle=idle,
+        seed=1 if seed is None else seed,
+        page_size=parse_size(page_size),
+    )
+    _show(damon_report(imported, out))
+
+
 @main.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option(
