@@ -99,6 +99,7 @@ def main() -> None:
 @click.argument("file")
 @sets_option
 @click.option("--out", metavar="DIR", help="Keep the result in this store, and draw its figures.")
+@click.option("--lock-stat", metavar="FILE", help="Write the locks as /proc/lock_stat would.")
 @seed_option
 @json_option
 @click.pass_context
@@ -108,6 +109,7 @@ def run(
     file: str,
     sets: tuple[str, ...],
     out: str | None,
+    lock_stat: str | None,
     seed: int | None,
     as_json: bool,
 ) -> None:
@@ -115,6 +117,10 @@ def run(
     from simkvm.show import document, points, tables
 
     result = api.run(file, sets, seed, out)
+    if lock_stat is not None:
+        from simkvm.show.lock_stat import text
+
+        Path(lock_stat).write_text(text(result), encoding="utf-8")
     if out is not None:
         _draw_all(result, Path(out), err=True)
     if as_json:

@@ -121,7 +121,6 @@ class Graph:
         while stack and stack[-1].indent >= indent:  # their ends are missing
             stack.pop()
         self.interrupted(task)
-        self._busy[task].discard(indent)
         if call["open"] == "{":
             stack.append(_Call(indent, call["function"]))
         elif duration_ns is not None:

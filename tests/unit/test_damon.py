@@ -141,7 +141,19 @@ def test_the_heat_of_a_trace_is_that_of_the_recording(tmp_path: Path) -> None:
 def test_a_trace_lasts_as_long_as_the_recording(tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     convert(written(tmp_path, FORMS["json"]), out, ghz=2.5)
-    assert read_trace(out).header.instructions == pytest.approx(200 * MS * 2.5, abs=1)
+    trace = read_trace(out)
+    assert trace.header.instructions == pytest.approx(200 * MS * 2.5, abs=1)
+    assert trace.instructions.sum() == pytest.approx(200 * MS * 2.5, rel=0.001)
+
+
+def test_steps_that_are_shorter_than_the_resolution_see_fewer_pages(tmp_path: Path) -> None:
+    """100 ms are cut into two steps of 50 ms, ten sampling intervals each."""
+    out = tmp_path / "out.parquet"
+    convert(written(tmp_path, FORMS["json"]), out, resolution="80 ms")
+    chance = 1 - 0.9**10
+    touches = np.bincount(read_trace(out).page, minlength=1024)[512:]
+    error = 5 * np.sqrt(4 * chance * (1 - chance) / 512)
+    assert touches.mean() == pytest.approx(4 * chance, abs=error)
 
 
 def test_at_a_coarser_resolution_a_page_is_touched_once_if_at_all(tmp_path: Path) -> None:

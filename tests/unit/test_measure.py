@@ -139,6 +139,16 @@ def test_trace_cmd_report_gives_the_same_as_the_trace_file(tmp_path: Path) -> No
     assert rows["function_outer", "outer"].sum_ns == 123_456
 
 
+def test_an_event_inside_a_call_costs_it_time_too(tmp_path: Path) -> None:
+    report = (
+        "    labvm-10    [000]  1.000001: funcgraph_entry:                   |  outer() {\n"
+        "    labvm-10    [000]  1.000002: kvm_age_hva:  mmu notifier age hva: 0x1 -- 0x2\n"
+        "    labvm-10    [000]  1.000007: funcgraph_exit:       ! 123.456 us |  }\n"
+    )
+    rows = observed(tmp_path, report)
+    assert set(rows) == {("function_outer", "outer"), ("count", "kvm_age_hva")}
+
+
 EVENTS = """\
 # tracer: nop
       qemu-7    [001] d..1.   5.000010: contention_begin: 00000000e811deab (flags=SPIN|WRITE)
