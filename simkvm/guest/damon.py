@@ -75,6 +75,8 @@ def convert(
         raise InputError("no such folder", file=str(folder))
     if page_size & (page_size - 1) or not 4096 <= page_size <= REGION_BYTES:
         raise InputError(f"page size {page_size} is not a power of two from 4 KiB to 2 MiB")
+    if not 0 < ghz < 1000:
+        raise InputError(f"{ghz} is not a processor's GHz", key="--ghz")
     sample_ns = None if sample is None else parse_duration(sample)
     recording = _chosen(recordings(source_path, sample_ns), target, source_path)
     resolution_ns = recording.sample_ns if resolution is None else parse_duration(resolution)
@@ -179,12 +181,19 @@ class Drawing:
                 yield self._spread(touched, at_ns, length_ns)
 
     def _everything(self) -> list[Int64s]:
-        ranges = [
-            np.arange(*self._range(region))
-            for snapshot in self.recording.snapshots
-            for region in snapshot.regions
-        ]
-        return [np.unique(np.concatenate(ranges))]
+        """Every page that lies in a region of any snapshot, once."""
+        ranges: list[tuple[int, int]] = []
+        regions = (region for snapshot in self.recording.snapshots for region in snapshot.regions)
+        for low, high in sorted({self._range(region) for region in regions}):
+            if ranges and low <= ranges[-1][1]:
+                ranges[-1] = (ranges[-1][0], max(high, ranges[-1][1]))
+            else:
+                ranges.append((low, high))
+        total = sum(high - low for low, high in ranges)
+        if total > MOST_TOUCHES:
+            message = f"has {total:.3g} pages to touch, and {MOST_TOUCHES:.0e} touches are the most"
+            raise InputError(message, key="--idle")
+        return [np.arange(low, high) for low, high in ranges]
 
     def _drawn(self, region: Region, scale: float) -> Int64s:
         low, high = self._range(region)

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from simkvm.measure.text import Lines, opened
 from simkvm.scenario.errors import InputError
-from simkvm.units import DURATION_NS
+from simkvm.units import DURATION_NS, format_duration
 
 DEFAULT_SAMPLE_NS: Final = 5_000_000
 UNITS: Final = {**DURATION_NS, "m": DURATION_NS["min"], "d": 24 * DURATION_NS["h"]}
@@ -198,7 +198,7 @@ def _json_record(record: Any, at: _At, sample_ns: int | None) -> Recording | Non
         stated = int(inside.below("sample_us").number(inside.take(intervals, "sample_us"), "us"))
     if not snapshots:
         return None
-    target = str(record.get("target_id", 0))
+    target = str(record.get("target_id") or 0)
     return _recording(target, snapshots, stated, sample_ns, at.file)
 
 
@@ -309,6 +309,10 @@ def _recording(
     sample_ns: int | None,
     name: str,
 ) -> Recording:
+    if stated_ns and sample_ns and stated_ns != sample_ns:
+        shown = format_duration(stated_ns)
+        message = f"the recording says that its sampling interval is {shown}"
+        raise InputError(message, file=name, key="--sample")
     sample = stated_ns or sample_ns or DEFAULT_SAMPLE_NS
     if raws[0].start_ns is None and len(raws) < 2:
         raise InputError(f"one snapshot of target {target} only: its length is unknown", file=name)

@@ -58,19 +58,34 @@ class Calibration:
         }
 
 
-def overhead_of(text: str | None, rows: Iterable[Observation]) -> float:
-    """The tracer's own part of a duration, in nanoseconds.
+@dataclass(frozen=True)
+class Overhead:
+    """The tracer's own part of a duration; ``function`` is what it was taken from, if from one."""
 
-    ``text`` is a duration, or a function among the observations that does next to nothing, whose
-    median then stands for the tracer; None is 0. Raises InputError if it is neither.
+    ns: float = 0.0
+    function: str = ""
+
+
+NO_OVERHEAD: Final = Overhead()
+
+
+def overhead_of(text: str | None, rows: Iterable[Observation]) -> Overhead:
+    """What to take off durations, as ``text`` says.
+
+    It is a duration, or a function among the observations that does next to nothing, whose median
+    then stands for the tracer; None is nothing. Raises InputError if it is neither.
     """
     if text is None:
-        return 0.0
-    functions = {row.key: row for row in rows if row.what == "function"}
-    if text in functions:
-        return float(functions[text].p50_ns or 0)
+        return Overhead()
+    functions: dict[str, Observation] = {}
+    for row in rows:
+        known = functions.get(row.key)
+        if row.what == "function" and (known is None or known.n < row.n):
+            functions[row.key] = row
+    if text in functions and functions[text].p50_ns is not None:
+        return Overhead(float(functions[text].p50_ns or 0), text)
     try:
-        return float(parse_duration(text))
+        return Overhead(float(parse_duration(text)))
     except InputError:
         hint = nearest(text, functions)
         message = f"{text!r} is neither a duration nor a function that was traced on its own"
@@ -82,15 +97,15 @@ def calibrate(
     base: Machine,
     *,
     name: str,
-    overhead_ns: float = 0.0,
+    overhead: Overhead = NO_OVERHEAD,
     kernel: str = "",
 ) -> Calibration:
     """A machine called ``name``: ``base`` with every constant that the observations give.
 
-    ``overhead_ns`` is taken off durations of functions only. Raises InputError if no observation
-    gives any constant.
+    ``overhead`` is taken off durations of functions only. Raises InputError if no observation gives
+    any constant.
     """
-    found = _Measured(rows, overhead_ns)
+    found = _Measured(rows, overhead)
     machine = replace(base, name=name, parameters=dict(base.parameters), overrides={})
     changes: dict[str, Change] = {}
     for rule in RULES:
@@ -110,7 +125,7 @@ def calibrate(
         )
     title = f"{base.title}, with constants measured on a real host"
     return Calibration(
-        replace(machine, title=title), base.name, tuple(changes.values()), overhead_ns
+        replace(machine, title=title), base.name, tuple(changes.values()), overhead.ns
     )
 
 
@@ -153,7 +168,7 @@ def _apply(
         shipped.unit,
         MEASURED,
         _source(rule, row, kernel),
-        _note(rule, found.overhead_ns),
+        _note(rule, found.overhead.ns),
     )
     change = Change(
         rule.parameter,
@@ -200,8 +215,8 @@ def _note(rule: Rule, overhead_ns: float) -> str:
 class _Measured:
     """The observations by what, key and phase, the tracer's own time taken off."""
 
-    def __init__(self, rows: Sequence[Observation], overhead_ns: float) -> None:
-        self.overhead_ns = overhead_ns
+    def __init__(self, rows: Sequence[Observation], overhead: Overhead) -> None:
+        self.overhead = overhead
         self.rows: dict[tuple[str, str, str], Observation] = {}
         for row in rows:
             place = (row.what, row.key, row.phase)
@@ -211,6 +226,8 @@ class _Measured:
     def row(self, what: str, keys: Iterable[str], phase: str) -> Observation | None:
         """The first of ``keys`` that was observed; its parts joined by ``+`` are added up."""
         for key in keys:
+            if what == "function" and self.overhead.function in key.split("+"):
+                continue
             parts = [self._one(what, part, phase) for part in key.split("+")]
             known = [part for part in parts if part is not None]
             if len(known) == len(parts):
@@ -220,6 +237,8 @@ class _Measured:
     def why_missing(self, rule: Rule) -> str:
         """Why a rule found nothing: not measured, in another phase, or with others inside."""
         parts = {part for key in rule.keys for part in key.split("+")}
+        if rule.what == "function" and self.overhead.function in parts:
+            return f"{self.overhead.function} stands for the tracer, so nothing is left of it"
         seen = {(what, phase) for what, key, phase in self.rows if key in parts}
         if (rule.what, "") in seen and rule.phase:
             return f"not said to be measured during {rule.phase} (PHASE=FILE)"
@@ -233,10 +252,10 @@ class _Measured:
         else:
             any_phase = (self.rows[place] for place in self.rows if place[:2] == (what, key))
             row = max(any_phase, key=lambda one: one.n, default=None)
-        if row is None or what != "function" or not self.overhead_ns:
+        if row is None or what != "function" or not self.overhead.ns:
             return row
         taken = {
-            name: max(0.0, value - self.overhead_ns)
+            name: max(0.0, value - self.overhead.ns)
             for name, value in asdict(row).items()
             if name in {"p10_ns", "p50_ns", "p90_ns"} and value is not None
         }

@@ -50,6 +50,7 @@ HEADS: Final = ("# tracer:", "cpus=", "version =", "trace-cmd version")
 IGNORED: Final = re.compile(
     r"\s*|\s*#.*|\s*-+\s*|cpus=\d+|(?:trace-cmd )?version\b.*|CPU \d+ is empty"
     r"|\s*CPU:?\s*\d+ buffer started.*|\s*##### CPU \d+ buffer started ####"
+    r"|.*<(?:user )?stack trace>\s*|\s*=> .*|\s+[0-9a-f]{6,16}\s+\S.*\(.*\)\s*"  # stacks
 )
 
 LOCKS: Final = {

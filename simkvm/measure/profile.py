@@ -30,7 +30,7 @@ def calibrated(
     base = load_machine(machine)
     rows = read_all(files)
     name = f"{base.name}-measured" if out is None else _name(out)
-    return calibrate(rows, base, name=name, overhead_ns=overhead_of(overhead, rows), kernel=kernel)
+    return calibrate(rows, base, name=name, overhead=overhead_of(overhead, rows), kernel=kernel)
 
 
 def written(calibration: Calibration, path: str) -> None:

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 import simkvm
 from simkvm.api import open_result
 from simkvm.cli import main
-from simkvm.measure.calibrate import LEAST, calibrate, overhead_of
+from simkvm.measure.calibrate import LEAST, NO_OVERHEAD, Overhead, calibrate, overhead_of
 from simkvm.measure.mapping import PHASES, RULES
 from simkvm.measure.observation import WHAT, Observation
 from simkvm.measure.read import read, read_all
@@ -74,7 +74,11 @@ def test_every_rule_names_what_exists() -> None:
 
 def test_a_median_less_the_tracer_is_the_constant() -> None:
     made = calibrate(
-        [function("call_rcu", 350)], load_machine(ALTRA), name="x", overhead_ns=150, kernel="6.12.1"
+        [function("call_rcu", 350)],
+        load_machine(ALTRA),
+        name="x",
+        overhead=Overhead(150),
+        kernel="6.12.1",
     )
     parameter = made.machine.parameters["call_rcu_ns"]
     assert (parameter.value, parameter.low, parameter.high) == (200, 198, 205)
@@ -132,7 +136,7 @@ def test_a_page_of_an_unmap_is_a_difference_of_two_sizes(machine: str, flush: in
 
 def test_parts_that_belong_together_are_added_up() -> None:
     rows = [function("__srcu_read_lock", 30), function("__srcu_read_unlock", 20, n=50)]
-    made = calibrate(rows, load_machine(ALTRA), name="x", overhead_ns=10)
+    made = calibrate(rows, load_machine(ALTRA), name="x", overhead=Overhead(10))
     assert made.machine["srcu_ns"] == 30
     with pytest.raises(InputError, match="no observation gives"):
         calibrate(rows[:1], load_machine(ALTRA), name="x")
@@ -149,7 +153,7 @@ def test_parts_that_belong_together_are_added_up() -> None:
 )
 def test_what_does_not_fit_stays_as_shipped_and_says_why(row: Observation, reason: str) -> None:
     rows = [row, function("find_vma", 500)]
-    made = calibrate(rows, load_machine(ALTRA), name="x", overhead_ns=20)
+    made = calibrate(rows, load_machine(ALTRA), name="x", overhead=Overhead(20))
     (change,) = (one for one in made.changes if one.parameter == "call_rcu_ns")
     assert change.measured is None
     assert reason in change.reason
@@ -164,13 +168,23 @@ def test_a_phase_that_was_not_said_is_asked_for() -> None:
 
 
 def test_the_tracer_is_a_duration_or_a_function() -> None:
-    rows = [function("kvm_s2_put_page", 912)]
-    assert overhead_of("250 ns", rows) == 250
-    assert overhead_of("kvm_s2_put_page", rows) == 912
-    assert overhead_of(None, rows) == 0
+    rows = [function("kvm_s2_put_page", 912), function("kvm_s2_put_page", 950, n=40)]
+    assert overhead_of("250 ns", rows) == Overhead(250)
+    assert overhead_of("kvm_s2_put_page", rows) == Overhead(912, "kvm_s2_put_page")
+    assert overhead_of(None, rows) == NO_OVERHEAD
     with pytest.raises(InputError) as caught:
         overhead_of("kvm_s2_putpage", rows)
     assert caught.value.hint == "kvm_s2_put_page"
+
+
+def test_the_function_that_stands_for_the_tracer_gives_no_constant() -> None:
+    rows = [function("__srcu_read_lock", 130), function("__srcu_read_unlock", 100)]
+    rows.append(function("find_vma", 500))
+    overhead = overhead_of("__srcu_read_unlock", rows)
+    made = calibrate(rows, load_machine(ALTRA), name="x", overhead=overhead)
+    (change,) = (one for one in made.changes if one.parameter == "srcu_ns")
+    assert change.measured is None
+    assert "stands for the tracer" in change.reason
 
 
 # --- Profiles ---

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from simkvm.cli import main
 from simkvm.guest import damon
@@ -206,6 +208,7 @@ def test_without_a_stated_interval_the_option_counts(tmp_path: Path) -> None:
     found = recordings(source, 4 * MS)[0]
     assert found.snapshots[0].regions[0].share == 18 / 25
     assert not found.stated
+    assert refused(tmp_path, FORMS["json"], sample="4 ms").key == "--sample"
 
 
 def test_a_target_is_to_be_chosen_among_several(tmp_path: Path) -> None:
@@ -276,3 +279,26 @@ def test_the_command_says_what_it_assumed(tmp_path: Path) -> None:
     assert "5 ms (assumed" in ran.output
     ran = CliRunner().invoke(main, ["import", "damon", source + "x", "--out", str(out)])
     assert (ran.exit_code, ran.output.count("\n")) == (2, 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["json", "raw", "events"]), st.data())
+def test_damaged_recordings_are_read_or_refused_but_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, form: str, data: st.DataObject
+) -> None:
+    text = FORMS[form]
+    at = data.draw(st.integers(0, len(text) - 1))
+    until = data.draw(st.integers(at, min(len(text), at + 30)))
+    put = data.draw(st.text(st.characters(min_codepoint=9, max_codepoint=126), max_size=5))
+    path = tmp_path_factory.mktemp("damaged") / "damon.data"
+    path.write_text(text[:at] + put + text[until:])
+    found, error = [], None
+    try:
+        found = recordings(str(path))
+    except InputError as refusal:
+        error = refusal
+    assert error is None or (error.file and "\n" not in str(error))
+    for recording in found:
+        for snapshot in recording.snapshots:
+            assert snapshot.duration_ns > 0
+            assert all(one.start < one.end and 0 <= one.share <= 1 for one in snapshot.regions)

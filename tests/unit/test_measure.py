@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from simkvm.cli import main
 from simkvm.measure import observation
-from simkvm.measure.observation import FEWEST_BITS, Observation, Tallies, Tally
+from simkvm.measure.observation import FEWEST_BITS, WHAT, Observation, Tallies, Tally
 from simkvm.measure.read import read, read_all
 from simkvm.scenario.errors import InputError
 
@@ -429,3 +431,50 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         read_all([f"fault_presnt={MEASURED / 'map.trace.gz'}"])
     assert caught.value.hint == "fault_present"
+
+
+SAMPLES = {
+    "graph": GRAPH,
+    "events": EVENTS,
+    "lock_stat": LOCK_STAT,
+    "perf": PERF,
+    "perf csv": PERF_CSV,
+    "bpftrace": BPFTRACE,
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(SAMPLES)), st.data())
+def test_damaged_text_is_read_or_refused_but_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+) -> None:
+    text = SAMPLES[name]
+    at = data.draw(st.integers(0, len(text) - 1))
+    until = data.draw(st.integers(at, min(len(text), at + 40)))
+    put = data.draw(st.text(st.characters(min_codepoint=9, max_codepoint=126), max_size=6))
+    path = tmp_path_factory.mktemp("damaged") / "text"
+    path.write_text(text[:at] + put + text[until:])
+    rows, error = [], None
+    try:
+        rows = read(str(path))
+    except InputError as refusal:
+        error = refusal
+    assert error is None or (error.file == str(path) and "\n" not in str(error))
+    for row in rows:
+        assert row.what in WHAT
+        assert row.n >= 0
+        times = (row.min_ns, row.p10_ns, row.p50_ns, row.p90_ns, row.p99_ns, row.max_ns)
+        known = [time for time in times if time is not None]
+        assert row.tool.startswith(("perf", "lock_stat")) or known == sorted(known)
+
+
+def test_stacks_of_a_trace_are_passed_over(tmp_path: Path) -> None:
+    text = (
+        "qemu 7 [001] 5.000010: lock:contention_begin: 0xffff1234 (flags=SPIN|WRITE)\n"
+        "\tffff800080012345 kvm_age_gfn+0x10 ([kernel.kallsyms])\n\n"
+        "qemu 7 [001] 5.000030: lock:contention_end: 0xffff1234 (ret=0)\n"
+        " => kvm_age_gfn\n"
+    )
+    rows = observed(tmp_path, text)
+    assert rows["wait", "rwlock:W"].sum_ns == 20_000
+    assert rows["wait", "rwlock:W ffff1234"].n == 1
