@@ -119,20 +119,21 @@ class _Trace:
         if match is None:
             return False
         pid, cpu, event, rest = match.group("pid", "cpu", "event", "rest")
+        task = self.graph.task(str(int(cpu)), pid)
         if event in GRAPH_EVENTS:
-            return self._graph_event(pid, rest)
-        self.graph.interrupted(pid)
-        self.events.take(nanoseconds(match["time"], 10**9), cpu, pid, event, rest)
+            return self._graph_event(task, rest)
+        self.graph.interrupted(task)
+        self.events.take(nanoseconds(match["time"], 10**9), cpu, task, event, rest)
         return True
 
-    def _graph_event(self, pid: str, rest: str) -> bool:
+    def _graph_event(self, task: str, rest: str) -> bool:
         match = GRAPH_REST.fullmatch(rest)
         if match is None:
             return False
         duration = match["duration"]
         ns = None if duration is None else nanoseconds(duration, 1000)
         try:
-            self.graph.take(pid, ns, match["body"], self.events.phase)
+            self.graph.take(task, ns, match["body"], self.events.phase)
         except ValueError:
             return False
         return True

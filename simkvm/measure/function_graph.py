@@ -84,8 +84,9 @@ class Graph:
         return True
 
     def task(self, cpu: str, pid: str) -> str:
-        """Whose calls those on this line are."""
-        return pid or self._running.get(cpu) or f"cpu{cpu}"
+        """Whose calls those on this line are. Every CPU has an idle task, and all are number 0."""
+        task = pid or self._running.get(cpu)
+        return f"cpu{cpu}" if task in {None, "0"} else str(task)
 
     def lost(self) -> None:
         """Forget the open calls: events are missing, and ends would meet the wrong beginnings."""

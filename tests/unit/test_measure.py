@@ -118,6 +118,17 @@ def test_the_short_form_without_times_and_tasks(tmp_path: Path) -> None:
     assert rows["function_outer", "outer"].sum_ns == 20_000
 
 
+def test_the_idle_tasks_of_two_cpus_are_two(tmp_path: Path) -> None:
+    rows = observed(
+        tmp_path,
+        "    1.0 |   0)    <idle>-0    |               |  a() {\n"
+        "    1.1 |   1)    <idle>-0    |               |  b() {\n"
+        "    1.2 |   0)    <idle>-0    |   1.000 us    |  }\n"
+        "    1.3 |   1)    <idle>-0    |   2.000 us    |  }\n",
+    )
+    assert {key: row.sum_ns for (_, key), row in rows.items()} == {"a": 1000, "b": 2000}
+
+
 def test_lost_events_end_all_open_calls(tmp_path: Path) -> None:
     """What ends after a gap may be another call than what began before."""
     rows = observed(
