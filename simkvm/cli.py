@@ -396,7 +396,7 @@ def ftrace(files: tuple[str, ...], *, phase: str, out: str | None, as_json: bool
 )
 @click.option("--idle", is_flag=True, help="Touch regions without accesses once, at the start.")
 @click.option("--page-size", default="4 KiB", show_default=True, metavar="SIZE")
-@seed_option
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, metavar="N")
 def damon(
     file: str,
     out: str,
@@ -407,7 +407,7 @@ def damon(
     writes: float,
     idle: bool,
     page_size: str,
-    seed: int | None,
+    seed: int,
 ) -> None:
     """Draw a trace with the heat that DAMON recorded.
 
@@ -427,7 +427,7 @@ def damon(
         ghz=ghz,
         writes=writes,
         idle=idle,
-        seed=1 if seed is None else seed,
+        seed=seed,
         page_size=parse_size(page_size),
     )
     _show(damon_report(imported, out))
