@@ -89,12 +89,12 @@ class _Trace:
         self.events = Events(self.tallies)
 
     def take(self, line: str) -> None:
-        if IGNORED.fullmatch(line) or self.graph.switched(line) or INTERRUPT.fullmatch(line):
-            return
+        if self._graph(line) or self._event(line) or self.graph.switched(line):
+            return  # the usual first: a trace has millions of these
         if LOST.fullmatch(line):
             self.graph.lost()
             self.events.lost()
-        elif not (self._graph(line) or self._event(line) or FUNCTION.fullmatch(line)):
+        elif not any(pattern.fullmatch(line) for pattern in (IGNORED, INTERRUPT, FUNCTION)):
             raise self.lines.error(f"not a line of ftrace: {line[:60]!r}")
 
     def _graph(self, line: str) -> bool:
