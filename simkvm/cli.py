@@ -99,6 +99,7 @@ def main() -> None:
 @click.argument("file")
 @sets_option
 @click.option("--out", metavar="DIR", help="Keep the result in this store, and draw its figures.")
+@click.option("--lock-stat", metavar="FILE", help="Write the locks as /proc/lock_stat would.")
 @seed_option
 @json_option
 @click.pass_context
@@ -108,6 +109,7 @@ def run(
     file: str,
     sets: tuple[str, ...],
     out: str | None,
+    lock_stat: str | None,
     seed: int | None,
     as_json: bool,
 ) -> None:
@@ -115,6 +117,10 @@ def run(
     from simkvm.show import document, points, tables
 
     result = api.run(file, sets, seed, out)
+    if lock_stat is not None:
+        from simkvm.show.lock_stat import text
+
+        Path(lock_stat).write_text(text(result), encoding="utf-8")
     if out is not None:
         _draw_all(result, Path(out), err=True)
     if as_json:
@@ -322,7 +328,7 @@ def results(folder: str, csv: str | None) -> None:
 
 @main.group(name="import", cls=Commands)
 def import_() -> None:
-    """Make traces for guests of recorded programs."""
+    """Bring in what was measured or recorded on a real host."""
 
 
 @import_.command()
@@ -348,6 +354,122 @@ def lackey(file: str, out: str, window: int, page_size: str) -> None:
 
     header = convert(file, out, page_size=parse_size(page_size), window=window)
     _show(trace_report(header, out))
+
+
+@import_.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("--phase", default="", metavar="PHASE", help="What the host did meanwhile.")
+@click.option("--out", metavar="FILE", help="Keep the observations as .csv or .json.")
+@json_option
+def ftrace(files: tuple[str, ...], *, phase: str, out: str | None, as_json: bool) -> None:
+    """Read measurements: how long functions, locks and grace periods took.
+
+    FILE is the text of ftrace or trace-cmd report, perf lock contention, /proc/lock_stat or a
+    bpftrace script, plain or .gz; - is stdin. contrib/ has the recipes.
+    """
+    from simkvm.measure import observation, read
+    from simkvm.show.measurements import observation_report
+
+    rows = [row for file in files for row in read.read(file, phase)]
+    if out is not None:
+        observation.write(rows, out)
+    if as_json:
+        click.echo(json.dumps(observation.document(rows), indent=2, allow_nan=False))
+    else:
+        _show(observation_report(rows))
+
+
+@import_.command()
+@click.argument("file")
+@click.option("--out", required=True, metavar="FILE", help="The trace to write, .parquet.")
+@click.option("--target", metavar="ID", help="The target to take, if there are several.")
+@click.option("--sample", metavar="TIME", help="The sampling interval, if FILE lacks it (5 ms).")
+@click.option("--resolution", metavar="TIME", help="A page is touched once in it; default: sample.")
+@click.option("--ghz", default=3.0, show_default=True, metavar="N", help="Of the replay's machine.")
+@click.option(
+    "--writes",
+    type=click.FloatRange(0, 1),
+    default=0.3,
+    show_default=True,
+    metavar="SHARE",
+    help="Of touches after a page's first, which writes.",
+)
+@click.option("--idle", is_flag=True, help="Touch regions without accesses once, at the start.")
+@click.option("--page-size", default="4 KiB", show_default=True, metavar="SIZE")
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, metavar="N")
+def damon(
+    file: str,
+    out: str,
+    target: str | None,
+    sample: str | None,
+    resolution: str | None,
+    ghz: float,
+    writes: float,
+    idle: bool,
+    page_size: str,
+    seed: int,
+) -> None:
+    """Draw a trace with the heat that DAMON recorded.
+
+    FILE is what damo writes: its JSON (plain or compressed), the raw form of its reports, or the
+    damon_aggregated events as perf script prints them; - is stdin.
+    """
+    from simkvm.guest.damon import convert
+    from simkvm.show.catalogue import damon_report
+    from simkvm.units import parse_size
+
+    imported = convert(
+        file,
+        out,
+        target=target,
+        sample=sample,
+        resolution=resolution,
+        ghz=ghz,
+        writes=writes,
+        idle=idle,
+        seed=seed,
+        page_size=parse_size(page_size),
+    )
+    _show(damon_report(imported, out))
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "--machine",
+    default="ampere-altra-80c",
+    show_default=True,
+    metavar="BASE",
+    help="The machine that keeps what was not measured: a name or a profile.",
+)
+@click.option("--overhead", metavar="TIME|FUNCTION", help="The tracer's own part of a duration.")
+@click.option("--kernel", default="", metavar="TEXT", help="The kernel measured, for the source.")
+@click.option("--out", metavar="FILE", help="Write the profile, .toml.")
+@json_option
+def calibrate(
+    files: tuple[str, ...],
+    *,
+    machine: str,
+    overhead: str | None,
+    kernel: str,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Make a machine profile of measurements.
+
+    FILE is what simkvm import ftrace reads or writes, or PHASE=FILE to say what the host did
+    meanwhile; contrib/README.md lists the phases.
+    """
+    from simkvm.measure.profile import calibrated, written
+    from simkvm.show.measurements import calibration_report
+
+    calibration = calibrated(files, machine, overhead=overhead, kernel=kernel, out=out)
+    if out is not None:
+        written(calibration, out)
+    if as_json:
+        click.echo(json.dumps(calibration.document(), indent=2, allow_nan=False))
+    else:
+        _show(calibration_report(calibration, out))
 
 
 @main.group(cls=Commands)

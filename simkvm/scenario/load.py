@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from simkvm.scenario import check, complaint
+from simkvm.scenario import check, complaint, profile
 from simkvm.scenario.document import Document, Place, read_document
 from simkvm.scenario.errors import InputError, Keys, Problem
 from simkvm.scenario.expand import (
@@ -67,7 +67,8 @@ def load(path: str | Path, sets: Sequence[str] = (), seed: int | None = None) ->
     """Read a scenario or sweep file.
 
     `sets` are ``KEY=VALUE`` texts that change the file's values, in order; `seed` replaces the
-    file's. Traces are looked up from the file's folder. Raises InputError for whatever is wrong.
+    file's. Traces and machine profiles are looked up from the file's folder. Raises InputError for
+    whatever is wrong.
     """
     document = read_document(path)
     for setting in sets:
@@ -142,6 +143,7 @@ class _Loading:
     def __init__(self, document: Document, axes: Sequence[Axis], folder: Path) -> None:
         self.document = document
         self.axes = axes
+        self.folder = folder
         self.recordings = Recordings(folder)
         self.loaded: dict[str, Any] = {}
 
@@ -154,7 +156,7 @@ class _Loading:
         """Look at every value once, so that the first wrong one in the file is found."""
         found: list[tuple[Place, Problem]] = []
         for choice in star(self.axes):
-            raw = point(self.document.root, self.axes, choice)
+            raw = self._raw(choice)
             _, problems = self._scenario(raw)
             for problem in (*self._reference_problems(raw), *problems):
                 found.append((self._place(problem, choice), problem))
@@ -171,13 +173,16 @@ class _Loading:
         return Point(scenario, labels)
 
     def _checked(self, choice: Choice) -> tuple[Scenario | None, list[Problem]]:
-        raw = point(self.document.root, self.axes, choice)
+        raw = self._raw(choice)
         scenario, problems = self._scenario(raw)
         if scenario is not None:
             machine, kernel = (self._load(kind, raw[kind]) for kind in LOADERS)
             headers = self.recordings.headers
             problems = list(check.problems(scenario, machine, kernel, headers))
         return scenario, problems
+
+    def _raw(self, choice: Choice) -> dict[str, Any]:
+        return profile.placed(point(self.document.root, self.axes, choice), self.folder)
 
     def _at(self, problem: Problem, choice: Choice, labels: Mapping[str, Scalar]) -> Problem:
         """The problem, saying which values of which axes it takes."""

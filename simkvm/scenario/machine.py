@@ -6,7 +6,8 @@ derived from other numbers here.
 
 The basis says how far to trust a number: ``V`` it was read in the source, ``D`` it follows by
 arithmetic from what was read, ``R`` it is recalled from a known publication, ``E`` it is an
-estimate and the source gives the reasoning.
+estimate and the source gives the reasoning. ``M``, in profiles of a user's own only: it was
+measured on that host (`simkvm.measure.calibrate`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ UNITS: Final = {
 }
 """Unit by the suffix of a parameter's name."""
 
-BASES: Final = ("V", "D", "R", "E")
+BASES: Final = ("V", "D", "R", "E", "M")
 ARCHITECTURES: Final = ("arm64", "x86")
 FLAGS: Final = ("hw_af", "tlbirange", "fwb")
 SHAPE: Final = ("cores", "nodes", "ghz")
@@ -104,16 +105,24 @@ def machine_names() -> list[str]:
 
 
 def load_machine(ref: Reference) -> Machine:
-    """Load a shipped machine, with the numbers that ``ref`` sets.
+    """Load a machine, with the numbers that ``ref`` sets.
 
-    ``ref`` is a name or ``{base: NAME, set: {PARAMETER: VALUE}}``. A value is a number in the
+    ``ref`` is a name or ``{base: NAME, set: {PARAMETER: VALUE}}``; a name that ends in ``.toml`` is
+    the path of a profile (`simkvm.scenario.profile`). A value is a number in the
     parameter's unit, or for a time a duration such as ``"60 ns"``. It may lie outside the
     parameter's range: that is what asking "what if" means. Cores, nodes, GHz and the flags can be
     set too, and the costs between nodes where the base has but one. Raises `InputError` for an
     unknown base or parameter and for an impossible value.
     """
-    base, changes = shipped.split(ref, "machine", machine_names())
-    machine = _own(_shipped_machines()[base])
+    from simkvm.scenario import profile  # which parses machines, as this module does
+
+    named = ref.get("base") if isinstance(ref, Mapping) else ref
+    own = [str(named)] if profile.is_path(named) else []
+    base, changes = shipped.split(ref, "machine", [*machine_names(), *own])
+    if own:
+        machine = _own(_profile(base, "machine" if isinstance(ref, str) else "machine.base"))
+    else:
+        machine = _own(shipped_machines()[base])
     for name in sorted(changes, key=BETWEEN_NODES.__contains__):  # after the nodes that need them
         machine = _override(machine, name, changes[name])
     return machine
@@ -157,7 +166,8 @@ def check_same_parameters(machines: Mapping[str, Machine]) -> None:
 
 
 @cache  # the files ship with the package and do not change under a run
-def _shipped_machines() -> dict[str, Machine]:
+def shipped_machines() -> dict[str, Machine]:
+    """The shipped machines by name, which are not to be changed."""
     machines = {}
     for name in machine_names():
         file = f"machines/{name}.toml"
@@ -166,6 +176,16 @@ def _shipped_machines() -> dict[str, Machine]:
             raise InputError(f"is not the file's name, {name!r}", file=file, key="name")
     check_same_parameters(machines)
     return {machine.name: machine for machine in machines.values()}
+
+
+def _profile(path: str, key: str) -> Machine:
+    from simkvm.scenario import profile
+
+    try:
+        return profile.read_profile(path)
+    except InputError as error:
+        # Two places are to be named: that in the profile goes into the message.
+        raise InputError(str(error), key=key) from error
 
 
 def _own(machine: Machine) -> Machine:

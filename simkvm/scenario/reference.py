@@ -22,9 +22,12 @@ def _name_or_change(value: object) -> str | None:
 
 @with_config(STRICT)
 class MachineChange(TypedDict):
-    """A shipped machine with some of its parameters changed."""
+    """A machine with some of its parameters changed."""
 
-    base: Annotated[str, Field(description="Name of the machine (`simkvm machines`).")]
+    base: Annotated[
+        str,
+        Field(description="Its name (`simkvm machines`), or the path of a profile, ./mine.toml."),
+    ]
     set: Annotated[
         dict[str, Annotated[bool | float | str, BeforeValidator(_number)]],
         Field(

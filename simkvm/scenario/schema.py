@@ -272,8 +272,8 @@ class Scenario(Model):
         default=0, ge=0, description="Which independent repetition of the same seed this is."
     )
     machine: MachineRef = Field(
-        description="The host's machine: a name (`simkvm machines`), or {base, set} to change "
-        "costs."
+        description="The host's machine: a name (`simkvm machines`), the path of a profile "
+        "(./mine.toml, `simkvm calibrate`), or {base, set} to change costs of either."
     )
     kernel: KernelRef = Field(
         description="The host's kernel: a name (`simkvm kernels`), or {base, set} to change "

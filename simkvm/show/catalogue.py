@@ -9,9 +9,10 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from simkvm.show.text import named_table
-from simkvm.units import format_count, format_size
+from simkvm.units import format_count, format_duration, format_size
 
 if TYPE_CHECKING:
+    from simkvm.guest.damon import Imported
     from simkvm.guest.trace import TraceHeader
     from simkvm.scenario.kernel import KernelVariant
     from simkvm.scenario.machine import Machine
@@ -27,9 +28,15 @@ def machine_report(machine: Machine) -> Group:
     return Group(
         Text(f"{machine.name}: {machine.title}", "bold"),
         Text(f"  {shape}, {', '.join(flags) or 'no hw_af, tlbirange or fwb'}"),
-        Text("  basis: V read in the source, D derived, R recalled, E estimate\n"),
+        Text(f"  basis: {_bases(machine)}\n"),
         named_table(rows, {**columns, "source": 60}),
     )
+
+
+def _bases(machine: Machine) -> str:
+    bases = "V read in the source, D derived, R recalled, E estimate"
+    measured = any(parameter.basis == "M" for parameter in machine.parameters.values())
+    return f"M measured on the host, {bases}" if measured else bases
 
 
 def kernel_report(kernel: KernelVariant) -> Group:
@@ -66,3 +73,18 @@ def trace_report(header: TraceHeader, path: str) -> RenderableType:
         f"{format_count(header.touched_pages)} pages, {format_size(header.footprint_bytes)}; "
         f"{format_count(header.instructions)} instructions"
     )
+
+
+def damon_report(imported: Imported, path: str) -> RenderableType:
+    """What a recording of DAMON became, and what was assumed."""
+    recording = imported.recording
+    known = "" if recording.stated else " (assumed: the recording does not say)"
+    lines = [
+        f"  target {recording.target}: {len(recording.snapshots)} snapshots, "
+        f"{format_duration(recording.duration_ns)}",
+        f"  sampling interval {format_duration(recording.sample_ns)}{known}, "
+        f"a page touched at most once in {format_duration(imported.resolution_ns)}",
+    ]
+    if imported.pauses_cut:
+        lines.append(f"  {imported.pauses_cut} pauses were longer than a trace can say, and cut")
+    return Group(trace_report(imported.header, path), *map(Text, lines))

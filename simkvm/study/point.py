@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from simkvm.scenario.kernel import KernelVariant, load_kernel
 from simkvm.scenario.load import MODEL_VERSION, identity, resolved
 from simkvm.scenario.machine import FLAGS, Machine, load_machine
+from simkvm.scenario.profile import portable
 from simkvm.scenario.recordings import Recordings, replays
 from simkvm.study.store import SCHEMA_VERSION
 
@@ -85,8 +86,9 @@ def certificate(
 
 
 def _portable(scenario: Scenario) -> dict[str, Any]:
-    """Every key of the scenario, with base names and digests in place of its traces' paths."""
+    """Every key of the scenario, without folders: base names, and digests for its traces."""
     content = resolved(scenario)
+    content["machine"] = portable(content["machine"])
     recordings = Recordings()
     for _, access in replays(content):
         access["sha256"] = access["sha256"] or recordings.header(access["file"]).sha256

@@ -14,6 +14,7 @@ from simkvm.scenario.errors import InputError
 from simkvm.scenario.kernel import load_kernel
 from simkvm.scenario.load import MODEL_VERSION, require_possible
 from simkvm.scenario.machine import FLAGS, SHAPE, load_machine
+from simkvm.scenario.profile import stand_in
 from simkvm.scenario.recordings import Recordings, replays
 from simkvm.scenario.schema import Scenario
 from simkvm.study.point import SIMULATE, kernel_policies, machine_numbers, run_point
@@ -76,7 +77,11 @@ def certified(certificate: Mapping[str, Any], traces: Sequence[Folder] = (".",))
 
 
 def _machine(reference: Any, wanted: Mapping[str, Any]) -> Any:
-    """A reference that gives the wanted numbers: the same one, unless the shipped file changed."""
+    """A reference that gives the wanted numbers: the same one, unless the shipped file changed.
+
+    A profile of the user's own need not be there any more.
+    """
+    reference = stand_in(reference, wanted)
     today = machine_numbers(load_machine(reference))
     changes = _changes({name: wanted[name] for name in (*FLAGS, *SHAPE)}, today)
     changes |= _changes(wanted["parameters"], today["parameters"])

@@ -11,11 +11,11 @@ from simkvm.scenario.machine import (
     BASES,
     UNITS,
     Machine,
-    _shipped_machines,
     check_same_parameters,
     load_machine,
     machine_names,
     parse_machine,
+    shipped_machines,
 )
 
 ALTRA = "ampere-altra-80c"
@@ -361,7 +361,7 @@ class TestSameParameters:
         texts = {ALTRA: changed(old, new), GRAVITON: content(GRAVITON), ICELAKE: content(ICELAKE)}
         monkeypatch.setattr(shipped, "text", lambda _folder, name: texts[name])
         with pytest.raises(InputError) as caught:
-            _shipped_machines.__wrapped__()
+            shipped_machines.__wrapped__()
         assert (caught.value.file, caught.value.key) == (f"machines/{ALTRA}.toml", key)
 
     def test_a_reason_for_a_parameter_that_is_there(self) -> None:
