@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from simkvm.show.text import NOTHING, titled_table
-from simkvm.validate.row import PublishedRow, Row, TheoryRow, TraceRow
+from simkvm.validate.row import PublishedRow, Row, ShapeRow, TheoryRow, TraceRow
 
 
 def report(rows: Sequence[Row]) -> RenderableType:
@@ -114,4 +114,28 @@ def _traces(rows: Sequence[Row]) -> RenderableType:
     )
 
 
-_TABLES = {TheoryRow: _theory, PublishedRow: _published, TraceRow: _traces}
+def _shapes(rows: Sequence[Row]) -> RenderableType:
+    headers = ("id", "what", "unit", "measured", "simulated", "low", "high", "role", "verdict")
+    return titled_table(
+        "Shapes of the published curves",
+        headers,
+        [
+            (
+                row.id,
+                row.about,
+                row.unit,
+                figure(row.measured),
+                figure(row.simulated),
+                figure(row.low),
+                figure(row.high),
+                row.role,
+                row.verdict,
+            )
+            for row in rows
+            if isinstance(row, ShapeRow)
+        ],
+        left=3,
+    )
+
+
+_TABLES = {TheoryRow: _theory, PublishedRow: _published, ShapeRow: _shapes, TraceRow: _traces}

@@ -59,7 +59,10 @@ class PublishedRow:
     """
 
     id: str
-    about: str
+    workload: str
+    params: str
+    metric: str
+    arm: str
     unit: str
     measured: float
     simulated: float | None
@@ -69,6 +72,11 @@ class PublishedRow:
     bound: Literal["about", "more than"] = "about"
     scale: float = 1.0
     note: str = ""
+
+    @property
+    def about(self) -> str:
+        """What was measured, on which arm."""
+        return f"{self.metric}, {self.arm}"
 
     @property
     def deviation(self) -> float | None:
@@ -88,6 +96,35 @@ class PublishedRow:
         if self.bound == "more than":
             return "inside" if self.deviation >= 0 else "outside"
         return "inside" if abs(self.deviation) <= TOLERANCE else "outside"
+
+
+@dataclass(frozen=True)
+class ShapeRow:
+    """What a published curve does as a whole, and what the model's does.
+
+    `low` to `high` is what counts as the same, around `measured`: a factor of two on the axis for
+    where something happens, 0.25 for an exponent, `TOLERANCE` for a ratio.
+    """
+
+    id: str
+    about: str
+    unit: str
+    measured: float
+    simulated: float
+    low: float
+    high: float
+    role: Literal["fit", "predicted"]
+    source: str
+
+    @property
+    def deviation(self) -> float:
+        """Simulated over measured, minus 1."""
+        return _deviation(self.measured, self.simulated)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the two curves do the same."""
+        return "inside" if self.low <= self.simulated <= self.high else "outside"
 
 
 @dataclass(frozen=True)
@@ -127,7 +164,7 @@ class TraceRow:
         return "abstracted" if self.abstraction else "differs"
 
 
-Row = TheoryRow | PublishedRow | TraceRow
+Row = TheoryRow | PublishedRow | ShapeRow | TraceRow
 
 
 def document(rows: Iterable[Row]) -> list[dict[str, Any]]:
