@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from simkvm.scenario.schema import Ageing
 
 Steps = Generator[Event, Any, int]
+PMD_BUNCH: Final = 1 + 64 + 1  #: huge pages that one hold of a PMD table's lock handles
 
 
 class AgeingMethod(Protocol):
@@ -196,12 +197,48 @@ class AgeingWalk:
         if not len(leaves):
             kvm.host.unlock(t_ns)
             return t_ns, 0
+        if kvm.leaf_pages > 1:
+            kvm.host.unlock(t_ns)
+            return (yield from self._huge_leaves(t_ns, table, leaves, report))
         huge = kvm.huge_page(table)
         if huge is not None:
             if not len(huge):
                 kvm.host.unlock(t_ns)
                 return t_ns, 0
             return (yield from self._huge_page(t_ns, huge, report))
+        return (yield from self._leaves(t_ns, leaves, report))
+
+    def _huge_leaves(
+        self, t_ns: int, table: int, leaves: Leaves, report: Pass
+    ) -> Generator[Event, Any, tuple[int, int]]:
+        """Huge pages of one host table, a bunch at a time (``walk_pmd_range_locked``).
+
+        Each bunch takes the table's lock by itself, so that a fault waits for one bunch at most.
+        """
+        moved = 0
+        for first in range(0, len(leaves), PMD_BUNCH):
+            t_ns = yield from reach(self.env, t_ns)
+            if any(vcpu.fault.holds_table(table, t_ns) for vcpu in self.kvm.vcpus):
+                report.skipped_tables += 1
+                continue
+            self.kvm.host.lock_for_ageing(table, t_ns)
+            self.task.cpu.spin(t_ns)
+            for vcpu in self.kvm.vcpus:
+                vcpu.catch_up(t_ns)
+            bunch = leaves[first : first + PMD_BUNCH]
+            bunch = bunch[(self.kvm.host.state[bunch] & OWN) != 0]
+            if not len(bunch):
+                self.kvm.host.unlock(t_ns)
+                continue
+            t_ns, found = yield from self._leaves(t_ns, bunch, report)
+            moved += found
+        return t_ns, moved
+
+    def _leaves(
+        self, t_ns: int, leaves: Leaves, report: Pass
+    ) -> Generator[Event, Any, tuple[int, int]]:
+        """Leaves of one host table, whose lock is held and let go of at the end."""
+        kvm = self.kvm
         report.scanned += len(leaves)
         by_host = leaves[(kvm.host.state[leaves] & YOUNG) != 0]
         kvm.host.state[leaves] &= np.uint8(~YOUNG & 0xFF)

@@ -87,7 +87,7 @@ def rows(
 
 def explanation(row: PublishedRow) -> str:
     """Why a row is missed, as far as that was found out (``data/misses.toml``)."""
-    for entry in tomllib.loads(data("misses.toml"))["miss"]:
+    for entry in tomllib.loads(data("misses.toml")).get("miss", []):
         patterns = (entry["id"], entry.get("metric", "*"), entry.get("arm", "*"))
         if all(map(fnmatchcase, (row.id, row.metric, row.arm), patterns)):
             return " ".join(entry["why"].split())
