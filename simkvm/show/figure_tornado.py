@@ -39,7 +39,9 @@ def tornado(analysis: Sensitivity, *, most: int = MOST_BARS) -> Figure:
 
 def _panel(panel: Axes, analysis: Sensitivity, one: Tornado, effects: Sequence[Effect]) -> None:
     for place, effect in enumerate(reversed(effects)):
-        for reached, colour in ((effect.at_low, AT_LOW), (effect.at_high, AT_HIGH)):
+        ends = [(effect.at_low, AT_LOW), (effect.at_high, AT_HIGH)]
+        # Where both lie on one side, the shorter bar over the longer one.
+        for reached, colour in sorted(ends, key=lambda end: -abs(end[0] - one.value)):
             panel.barh(place, reached - one.value, left=one.value, height=0.62, color=colour)
     panel.axvline(one.value, color=style.INK, linewidth=0.9)
     panel.set_yticks(range(len(effects)), [_label(effect) for effect in reversed(effects)])
