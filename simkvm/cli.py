@@ -432,6 +432,64 @@ def lackey(file: str, out: str, window: int, page_size: str) -> None:
     _show(trace_report(header, out))
 
 
+@main.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--out", default="docs", show_default=True, metavar="DIR", help="Where to write.")
+@click.option(
+    "--workloads",
+    "folder",
+    default="workloads",
+    show_default=True,
+    metavar="DIR",
+    help="Where the scenario files are.",
+)
+@click.option(
+    "--store",
+    default="results/answers",
+    show_default=True,
+    metavar="DIR",
+    help="Keep runs below this folder, and run what is missing there.",
+)
+@click.option(
+    "--replications",
+    type=click.IntRange(min=2),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Runs of every point whose figure gets an interval.",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes to run points in; default: one a CPU.",
+)
+def answers(
+    *,
+    names: tuple[str, ...],
+    out: str,
+    folder: str,
+    store: str,
+    replications: int,
+    jobs: int | None,
+) -> None:
+    """Write the pages of docs/answers and docs/sensitivity.md anew, with their figures.
+
+    Every number in them comes from a run. Without NAME all pages are written.
+    """
+    from simkvm.answers.pages import write
+    from simkvm.answers.runs import Runs, Unfinished
+
+    runs = Runs(Path(folder), Path(store), jobs, replications)
+    try:
+        for path in write(names, Path(out), runs):
+            click.echo(str(path))
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"{stop}; the same command goes on from there") from None
+    except Unfinished as missing:
+        raise click.ClickException(str(missing)) from None
+
+
 @main.group(cls=Commands)
 def validate() -> None:
     """Hold the model against theory, publications and traces.

@@ -1,0 +1,261 @@
+"""What ageing on command costs guests and the ageing thread: write lock, read lock, no lock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from simkvm.answers.headline import AGEING_RATIO, GUEST_WALL
+from simkvm.answers.page import bases, duration, ending, percent, table, times
+from simkvm.answers.runs import Place, Points, Runs, Values, interval, place, ratio, summary
+from simkvm.study.result import Result
+from simkvm.study.statistics import Interval
+
+KERNELS = {
+    "linux-7.1": "write lock",
+    "linux-7.1-read-locked": "read lock",
+    "linux-7.1-lockless": "no lock",
+}
+WRITE, READ, NONE = KERNELS
+VCPUS = "guests.vm0.vcpus"
+MACHINES = ("ampere-altra-80c", "graviton3-64c")
+
+SMALL = ("guests.vm0.vcpus=[1, 2]", "guests.vm0.memory_per_vcpu=4 MiB")
+SMALL_BLOCKS = ("guests.vm0.vcpus=[1, 2]", "guests.vm0.memory_per_vcpu=32 MiB")
+FEW_TOUCHES = ("guests.vm0.access.touches=512",)
+BRIEF = ("duration=3 ms",)
+
+UNNOTICED = 1.01
+"""Guests that ageing slows down by less than this do not notice it."""
+ALIKE = 1.1
+"""Passes that differ by less than this take as long."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What guests do meanwhile; `slowdown` is of a figure with ageing over the one without."""
+
+    file: str
+    about: str
+    small: tuple[str, ...]
+    guest: Callable[[Result], float]
+
+
+SITUATIONS = (
+    Situation(
+        "answers/ageing-faults-4k.yaml",
+        "guests fault on 4 KiB pages",
+        SMALL + FEW_TOUCHES,
+        summary("vcpu_wall_ns"),
+    ),
+    Situation(
+        "answers/ageing-faults-2m.yaml",
+        "guests fault on 2 MiB blocks (THP)",
+        SMALL_BLOCKS + FEW_TOUCHES,
+        summary("vcpu_wall_ns"),
+    ),
+    Situation(
+        "answers/ageing-touches-4k.yaml",
+        "guests only touch memory that is mapped by 4 KiB pages",
+        SMALL + BRIEF,
+        lambda result: 1e9 / float(result.summary["touches_per_s"]),
+    ),
+    Situation(
+        "answers/ageing-touches-2m.yaml",
+        "guests only touch memory that is mapped by 2 MiB blocks",
+        SMALL_BLOCKS + BRIEF,
+        lambda result: 1e9 / float(result.summary["touches_per_s"]),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One machine and number of vCPUs in one situation, by kernel."""
+
+    situation: Situation
+    machine: str
+    vcpus: int
+    page_ns: Mapping[str, Values]
+    guest: Mapping[str, Values]
+    alone: Values
+    """The guest's figure without ageing."""
+
+    def slowdown(self, kernel: str) -> Interval:
+        """Of the guest, by ageing."""
+        return ratio(self.guest[kernel], self.alone)
+
+    def over_none(self, kernel: str) -> Interval:
+        """The ageing thread's time for a page, over that without a lock."""
+        return ratio(self.page_ns[kernel], self.page_ns[NONE])
+
+    @property
+    def unnoticed(self) -> bool:
+        """Whether the guest is slowed down by less than a hundredth under every lock."""
+        slowed = [self.slowdown(kernel) for kernel in KERNELS]
+        return all(share.mean + _width(share) < UNNOTICED for share in slowed)
+
+    @property
+    def alike(self) -> bool:
+        """Whether a pass takes as long under every lock."""
+        return all(abs(self.over_none(kernel).mean - 1) < ALIKE - 1 for kernel in (WRITE, READ))
+
+
+def _width(share: Interval) -> float:
+    return share.half_width if share.count > 1 else 0.0
+
+
+def cells(situation: Situation, aged: Points, alone: Points) -> Iterator[Cell]:
+    """Every machine and number of vCPUs of a situation."""
+    page_ns = aged.values(summary("ageing_ns_per_page"))
+    guest = aged.values(situation.guest)
+    lonely = alone.values(situation.guest)
+
+    def at(machine: str, vcpus: int, kernel: str) -> Place:
+        return place({"machine": machine, VCPUS: vcpus, "kernel": kernel})
+
+    for machine in aged.axis("machine"):
+        for vcpus in aged.axis(VCPUS):
+            yield Cell(
+                situation,
+                machine,
+                vcpus,
+                {kernel: page_ns[at(machine, vcpus, kernel)] for kernel in KERNELS},
+                {kernel: guest[at(machine, vcpus, kernel)] for kernel in KERNELS},
+                lonely[place({"machine": machine, VCPUS: vcpus})],
+            )
+
+
+class AgeingLocks:
+    """Write lock, read lock or no lock."""
+
+    path = "answers/write-read-or-no-lock.md"
+
+    def write(self, runs: Runs, folder: Path) -> str:
+        """The page; its figures go beside it."""
+        from simkvm.show import figures
+
+        everything: list[Cell] = []
+        sections = []
+        for situation in SITUATIONS:
+            aged = runs.sweep(situation.file, small=situation.small)
+            name = Path(situation.file).stem
+            alone = runs.sweep(
+                situation.file,
+                ["kernel=linux-7.1", "ageing=null"],
+                small=situation.small,
+                name=f"{name}-without",
+            )
+            found = list(cells(situation, aged, alone))
+            everything += found
+            here = [result for result in aged.results if result.axes["machine"] == MACHINES[0]]
+            drawn = f"write-read-or-no-lock-{name.removeprefix('ageing-')}.png"
+            if name.startswith("ageing-faults"):
+                figures.write(figures.draw("ageing_scaling", here), folder / "answers" / drawn)
+                sections.append(_section(situation, found, drawn))
+            else:
+                sections.append(_section(situation, found, None))
+        tables = "\n\n".join(sections)
+        return (
+            "# Ageing a guest on arm64: write lock, read lock, or no lock?\n\n"
+            f"{QUESTION}\n\n## Answer\n\n{_answer(everything)}\n\n"
+            f"## Where it does not matter\n\n{_unmatched(everything)}\n\n{tables}\n\n"
+            f"## What this hangs on\n\n{_hangs_on(runs)}\n\n## What is not in it\n\n{NOT_IN_IT}\n\n"
+            f"{ending(runs, 'simkvm answers write-read-or-no-lock')}"
+        )
+
+
+QUESTION = """\
+A thread ages a guest on command without a pause (`lru_gen`'s "+"), and asks KVM about every 4 KiB page or
+2 MiB block that the guest has. Under `linux-7.1` each of those calls takes `mmu_lock` for write; the
+counterfactual `linux-7.1-read-locked` takes it for read, as was posted in April 2024, and
+`linux-7.1-lockless` not at all, with tables that wait for RCU. Nothing else differs. What does each cost
+the guest, against no ageing at all, and the ageing thread?"""
+
+NOT_IN_IT = """\
+* **Eviction.** Nothing is reclaimed meanwhile, so nobody waits for `mmu_lock` to unmap. That comparison, which was
+  asked for twice on the list, comes later.
+* A guest with 64 vCPUs: every vCPU and the ageing thread has a CPU of its own, and Graviton3 has 64.
+* What the hardware's update of an accessed flag costs the guest: nothing here, so a guest that only touches
+  memory feels ageing less than on a machine.
+* See [limits](../limits.md) for the rest, and [what the numbers hang on](../sensitivity.md)."""
+
+
+def _answer(found: list[Cell]) -> str:
+    said = []
+    for machine in dict.fromkeys(cell.machine for cell in found):
+        for situation in SITUATIONS[:2]:
+            here = [c for c in found if (c.machine, c.situation) == (machine, situation)]
+            last = max(here, key=lambda cell: cell.vcpus)
+            spent = [f"{duration(interval(last.page_ns[kernel]))}" for kernel in KERNELS]
+            slowed = [percent(last.slowdown(kernel)) for kernel in KERNELS]
+            said.append(
+                f"* On {machine}, while {situation.about} with {last.vcpus} vCPUs, the ageing thread "
+                f"needs {spent[0]} a page (or block) under the write lock, {spent[1]} under the read "
+                f"lock and {spent[2]} without one: {times(last.over_none(WRITE))} and "
+                f"{times(last.over_none(READ))} times what it needs without. The guest takes "
+                f"{slowed[0]}, {slowed[1]} and {slowed[2]} longer than without ageing."
+            )
+    worst = max(found, key=lambda c: max(c.slowdown(kernel).mean for kernel in KERNELS))
+    kernel = max(KERNELS, key=lambda kernel: worst.slowdown(kernel).mean)
+    said.append(
+        f"* The most that any guest of these pays is {percent(worst.slowdown(kernel))} "
+        f"({worst.machine}, {worst.vcpus} vCPUs, {worst.situation.about}, {KERNELS[kernel]})."
+    )
+    waits = max(found, key=lambda cell: cell.over_none(WRITE).mean)
+    said.append(
+        f"* The most that the ageing thread pays for the write lock is "
+        f"{times(waits.over_none(WRITE))} times its time without "
+        f"({waits.machine}, {waits.vcpus} vCPUs, {waits.situation.about})."
+    )
+    return "\n".join(said)
+
+
+def _unmatched(found: list[Cell]) -> str:
+    lines = []
+    for title, test in (
+        ("The guest takes less than 1 % longer, whatever the lock", lambda cell: cell.unnoticed),
+        ("A pass takes as long, within 10 %, whatever the lock", lambda cell: cell.alike),
+    ):
+        where = [_where(situation, found, test) for situation in SITUATIONS]
+        there = "; ".join(place for place in where if place)
+        lines.append(f"* {title}: {there or 'nowhere'}.")
+    return "\n".join(lines)
+
+
+def _where(situation: Situation, found: list[Cell], test: Callable[[Cell], bool]) -> str:
+    here = [cell for cell in found if cell.situation == situation]
+    met = [cell for cell in here if test(cell)]
+    if not met:
+        return ""
+    if len(met) == len(here):
+        return f"where {situation.about} (all of the points below)"
+    points = ", ".join(f"{cell.machine} with {cell.vcpus}" for cell in met)
+    return f"where {situation.about} ({points} vCPUs)"
+
+
+def _section(situation: Situation, found: list[Cell], drawn: str | None) -> str:
+    headers = ("machine", "vCPUs", *(f"page, {said}" for said in KERNELS.values()))
+    headers += tuple(f"guest, {said}" for said in KERNELS.values())
+    rows = [
+        (
+            cell.machine,
+            str(cell.vcpus),
+            *(duration(interval(cell.page_ns[kernel])) for kernel in KERNELS),
+            *(percent(cell.slowdown(kernel)) for kernel in KERNELS),
+        )
+        for cell in found
+    ]
+    title = situation.about[0].upper() + situation.about[1:]
+    figure = f"\n\n![{title}]({drawn})" if drawn else ""
+    return (
+        f"## {title}\n\n`workloads/{situation.file}`. *page*: time of the ageing thread for each page "
+        "or block that it looks at; *guest*: how much longer it takes than without ageing. Intervals are 95 % "
+        f"over replications, for the guest of ratios by pairs of equal seed.\n\n"
+        f"{table(headers, rows)}{figure}"
+    )
+
+
+def _hangs_on(runs: Runs) -> str:
+    return f"{AGEING_RATIO.hangs_on(runs)}\n\n{GUEST_WALL.hangs_on(runs)}\n\n{bases()}"

@@ -1,0 +1,329 @@
+"""How much memory RCU-deferred tables hold, what bounds it, and the rule of thumb for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simkvm.answers.headline import DEFERRED_BYTES
+from simkvm.answers.page import bases, ending, table
+from simkvm.answers.runs import Points, Runs, Values, interval, summary
+from simkvm.study.result import Result
+from simkvm.study.statistics import Interval
+from simkvm.units import format_count, format_duration, format_size, parse_duration
+
+HZ, RATE = "host.hz", "contenders.vmm.rate"
+BLIMIT, QHIMARK = "host.rcu.blimit", "host.rcu.qhimark"
+NOHZ, NOCBS, LAZY = "host.nohz_full", "host.rcu.nocbs", "host.rcu.lazy"
+NS_PER_S = 1e9
+
+GRANULES = (
+    ("4 KiB", "2 MiB", "256 MiB"),
+    ("16 KiB", "32 MiB", "4 GiB"),
+    ("64 KiB", "512 MiB", "64 GiB"),
+)
+"""Page, what a table maps, and memory for 128 of them."""
+
+GROWTH = 1.2
+"""What waits grows if its mean in the last third of a run is this much above that of the second."""
+
+
+class DeferredTables:
+    """Memory in tables that wait for a grace period."""
+
+    path = "answers/deferred-table-memory.md"
+
+    def write(self, runs: Runs, folder: Path) -> str:
+        """The page; its figures go beside it."""
+        from simkvm.show import figures
+
+        rates = runs.sweep(
+            "answers/deferred-rate.yaml",
+            small=("duration=140 ms", "host.hz=[250, 1000]", f"{RATE}=[100 / s, 1000 / s]"),
+        )
+        options = runs.sweep(
+            "answers/deferred-options.yaml",
+            small=("duration=300 ms", "host.hz=[1000]"),
+            replicated=False,
+        )
+        granules = [_granule(runs, *sizes) for sizes in GRANULES]
+        floods = runs.sweep(
+            "answers/deferred-flood.yaml",
+            small=(
+                "duration=25 ms",
+                "host.hz=[1000]",
+                "guests.vm.memory=256 MiB",
+                "contenders.vmm.range=256 MiB",
+                f"{QHIMARK}=[10000]",
+            ),
+            replicated=False,
+        )
+        drawn = figures.draw("deferred_vs_rate", rates.results)
+        figures.write(drawn, folder / "answers" / "deferred-table-memory.png")
+        return (
+            "# How much memory do deferred stage-2 tables hold?\n\n"
+            f"{QUESTION}\n\n## Answer\n\n{_answer(rates, options, granules, floods)}\n\n"
+            f"## By rate and HZ\n\n{_by_rate(rates)}\n\n![Deferred memory](deferred-table-memory.png)\n\n"
+            f"## The rule of thumb\n\n{_rule(rates)}\n\n"
+            f"## nohz_full, offloaded and lazy callbacks\n\n{_by_option(options)}\n\n"
+            f"## Table sizes\n\n{_by_granule(granules)}\n\n## A flood\n\n{_by_flood(floods)}\n\n"
+            f"## What this hangs on\n\n{DEFERRED_BYTES.hangs_on(runs)}\n\n{bases()}\n\n{NOT_IN_IT}\n\n"
+            f"{ending(runs, 'simkvm answers deferred-table-memory')}"
+        )
+
+
+QUESTION = """\
+Without `mmu_lock` for ageing, every table that an unmap removes has to wait for an RCU grace period before its page
+is free (`put_page_rcu`). How much memory is that, and can it grow without bound?"""
+
+NOT_IN_IT = """\
+Not in it: expedited grace periods, the memory shrinker that flushes lazy callbacks, callbacks of others on the same
+CPU, and readers of RCU that are preempted or long: grace periods come from ticks, quiescent states and the kthread
+alone, and one unmap call that holds `mmu_lock` for long holds its CPU's quiescent state back as long."""
+
+
+# -- figures of a point -----------------------------------------------------------------------
+
+
+def start_ns(result: Result) -> int:
+    """When the VMM begins."""
+    return parse_duration(result.scenario["contenders"]["vmm"]["start"])
+
+
+def queued(result: Result) -> float:
+    """Tables handed to RCU: those whose callback ran, and those that wait at the end."""
+    return float(result.summary["callbacks"]) + float(result.timeline["deferred_tables"].iloc[-1])
+
+
+def queued_per_s(result: Result) -> float:
+    """The same, a second from the VMM's start on."""
+    return queued(result) * NS_PER_S / (int(result.summary["sim_ns"]) - start_ns(result))
+
+
+def waiting(result: Result, first: float = 0.0, last: float = 1.0) -> float:
+    """Mean number of tables that wait, over a part of the time from the VMM's start to the end."""
+    begin, end = start_ns(result), int(result.summary["sim_ns"])
+    low, high = begin + first * (end - begin), begin + last * (end - begin)
+    steps = result.timeline
+    times = steps["t_ns"].to_numpy(dtype=np.float64)
+    spans = np.clip(np.append(times[1:], end), low, high) - np.clip(times, low, high)
+    return float((steps["deferred_tables"].to_numpy() * spans).sum() / (high - low))
+
+
+def factor(result: Result) -> float:
+    """k of the rule: tables that wait, over those that are queued in one grace period."""
+    period_s = float(result.summary["grace_period_p50_ns"]) / NS_PER_S
+    return waiting(result) / (queued_per_s(result) * period_s)
+
+
+def waiting_bytes(result: Result) -> float:
+    """Mean memory that waits, from the VMM's start on."""
+    begin, end = start_ns(result), int(result.summary["sim_ns"])
+    return float(result.summary["deferred_bytes_mean"]) * end / (end - begin)
+
+
+def growth(result: Result) -> float:
+    """Tables that wait in the last third over those of the second."""
+    middle = waiting(result, 1 / 3, 2 / 3)
+    return waiting(result, 2 / 3, 1) / middle if middle else 1.0
+
+
+# -- the page ---------------------------------------------------------------------------------
+
+
+def _answer(rates: Points, options: Points, granules: Sequence[Points], floods: Points) -> str:
+    held = rates.values(waiting_bytes)
+    most = max(held, key=lambda at: interval(held[at]).mean)
+    peak = max(float(result.summary["deferred_bytes_peak"]) for result in rates.results)
+    factors = [interval(values).mean for values in rates.values(factor).values()]
+    lazy = _of(options, {LAZY: "True", NOCBS: "all"}, waiting_bytes)
+    eager = _of(options, {LAZY: "False"}, waiting_bytes)
+    growing = [result for result in floods.results if growth(result) > GROWTH]
+    flood = max(float(result.summary["deferred_bytes_peak"]) for result in floods.results)
+    return "\n".join(
+        [
+            f"* Tables that one VMM thread empties hold {_size(interval(held[most]))} on average at {_at(most)}, "
+            f"and {format_size(peak)} at most in any run here.",
+            f"* It is the rate of tables times the grace period, times a k between {min(factors):.2f} and "
+            f"{max(factors):.2f}, times the size of a table.",
+            f"* Lazy callbacks on offloaded CPUs hold up to {format_size(max(lazy))}, where others hold "
+            f"{format_size(max(eager))} at most: ten seconds' worth, whatever HZ.",
+            f"* {_granule_line(granules)}",
+            f"* In a flood up to {format_size(flood)} wait; "
+            + (
+                f"{len(growing)} of {len(floods.results)} runs still grow at their end."
+                if growing
+                else "in none of the runs does that still grow in the last third."
+            ),
+        ]
+    )
+
+
+def _at(at: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(f"{key.rsplit('.', 1)[-1]} = {value}" for key, value in at)
+
+
+def _of(points: Points, where: dict[str, str], figure: Any) -> list[float]:
+    return [
+        figure(result)
+        for result in points.results
+        if all(str(result.axes[key]) == value for key, value in where.items())
+    ]
+
+
+def _size(value: Interval) -> str:
+    half = f" ± {format_size(value.half_width)}" if value.count > 1 else ""
+    return format_size(value.mean) + half
+
+
+def _number(value: Interval, form: str = ".2f") -> str:
+    half = f" ± {value.half_width:{form}}" if value.count > 1 else ""
+    return f"{value.mean:{form}}{half}"
+
+
+def _by_rate(rates: Points) -> str:
+    columns: dict[str, dict[Any, dict[int, float]]] = {
+        "period": rates.values(summary("grace_period_p50_ns")),
+        "queued": rates.values(queued_per_s),
+        "held": rates.values(waiting_bytes),
+        "peak": rates.values(summary("deferred_bytes_peak")),
+        "k": rates.values(factor),
+    }
+    rows = []
+    for at in columns["held"]:
+        axes = dict(at)
+        cell: dict[str, Values] = {name: values[at] for name, values in columns.items()}
+        rows.append(
+            [
+                axes[RATE],
+                axes[HZ],
+                format_duration(interval(cell["period"]).mean),
+                format_count(interval(cell["queued"]).mean),
+                _size(interval(cell["held"])),
+                format_size(max(cell["peak"].values())),
+                _number(interval(cell["k"])),
+            ]
+        )
+    headers = ("calls", "HZ", "grace period", "tables / s", "mean", "peak", "k")
+    return (
+        "`workloads/answers/deferred-rate.yaml`: a guest that touches 256 MiB at random, 2 MiB of which go at each "
+        "call, at random moments. A call finds a table to free only if the guest came back in between. The "
+        "mean is from the first call on, with its 95 % interval over replications; the peak is the highest "
+        f"of all.\n\n{table(headers, rows)}"
+    )
+
+
+def _rule(rates: Points) -> str:
+    factors = [interval(values) for values in rates.values(factor).values()]
+    low, high = min(f.mean for f in factors), max(f.mean for f in factors)
+    middle = (low * high) ** 0.5
+    return (
+        "    bytes that wait = tables emptied a second x grace period x k x bytes of a table\n\n"
+        "A callback that is queued while a grace period runs waits for what is left of it and for a whole one, "
+        "then for the next tick; one that finds none running starts one and waits for the next tick, that period and "
+        f"a tick. So k should be between 1 and 2 and some ticks. Here it is {low:.2f} to {high:.2f}: with "
+        f"k = {middle:.2g} the rule is right within {100 * (high / middle - 1):.0f} % "
+        "in all of these runs. A grace period lasts 2 ticks at HZ 100 and 250, 4 at HZ 1000, as long as every CPU "
+        "idles, runs a guest or takes its ticks."
+    )
+
+
+def _by_option(options: Points) -> str:
+    rows = [
+        [
+            str(result.axes[NOHZ]),
+            str(result.axes[NOCBS]),
+            "yes" if result.axes[LAZY] else "no",
+            str(result.axes[HZ]),
+            format_duration(float(result.summary["grace_period_p50_ns"])),
+            format_size(waiting_bytes(result)),
+            format_size(float(result.summary["deferred_bytes_peak"])),
+        ]
+        for result in options.results
+    ]
+    headers = ("nohz_full", "offloaded", "lazy", "HZ", "grace period", "mean", "peak")
+    return (
+        "`workloads/answers/deferred-options.yaml`: 40 calls a second, each of which empties a table. Whether callbacks "
+        "of the VMM's own CPU are offloaded (`all`) decides; offloading the vCPUs' alone changes nothing, since "
+        f"they queue none.\n\n{table(headers, rows)}"
+    )
+
+
+def _granule(runs: Runs, page: str, covered: str, memory: str) -> Points:
+    return runs.sweep(
+        "answers/deferred-granule.yaml",
+        [
+            f"guests.vm0.page_size={page}",
+            f"guests.vm0.memory={memory}",
+            f"contenders.vmm.range={covered}",
+        ],
+        small=("duration=100 ms",),
+    )
+
+
+def _granule_line(granules: Sequence[Points]) -> str:
+    held = [interval(dict(enumerate(map(waiting_bytes, g.results)))).mean for g in granules]
+    said = ", ".join(
+        f"{format_size(size)} with {page}"
+        for size, (page, _, _) in zip(held, GRANULES, strict=True)
+    )
+    return f"At one rate of calls the size of a table decides: {said} pages."
+
+
+def _by_granule(granules: Sequence[Points]) -> str:
+    rows = []
+    for points, (page, covered, _) in zip(granules, GRANULES, strict=True):
+        each = range(len(points.results))
+        held = {number: waiting_bytes(points.results[number]) for number in each}
+        rate = {number: queued_per_s(points.results[number]) for number in each}
+        share = {number: factor(points.results[number]) for number in each}
+        rows.append(
+            [
+                page,
+                covered,
+                format_count(interval(rate).mean),
+                _size(interval(held)),
+                _number(interval(share)),
+            ]
+        )
+    headers = ("page and table", "a table maps", "tables / s", "mean", "k")
+    return (
+        "`workloads/answers/deferred-granule.yaml`: 500 calls a second, each over what one table maps, HZ 250. By the "
+        "memory that is taken back it is the other way round: 16 times as much goes with each "
+        f"table of 16 KiB as with one of 4 KiB, and 16 times more with one of 64 KiB.\n\n{table(headers, rows)}"
+    )
+
+
+def _by_flood(floods: Points) -> str:
+    rows = [
+        [
+            str(result.axes[HZ]),
+            str(result.axes[BLIMIT]),
+            format_count(float(result.axes[QHIMARK])),
+            format_count(queued_per_s(result)),
+            format_duration(float(result.summary["grace_period_p50_ns"])),
+            format_count(waiting(result, 1 / 3, 2 / 3)),
+            format_count(waiting(result, 2 / 3, 1)),
+            format_size(float(result.summary["deferred_bytes_peak"])),
+            "yes" if growth(result) > GROWTH else "no",
+        ]
+        for result in floods.results
+    ]
+    headers = (
+        *("HZ", "blimit", "qhimark", "tables / s", "grace period"),
+        *("waiting, 2nd third", "last third", "peak", "grows"),
+    )
+    each = [float(result.summary["callback_ns_per_table"]) for result in floods.results]
+    apart = min(NS_PER_S / queued_per_s(result) for result in floods.results)
+    return (
+        "`workloads/answers/deferred-flood.yaml`: one thread takes all memory of eight guests back in turn, without a "
+        "pause, and queues every callback on its own CPU. A qhimark of 100 M means that RCU never hurries. "
+        f"Emptying a table costs that thread at least {format_duration(apart)}, freeing it in a callback "
+        f"{format_duration(max(each))}: as long as the second is below the first, a CPU that gets to its callbacks "
+        "at all (each tick runs up to ten batches, ksoftirqd the rest, in turns with the thread) cannot "
+        "fall behind for good by its own work, and what waits is bounded by the tables that guests can fill in the "
+        f"time of a grace period or two.\n\n{table(headers, rows)}"
+    )

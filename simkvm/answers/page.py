@@ -1,0 +1,107 @@
+"""What the pages share: tables, numbers with their intervals, assumptions, and how they end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol
+
+from simkvm.answers.runs import Runs
+from simkvm.scenario.load import MODEL_VERSION
+from simkvm.show.sensitivity import figure, setting
+from simkvm.study.sensitivity import Effect, Sensitivity, Tornado
+from simkvm.study.statistics import Interval
+from simkvm.units import format_duration
+
+MOST_ASSUMPTIONS = 5
+
+
+class Page(Protocol):
+    """A page: its file below the folder of documents, and how it is made."""
+
+    path: str
+
+    def write(self, runs: Runs, folder: Path) -> str:
+        """Run what it needs, put its figures into `folder`, and return its text."""
+        ...
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, numbers to the right."""
+    lines = [headers, [":--", *["--:"] * (len(headers) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def percent(share: Interval) -> str:
+    """A ratio as a change: 1.02 +- 0.003 is "+2.0 % ± 0.3"."""
+    return f"{100 * (share.mean - 1):+.1f} %{_half(100 * share.half_width, '.1f')}"
+
+
+def times(share: Interval) -> str:
+    """A ratio as it is."""
+    return f"{share.mean:.3g}{_half(share.half_width, '.2g')}"
+
+
+def duration(span: Interval) -> str:
+    """A time in ns, us, ms."""
+    half = span.half_width
+    said = f" ± {format_duration(half)}" if math.isfinite(half) and half else ""
+    return format_duration(span.mean) + said
+
+
+def _half(value: float, form: str) -> str:
+    return f" ± {value:{form}}" if math.isfinite(value) else ""
+
+
+def assumptions(analysis: Sensitivity, tornado: Tornado) -> str:
+    """What a figure hangs on: its span over the estimates, one at a time, and the widest of them."""
+    estimates = tornado.among("E")
+    ends = [(e.at_low, e.at_high) for e in estimates]
+    reached = [x for pair in ends for x in pair if not math.isnan(x)]
+    span = ""
+    if reached:
+        low, high = min([*reached, tornado.value]), max([*reached, tornado.value])
+        span = (
+            f"With one estimate at a time at its low or high it lies between "
+            f"{figure(analysis, low)} and {figure(analysis, high)}; it is "
+            f"{figure(analysis, tornado.value)} with all at their values.\n\n"
+        )
+    rows = [_row(analysis, effect) for effect in tornado.moving[:MOST_ASSUMPTIONS]]
+    headers = ("constant", "basis", "low", "value", "high", "at low", "at high")
+    moved, all_of_them = len(tornado.moving), len(tornado.effects)
+    rest = f"\n\n{moved} of {all_of_them} constants move it at all."
+    return span + table(headers, rows) + rest
+
+
+def _row(analysis: Sensitivity, effect: Effect) -> list[str]:
+    parameter = effect.parameter
+    numbers = (parameter.low, parameter.value, parameter.high)
+    return [
+        f"`{parameter.name}`",
+        parameter.basis,
+        *(setting(parameter, number) for number in numbers),
+        figure(analysis, effect.at_low),
+        figure(analysis, effect.at_high),
+    ]
+
+
+def bases() -> str:
+    """What the letters of a basis mean."""
+    return (
+        "Basis of a constant: V read in its source, D derived from what was read, R recalled, "
+        "E an estimate (`simkvm machines NAME` has the reasons)."
+    )
+
+
+def ending(runs: Runs, command: str) -> str:
+    """The commands that make the page's numbers, and what made them when."""
+    commands = "\n".join(f"    {line}" for line in runs.commands)
+    version = metadata.version("simkvm")
+    day = datetime.now(UTC).date().isoformat()
+    return (
+        f"## How these numbers are made\n\n{commands}\n\nThis page: `{command}`. simkvm {version}, "
+        f"model version {MODEL_VERSION}, {day}.\n"
+    )
