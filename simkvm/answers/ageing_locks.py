@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simkvm.answers.headline import AGEING_RATIO, GUEST_WALL
-from simkvm.answers.page import bases, duration, ending, percent, table, times
+from simkvm.answers.page import bases, duration, ending, fill, percent, put, table, times
 from simkvm.answers.runs import Place, Points, Runs, Values, interval, place, ratio, summary
 from simkvm.study.result import Result
 from simkvm.study.statistics import Interval
@@ -21,10 +21,11 @@ WRITE, READ, NONE = KERNELS
 VCPUS = "guests.vm0.vcpus"
 MACHINES = ("ampere-altra-80c", "graviton3-64c")
 
-SMALL = ("guests.vm0.vcpus=[1, 2]", "guests.vm0.memory_per_vcpu=4 MiB")
-SMALL_BLOCKS = ("guests.vm0.vcpus=[1, 2]", "guests.vm0.memory_per_vcpu=32 MiB")
-FEW_TOUCHES = ("guests.vm0.access.touches=512",)
-BRIEF = ("duration=3 ms",)
+ALTRA = ("machine=[ampere-altra-80c]", "guests.vm0.vcpus=[1, 2]")
+SMALL = (*ALTRA, "guests.vm0.memory_per_vcpu=2 MiB")
+SMALL_BLOCKS = (*ALTRA, "guests.vm0.memory_per_vcpu=32 MiB")
+FEW_TOUCHES = ("guests.vm0.access.touches=256",)
+BRIEF = ("duration=1 ms",)
 
 UNNOTICED = 1.01
 """Guests that ageing slows down by less than this do not notice it."""
@@ -134,7 +135,7 @@ class AgeingLocks:
 
     def write(self, runs: Runs, folder: Path) -> str:
         """The page; its figures go beside it."""
-        from simkvm.show import figures
+        from simkvm.show.figures import draw
 
         everything: list[Cell] = []
         sections = []
@@ -152,34 +153,19 @@ class AgeingLocks:
             here = [result for result in aged.results if result.axes["machine"] == MACHINES[0]]
             drawn = f"write-read-or-no-lock-{name.removeprefix('ageing-')}.png"
             if name.startswith("ageing-faults"):
-                figures.write(figures.draw("ageing_scaling", here), folder / "answers" / drawn)
+                put(draw("ageing_scaling", here), folder / "answers" / drawn)
                 sections.append(_section(situation, found, drawn))
             else:
                 sections.append(_section(situation, found, None))
-        tables = "\n\n".join(sections)
-        return (
-            "# Ageing a guest on arm64: write lock, read lock, or no lock?\n\n"
-            f"{QUESTION}\n\n## Answer\n\n{_answer(everything)}\n\n"
-            f"## Where it does not matter\n\n{_unmatched(everything)}\n\n{tables}\n\n"
-            f"## What this hangs on\n\n{_hangs_on(runs)}\n\n## What is not in it\n\n{NOT_IN_IT}\n\n"
-            f"{ending(runs, 'simkvm answers write-read-or-no-lock')}"
+        return fill(
+            "write-read-or-no-lock",
+            answer=_answer(everything),
+            unmatched=_unmatched(everything),
+            replications=runs.replications,
+            sections="\n\n".join(sections),
+            hangs_on=f"{AGEING_RATIO.hangs_on(runs)}\n\n{GUEST_WALL.hangs_on(runs)}\n\n{bases()}",
+            ending=ending(runs, "simkvm answers write-read-or-no-lock"),
         )
-
-
-QUESTION = """\
-A thread ages a guest on command without a pause (`lru_gen`'s "+"), and asks KVM about every 4 KiB page or
-2 MiB block that the guest has. Under `linux-7.1` each of those calls takes `mmu_lock` for write; the
-counterfactual `linux-7.1-read-locked` takes it for read, as was posted in April 2024, and
-`linux-7.1-lockless` not at all, with tables that wait for RCU. Nothing else differs. What does each cost
-the guest, against no ageing at all, and the ageing thread?"""
-
-NOT_IN_IT = """\
-* **Eviction.** Nothing is reclaimed meanwhile, so nobody waits for `mmu_lock` to unmap. That comparison, which was
-  asked for twice on the list, comes later.
-* A guest with 64 vCPUs: every vCPU and the ageing thread has a CPU of its own, and Graviton3 has 64.
-* What the hardware's update of an accessed flag costs the guest: nothing here, so a guest that only touches
-  memory feels ageing less than on a machine.
-* See [limits](../limits.md) for the rest, and [what the numbers hang on](../sensitivity.md)."""
 
 
 def _answer(found: list[Cell]) -> str:
@@ -187,16 +173,7 @@ def _answer(found: list[Cell]) -> str:
     for machine in dict.fromkeys(cell.machine for cell in found):
         for situation in SITUATIONS[:2]:
             here = [c for c in found if (c.machine, c.situation) == (machine, situation)]
-            last = max(here, key=lambda cell: cell.vcpus)
-            spent = [f"{duration(interval(last.page_ns[kernel]))}" for kernel in KERNELS]
-            slowed = [percent(last.slowdown(kernel)) for kernel in KERNELS]
-            said.append(
-                f"* On {machine}, while {situation.about} with {last.vcpus} vCPUs, the ageing thread "
-                f"needs {spent[0]} a page (or block) under the write lock, {spent[1]} under the read "
-                f"lock and {spent[2]} without one: {times(last.over_none(WRITE))} and "
-                f"{times(last.over_none(READ))} times what it needs without. The guest takes "
-                f"{slowed[0]}, {slowed[1]} and {slowed[2]} longer than without ageing."
-            )
+            said.append(_largest(max(here, key=lambda cell: cell.vcpus)))
     worst = max(found, key=lambda c: max(c.slowdown(kernel).mean for kernel in KERNELS))
     kernel = max(KERNELS, key=lambda kernel: worst.slowdown(kernel).mean)
     said.append(
@@ -210,6 +187,18 @@ def _answer(found: list[Cell]) -> str:
         f"({waits.machine}, {waits.vcpus} vCPUs, {waits.situation.about})."
     )
     return "\n".join(said)
+
+
+def _largest(cell: Cell) -> str:
+    spent = [duration(interval(cell.page_ns[kernel])) for kernel in KERNELS]
+    slowed = [percent(cell.slowdown(kernel)) for kernel in KERNELS]
+    write, read = (times(cell.over_none(kernel)) for kernel in (WRITE, READ))
+    return (
+        f"* {cell.machine}, {cell.vcpus} vCPUs, {cell.situation.about}: the ageing thread needs "
+        f"{spent[0]} for each under the write lock, {spent[1]} under the read lock and {spent[2]} "
+        f"without a lock ({write} and {read} times as much). The guest takes {slowed[0]}, "
+        f"{slowed[1]} and {slowed[2]} longer than without ageing."
+    )
 
 
 def _unmatched(found: list[Cell]) -> str:
@@ -249,13 +238,4 @@ def _section(situation: Situation, found: list[Cell], drawn: str | None) -> str:
     ]
     title = situation.about[0].upper() + situation.about[1:]
     figure = f"\n\n![{title}]({drawn})" if drawn else ""
-    return (
-        f"## {title}\n\n`workloads/{situation.file}`. *page*: time of the ageing thread for each page "
-        "or block that it looks at; *guest*: how much longer it takes than without ageing. Intervals are 95 % "
-        f"over replications, for the guest of ratios by pairs of equal seed.\n\n"
-        f"{table(headers, rows)}{figure}"
-    )
-
-
-def _hangs_on(runs: Runs) -> str:
-    return f"{AGEING_RATIO.hangs_on(runs)}\n\n{GUEST_WALL.hangs_on(runs)}\n\n{bases()}"
+    return f"### {title}\n\n`workloads/{situation.file}`\n\n{table(headers, rows)}{figure}"

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from simkvm.answers.headline import DEFERRED_BYTES
-from simkvm.answers.page import bases, ending, table
-from simkvm.answers.runs import Points, Runs, Values, interval, summary
+from simkvm.answers.page import bases, ending, fill, put, table
+from simkvm.answers.runs import Points, Runs, Values, interval, place, summary
+from simkvm.show.text import NOTHING
 from simkvm.study.result import Result
 from simkvm.study.statistics import Interval
 from simkvm.units import format_count, format_duration, format_size, parse_duration
@@ -38,15 +39,18 @@ class DeferredTables:
 
     def write(self, runs: Runs, folder: Path) -> str:
         """The page; its figures go beside it."""
-        from simkvm.show import figures
+        from simkvm.show.figures import draw
 
         rates = runs.sweep(
             "answers/deferred-rate.yaml",
-            small=("duration=140 ms", "host.hz=[250, 1000]", f"{RATE}=[100 / s, 1000 / s]"),
+            small=(
+                *("duration=140 ms", "host.hz=[250, 1000]", f"{RATE}=[200 / s, 1000 / s]"),
+                *("guests.vm0.memory=16 MiB", "guests.vm0.access.think=50 us"),
+            ),
         )
         options = runs.sweep(
             "answers/deferred-options.yaml",
-            small=("duration=300 ms", "host.hz=[1000]"),
+            small=("duration=200 ms", "host.hz=[1000]"),
             replicated=False,
         )
         granules = [_granule(runs, *sizes) for sizes in GRANULES]
@@ -61,28 +65,22 @@ class DeferredTables:
             ),
             replicated=False,
         )
-        drawn = figures.draw("deferred_vs_rate", rates.results)
-        figures.write(drawn, folder / "answers" / "deferred-table-memory.png")
-        return (
-            "# How much memory do deferred stage-2 tables hold?\n\n"
-            f"{QUESTION}\n\n## Answer\n\n{_answer(rates, options, granules, floods)}\n\n"
-            f"## By rate and HZ\n\n{_by_rate(rates)}\n\n![Deferred memory](deferred-table-memory.png)\n\n"
-            f"## The rule of thumb\n\n{_rule(rates)}\n\n"
-            f"## nohz_full, offloaded and lazy callbacks\n\n{_by_option(options)}\n\n"
-            f"## Table sizes\n\n{_by_granule(granules)}\n\n## A flood\n\n{_by_flood(floods)}\n\n"
-            f"## What this hangs on\n\n{DEFERRED_BYTES.hangs_on(runs)}\n\n{bases()}\n\n{NOT_IN_IT}\n\n"
-            f"{ending(runs, 'simkvm answers deferred-table-memory')}"
+        drawn = draw("deferred_vs_rate", rates.results)
+        put(drawn, folder / "answers" / "deferred-table-memory.png")
+        return fill(
+            "deferred-table-memory",
+            answer=_answer(rates, options, granules, floods),
+            replications=runs.replications,
+            by_rate=_by_rate(rates),
+            **_rule(rates),
+            by_option=_by_option(options),
+            by_granule=_by_granule(granules),
+            growth=GROWTH,
+            by_flood=_by_flood(floods),
+            **_bound(floods),
+            hangs_on=f"{DEFERRED_BYTES.hangs_on(runs)}\n\n{bases()}",
+            ending=ending(runs, "simkvm answers deferred-table-memory"),
         )
-
-
-QUESTION = """\
-Without `mmu_lock` for ageing, every table that an unmap removes has to wait for an RCU grace period before its page
-is free (`put_page_rcu`). How much memory is that, and can it grow without bound?"""
-
-NOT_IN_IT = """\
-Not in it: expedited grace periods, the memory shrinker that flushes lazy callbacks, callbacks of others on the same
-CPU, and readers of RCU that are preempted or long: grace periods come from ticks, quiescent states and the kthread
-alone, and one unmap call that holds `mmu_lock` for long holds its CPU's quiescent state back as long."""
 
 
 # -- figures of a point -----------------------------------------------------------------------
@@ -114,7 +112,7 @@ def waiting(result: Result, first: float = 0.0, last: float = 1.0) -> float:
 
 
 def factor(result: Result) -> float:
-    """k of the rule: tables that wait, over those that are queued in one grace period."""
+    """The k of the rule: tables that wait, over those that are queued in one grace period."""
     period_s = float(result.summary["grace_period_p50_ns"]) / NS_PER_S
     return waiting(result) / (queued_per_s(result) * period_s)
 
@@ -143,21 +141,21 @@ def _answer(rates: Points, options: Points, granules: Sequence[Points], floods: 
     eager = _of(options, {LAZY: "False"}, waiting_bytes)
     growing = [result for result in floods.results if growth(result) > GROWTH]
     flood = max(float(result.summary["deferred_bytes_peak"]) for result in floods.results)
+    fate = (
+        f"{len(growing)} of {len(floods.results)} runs still grow at their end"
+        if growing
+        else "in none of the runs does that still grow in the last third"
+    )
     return "\n".join(
         [
-            f"* Tables that one VMM thread empties hold {_size(interval(held[most]))} on average at {_at(most)}, "
-            f"and {format_size(peak)} at most in any run here.",
-            f"* It is the rate of tables times the grace period, times a k between {min(factors):.2f} and "
-            f"{max(factors):.2f}, times the size of a table.",
-            f"* Lazy callbacks on offloaded CPUs hold up to {format_size(max(lazy))}, where others hold "
-            f"{format_size(max(eager))} at most: ten seconds' worth, whatever HZ.",
+            f"* Tables that one VMM thread empties hold {_size(interval(held[most]))} on average "
+            f"at {_at(most)}, and {format_size(peak)} at most in any run of the first table.",
+            "* It is the tables emptied in a grace period, times a k between "
+            f"{min(factors):.2f} and {max(factors):.2f}, times the size of a table.",
+            f"* Lazy callbacks on offloaded CPUs hold {format_size(max(lazy))}, where others hold "
+            f"{format_size(max(eager))} at most: up to ten seconds' worth, whatever HZ.",
             f"* {_granule_line(granules)}",
-            f"* In a flood up to {format_size(flood)} wait; "
-            + (
-                f"{len(growing)} of {len(floods.results)} runs still grow at their end."
-                if growing
-                else "in none of the runs does that still grow in the last third."
-            ),
+            f"* In a flood up to {format_size(flood)} wait; {fate}.",
         ]
     )
 
@@ -208,27 +206,29 @@ def _by_rate(rates: Points) -> str:
             ]
         )
     headers = ("calls", "HZ", "grace period", "tables / s", "mean", "peak", "k")
-    return (
-        "`workloads/answers/deferred-rate.yaml`: a guest that touches 256 MiB at random, 2 MiB of which go at each "
-        "call, at random moments. A call finds a table to free only if the guest came back in between. The "
-        "mean is from the first call on, with its 95 % interval over replications; the peak is the highest "
-        f"of all.\n\n{table(headers, rows)}"
-    )
+    return table(headers, rows)
 
 
-def _rule(rates: Points) -> str:
-    factors = [interval(values) for values in rates.values(factor).values()]
-    low, high = min(f.mean for f in factors), max(f.mean for f in factors)
-    middle = (low * high) ** 0.5
-    return (
-        "    bytes that wait = tables emptied a second x grace period x k x bytes of a table\n\n"
-        "A callback that is queued while a grace period runs waits for what is left of it and for a whole one, "
-        "then for the next tick; one that finds none running starts one and waits for the next tick, that period and "
-        f"a tick. So k should be between 1 and 2 and some ticks. Here it is {low:.2f} to {high:.2f}: with "
-        f"k = {middle:.2g} the rule is right within {100 * (high / middle - 1):.0f} % "
-        "in all of these runs. A grace period lasts 2 ticks at HZ 100 and 250, 4 at HZ 1000, as long as every CPU "
-        "idles, runs a guest or takes its ticks."
-    )
+def _rule(rates: Points) -> dict[str, str]:
+    factors = [interval(values).mean for values in rates.values(factor).values()]
+    middle = (min(factors) * max(factors)) ** 0.5
+    return {
+        "k_low": f"{min(factors):.2f}",
+        "k_high": f"{max(factors):.2f}",
+        "k_middle": f"{middle:.2f}",
+        "k_error": f"{100 * (max(factors) / middle - 1):.0f}",
+        "periods": ", ".join(_periods(rates)),
+    }
+
+
+def _periods(rates: Points) -> list[str]:
+    """What grace periods take at the lowest rate, by HZ."""
+    found = rates.values(summary("grace_period_p50_ns"))
+    lowest = rates.axis(RATE)[0]
+    return [
+        f"{format_duration(interval(found[place({HZ: hz, RATE: lowest})]).mean)} at HZ {hz}"
+        for hz in rates.axis(HZ)
+    ]
 
 
 def _by_option(options: Points) -> str:
@@ -238,18 +238,20 @@ def _by_option(options: Points) -> str:
             str(result.axes[NOCBS]),
             "yes" if result.axes[LAZY] else "no",
             str(result.axes[HZ]),
-            format_duration(float(result.summary["grace_period_p50_ns"])),
+            _period(result),
             format_size(waiting_bytes(result)),
             format_size(float(result.summary["deferred_bytes_peak"])),
         ]
         for result in options.results
     ]
     headers = ("nohz_full", "offloaded", "lazy", "HZ", "grace period", "mean", "peak")
-    return (
-        "`workloads/answers/deferred-options.yaml`: 40 calls a second, each of which empties a table. Whether callbacks "
-        "of the VMM's own CPU are offloaded (`all`) decides; offloading the vCPUs' alone changes nothing, since "
-        f"they queue none.\n\n{table(headers, rows)}"
-    )
+    return table(headers, rows)
+
+
+def _period(result: Result) -> str:
+    """Of the grace periods that ended."""
+    ended = int(result.summary["grace_periods"])
+    return format_duration(float(result.summary["grace_period_p50_ns"])) if ended else NOTHING
 
 
 def _granule(runs: Runs, page: str, covered: str, memory: str) -> Points:
@@ -260,7 +262,7 @@ def _granule(runs: Runs, page: str, covered: str, memory: str) -> Points:
             f"guests.vm0.memory={memory}",
             f"contenders.vmm.range={covered}",
         ],
-        small=("duration=100 ms",),
+        small=("duration=100 ms", "guests.vm0.access.think=50 us"),
     )
 
 
@@ -290,11 +292,7 @@ def _by_granule(granules: Sequence[Points]) -> str:
             ]
         )
     headers = ("page and table", "a table maps", "tables / s", "mean", "k")
-    return (
-        "`workloads/answers/deferred-granule.yaml`: 500 calls a second, each over what one table maps, HZ 250. By the "
-        "memory that is taken back it is the other way round: 16 times as much goes with each "
-        f"table of 16 KiB as with one of 4 KiB, and 16 times more with one of 64 KiB.\n\n{table(headers, rows)}"
-    )
+    return table(headers, rows)
 
 
 def _by_flood(floods: Points) -> str:
@@ -304,7 +302,7 @@ def _by_flood(floods: Points) -> str:
             str(result.axes[BLIMIT]),
             format_count(float(result.axes[QHIMARK])),
             format_count(queued_per_s(result)),
-            format_duration(float(result.summary["grace_period_p50_ns"])),
+            _period(result),
             format_count(waiting(result, 1 / 3, 2 / 3)),
             format_count(waiting(result, 2 / 3, 1)),
             format_size(float(result.summary["deferred_bytes_peak"])),
@@ -316,14 +314,23 @@ def _by_flood(floods: Points) -> str:
         *("HZ", "blimit", "qhimark", "tables / s", "grace period"),
         *("waiting, 2nd third", "last third", "peak", "grows"),
     )
-    each = [float(result.summary["callback_ns_per_table"]) for result in floods.results]
-    apart = min(NS_PER_S / queued_per_s(result) for result in floods.results)
-    return (
-        "`workloads/answers/deferred-flood.yaml`: one thread takes all memory of eight guests back in turn, without a "
-        "pause, and queues every callback on its own CPU. A qhimark of 100 M means that RCU never hurries. "
-        f"Emptying a table costs that thread at least {format_duration(apart)}, freeing it in a callback "
-        f"{format_duration(max(each))}: as long as the second is below the first, a CPU that gets to its callbacks "
-        "at all (each tick runs up to ten batches, ksoftirqd the rest, in turns with the thread) cannot "
-        "fall behind for good by its own work, and what waits is bounded by the tables that guests can fill in the "
-        f"time of a grace period or two.\n\n{table(headers, rows)}"
+    return table(headers, rows)
+
+
+def _bound(floods: Points) -> dict[str, str]:
+    """Whether the thread can fall behind for good with what it queues itself."""
+    freeing = max(float(result.summary["callback_ns_per_table"]) for result in floods.results)
+    emptying = min(NS_PER_S / queued_per_s(result) for result in floods.results)
+    bound = (
+        "As long as the second is well below the first, a CPU that comes to its callbacks at all "
+        "(a tick runs up to ten batches, ksoftirqd the rest, in turns with the thread) cannot fall "
+        "behind for good by its own work: what waits is bounded by the tables that guests fill in "
+        "a grace period or two."
+        if freeing < emptying / 2
+        else "The second is not well below the first, so callbacks take a large share of the CPU."
     )
+    return {
+        "empty_ns": format_duration(emptying),
+        "callback_ns": format_duration(freeing),
+        "bound": bound,
+    }

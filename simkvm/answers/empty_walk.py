@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from simkvm.answers.headline import CALLBACK
-from simkvm.answers.page import bases, duration, ending, table, times
+from simkvm.answers.page import bases, duration, ending, fill, put, table, times
 from simkvm.answers.runs import Points, Runs, interval, place, ratio, summary
 from simkvm.study.result import Result
 from simkvm.units import format_duration
@@ -35,36 +35,28 @@ class EmptyWalk:
 
     def write(self, runs: Runs, folder: Path) -> str:
         """The page; its figure goes beside it."""
-        from simkvm.show import figures
+        from simkvm.show.figures import draw
 
         cost = runs.sweep(
             "questions/empty-table-walk.yaml",
             small=("guests.vm0.memory=512 MiB", "guests.vm0.page_size=[16 KiB, 64 KiB]"),
             replicated=False,
         )
-        seen = runs.sweep("answers/empty-walk-noticed.yaml", small=("duration=40 ms",))
-        figures.write(
-            figures.draw("callback_cost", cost.results), folder / "answers" / "empty-table-walk.png"
+        seen = runs.sweep(
+            "answers/empty-walk-noticed.yaml", small=("duration=60 ms", "guests.vm0.memory=32 MiB")
         )
-        return (
-            "# The walk of a table known to be empty\n\n"
-            f"{QUESTION}\n\n## Answer\n\n{_answer(cost, seen)}\n\n## A table, and a GiB\n\n{_costs(cost)}\n\n"
-            f"![Callback time](empty-table-walk.png)\n\n## Does anybody notice?\n\n{_noticed(seen)}\n\n"
-            f"## What this hangs on\n\n{CALLBACK.hangs_on(runs)}\n\n{bases()}\n\n{NOT_IN_IT}\n\n"
-            f"{ending(runs, 'simkvm answers empty-table-walk')}"
+        put(draw("callback_cost", cost.results), folder / "answers" / "empty-table-walk.png")
+        freed = seen.values(summary("callbacks"))[place({"kernel": WALK})]
+        return fill(
+            "empty-table-walk",
+            answer=_answer(cost, seen),
+            costs=_costs(cost),
+            freed=f"{interval(freed).mean:.0f}",
+            replications=runs.replications,
+            noticed=_noticed(seen),
+            hangs_on=f"{CALLBACK.hangs_on(runs)}\n\n{bases()}",
+            ending=ending(runs, "simkvm answers empty-table-walk"),
         )
-
-
-QUESTION = """\
-If unmap handed its empty tables to `free_removed_table()` (proposed on 27 May 2023), their RCU callback would
-walk each of them although it is known to be empty (message ZHJHJPBF6euzOFdw@linux.dev and its answers). *walk*
-does that; *count test* looks at the page's reference count first, as sketched on 31 May; *put_page* drops one
-reference, as the series did. A table has as many entries as an eighth of its page's bytes."""
-
-NOT_IN_IT = """\
-The walk is a constant a visit (`stage2_leaf_visit_ns`) whatever the cache holds: after a grace period a table of
-64 KiB is likely cold, so its first walk may cost more than the value, less than the high end. What the walk
-evicts from the caches of whoever runs next is not modelled."""
 
 
 def _answer(cost: Points, seen: Points) -> str:
@@ -77,14 +69,15 @@ def _answer(cost: Points, seen: Points) -> str:
         said.append(
             f"* {ENTRIES[size]} entries ({size} pages): the walk makes a callback take "
             f"{format_duration(one[WALK])} instead of {format_duration(one[PUT])} "
-            f"({format_duration(one[TEST])} with the count test), and all callbacks for a GiB taken back "
-            f"{format_duration(gib[WALK])} instead of {format_duration(gib[PUT])}."
+            f"({format_duration(one[TEST])} with the count test), and all callbacks for a GiB "
+            f"taken back {format_duration(gib[WALK])} instead of {format_duration(gib[PUT])}."
         )
     share = seen.values(_softirq_share)
     walk, put = (interval(share[place({"kernel": kernel})]) for kernel in (WALK, PUT))
     said.append(
-        f"* A VMM thread that takes 2 MiB ranges back as fast as it can spends "
-        f"{100 * walk.mean:.2g} % of a CPU in callbacks with the walk, {100 * put.mean:.2g} % with put_page."
+        "* The CPU of a VMM thread that takes 2 MiB ranges back as fast as it can spends "
+        f"{100 * walk.mean:.2g} % of its time in callbacks with the walk, {100 * put.mean:.2g} % "
+        "with put_page."
     )
     noticed = [name for name, (column, _) in NOTICED.items() if _differs(seen, column)]
     said.append(
@@ -121,10 +114,7 @@ def _costs(cost: Points) -> str:
         rows.append(row)
     headers = ("entries", *(f"table, {free}" for free in FREES.values()))
     headers += tuple(f"GiB, {free}" for free in FREES.values())
-    return (
-        "Time in callbacks, softirq of the CPU that unmapped. A run has nothing random in it, so there is no "
-        f"interval.\n\n{table(headers, rows)}"
-    )
+    return table(headers, rows)
 
 
 def _noticed(seen: Points) -> str:
@@ -140,9 +130,4 @@ def _noticed(seen: Points) -> str:
         ]
         rows.append([name, *said, times(ratio(by_kernel[WALK], by_kernel[PUT]))])
     headers = ("", *FREES.values(), "walk / put_page")
-    calls = interval(seen.values(summary("callbacks"))[place({"kernel": WALK})])
-    return (
-        "`workloads/answers/empty-walk-noticed.yaml`: four vCPUs that fault on what a VMM thread takes back without a "
-        f"pause ({calls.mean:.0f} tables freed in a run), and ageing every 10 ms. Ratios are by pairs of "
-        f"equal seed, 95 %.\n\n{table(headers, rows)}"
-    )
+    return table(headers, rows)

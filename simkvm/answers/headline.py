@@ -49,8 +49,8 @@ _SMALL = (
 )
 
 AGEING_RATIO = Headline(
-    "The ageing thread's time for a page under the write lock over that without a lock, 8 vCPUs that fault "
-    "on 4 KiB pages, Altra profile",
+    "The ageing thread's time for a page under the write lock over that without a lock, 8 vCPUs "
+    "that fault on 4 KiB pages, Altra profile",
     "answers/ageing-faults-4k.yaml",
     "ageing_ns_per_page",
     ("kernel=[linux-7.1, linux-7.1-lockless]", *_ALTRA_8),
@@ -59,7 +59,8 @@ AGEING_RATIO = Headline(
     parameters=("fault_hold_ns", "age_walk_ns"),
 )
 GUEST_WALL = Headline(
-    "The guest's time under ageing with the write lock, 8 vCPUs that fault on 4 KiB pages, Altra profile",
+    "The guest's time under ageing with the write lock, 8 vCPUs that fault on 4 KiB pages, "
+    "Altra profile",
     "answers/ageing-faults-4k.yaml",
     "vcpu_wall_ns",
     ("kernel=linux-7.1", *_ALTRA_8),
@@ -71,11 +72,12 @@ DEFERRED_BYTES = Headline(
     "answers/deferred-rate.yaml",
     "deferred_bytes_mean",
     ("host.hz=250", "contenders.vmm.rate=1000 / s", "duration=300 ms"),
-    small=("duration=130 ms",),
+    small=("duration=130 ms", "guests.vm0.memory=16 MiB"),
     parameters=("call_rcu_ns", "unmap_s2_4k_noflush_ns"),
 )
 CALLBACK = Headline(
-    "Time in the callback of one table of 512 entries that free_removed_table() walks, Graviton3 profile",
+    "Time in the callback of one table of 512 entries that free_removed_table() walks, "
+    "Graviton3 profile",
     "questions/empty-table-walk.yaml",
     "callback_ns_per_table",
     ("kernel=linux-6.4-upton", "guests.vm0.page_size=4 KiB", "guests.vm0.memory=512 MiB"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
-from typing import Protocol
+from string import Template
+from typing import TYPE_CHECKING, Protocol
 
 from simkvm.answers.runs import Runs
 from simkvm.scenario.load import MODEL_VERSION
@@ -16,7 +17,27 @@ from simkvm.study.sensitivity import Effect, Sensitivity, Tornado
 from simkvm.study.statistics import Interval
 from simkvm.units import format_duration
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MOST_ASSUMPTIONS = 5
+DPI = 90
+"""Of the figures beside a page: each stays below 100 kB."""
+
+
+def fill(name: str, **parts: object) -> str:
+    """The text of a page: its template with every `$part` filled in. Raises KeyError if one is
+    missing.
+    """
+    text = resources.files("simkvm.answers").joinpath("templates", f"{name}.md")
+    return Template(text.read_text(encoding="utf-8")).substitute(parts)
+
+
+def put(figure: Figure, path: Path) -> None:
+    """Write a figure beside a page."""
+    from simkvm.show.figures import write
+
+    write(figure, path, DPI)
 
 
 class Page(Protocol):
@@ -57,7 +78,7 @@ def _half(value: float, form: str) -> str:
 
 
 def assumptions(analysis: Sensitivity, tornado: Tornado) -> str:
-    """What a figure hangs on: its span over the estimates, one at a time, and the widest of them."""
+    """What a figure hangs on: its span over the estimates, and what moves it furthest."""
     estimates = tornado.among("E")
     ends = [(e.at_low, e.at_high) for e in estimates]
     reached = [x for pair in ends for x in pair if not math.isnan(x)]
@@ -103,5 +124,5 @@ def ending(runs: Runs, command: str) -> str:
     day = datetime.now(UTC).date().isoformat()
     return (
         f"## How these numbers are made\n\n{commands}\n\nThis page: `{command}`. simkvm {version}, "
-        f"model version {MODEL_VERSION}, {day}.\n"
+        f"model version {MODEL_VERSION}, {day}."
     )

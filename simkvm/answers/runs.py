@@ -1,4 +1,4 @@
-"""The runs behind a page: each is a sweep or an analysis of a shipped file, and its command is noted.
+"""The runs behind a page: sweeps and analyses of shipped files, whose commands are noted.
 
 A page reads the points that its own studies ask for, by their keys, so a store may hold older ones.
 """

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from simkvm.answers.headline import HEADLINES
-from simkvm.answers.page import assumptions, bases, ending, table
+from simkvm.answers.page import assumptions, bases, ending, fill, put, table
 from simkvm.answers.runs import Runs
 from simkvm.study.sensitivity import Sensitivity
 
@@ -21,7 +21,6 @@ class Assumptions:
 
     def write(self, runs: Runs, folder: Path) -> str:
         """The page; its figures go beside it."""
-        from simkvm.show import figures
         from simkvm.show.figure_tornado import tornado
 
         sections, analyses = [], []
@@ -29,22 +28,18 @@ class Assumptions:
             analysis = headline.analyse(runs)
             analyses.append(analysis)
             name = f"sensitivity-{number}.png"
-            figures.write(tornado(analysis), folder / name)
+            put(tornado(analysis), folder / name)
             sections.append(
                 f"## {headline.about}\n\n{assumptions(analysis, analysis.tornados[0])}\n\n"
                 f"![{headline.metric}]({name})"
             )
-        parts = "\n\n".join(sections)
-        return (
-            f"# Which assumptions carry the most weight\n\n{INTRODUCTION}\n\n{_weights(analyses)}\n\n"
-            f"{parts}\n\n{bases()}\n\n{ending(runs, 'simkvm answers sensitivity')}"
+        return fill(
+            "sensitivity",
+            weights=_weights(analyses),
+            sections="\n\n".join(sections),
+            bases=bases(),
+            ending=ending(runs, "simkvm answers sensitivity"),
         )
-
-
-INTRODUCTION = """\
-Each constant of the machine is set to its low and to its high, one at a time, and the run is made again. Ranges
-and sources: `simkvm machines NAME`. What two constants do together is not seen here, nor what is wrong
-with a mechanism ([limits](limits.md)). Any other figure: `simkvm sensitivity FILE --metric NAME`."""
 
 
 def _weights(analyses: list[Sensitivity]) -> str:
@@ -65,6 +60,7 @@ def _weights(analyses: list[Sensitivity]) -> str:
     ]
     headers = ("constant", "basis", "figures that it moves by 1 % or more", "most")
     return (
-        f"Of {len(analyses)} headline figures, {len(rows)} constants move at least one by 1 % or more "
-        f"(from the lowest to the highest, as a share of the figure).\n\n{table(headers, rows)}"
+        f"{len(rows)} constants move at least one of {len(analyses)} headline figures by 1 % or "
+        "more (from the lowest to the highest, as a share of the figure).\n\n"
+        f"{table(headers, rows)}"
     )
