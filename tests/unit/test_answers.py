@@ -107,6 +107,7 @@ def result(**summary: Any) -> Any:
 def test_what_waits_is_a_mean_over_the_time_from_the_start_on() -> None:
     assert deferred_tables.waiting(result()) == pytest.approx((2 * 100 + 6 * 100) / 300)
     assert deferred_tables.waiting(result(), 2 / 3, 1) == pytest.approx(6)
+    assert deferred_tables.peak(result(), 0, 0.5) == 2
     assert deferred_tables.growth(result()) == pytest.approx(3)
 
 
