@@ -453,7 +453,7 @@ def lackey(file: str, out: str, window: int, page_size: str) -> None:
 @click.option(
     "--replications",
     type=click.IntRange(min=2),
-    default=3,
+    default=5,
     show_default=True,
     metavar="N",
     help="Runs of every point whose figure gets an interval.",

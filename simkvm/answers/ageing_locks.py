@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from simkvm.answers.headline import AGEING_RATIO, GUEST_WALL
+from simkvm.answers.headline import OF_LOCKS
 from simkvm.answers.page import bases, duration, ending, fill, percent, put, table, times
 from simkvm.answers.runs import Place, Points, Runs, Values, interval, place, ratio, summary
 from simkvm.study.result import Result
@@ -91,6 +91,15 @@ class Cell:
         """The ageing thread's time for a page, over that without a lock."""
         return ratio(self.page_ns[kernel], self.page_ns[NONE])
 
+    def lock_cost(self, kernel: str) -> Interval:
+        """Of the guest, by the lock: its figure over that with ageing without one."""
+        return ratio(self.guest[kernel], self.guest[NONE])
+
+    def costs_nothing(self, kernel: str) -> bool:
+        """Whether this lock makes a difference of less than a hundredth to the guest."""
+        cost = self.lock_cost(kernel)
+        return abs(cost.mean - 1) + _width(cost) < UNNOTICED - 1
+
     @property
     def unnoticed(self) -> bool:
         """Whether the guest is slowed down by less than a hundredth under every lock."""
@@ -163,7 +172,7 @@ class AgeingLocks:
             unmatched=_unmatched(everything),
             replications=runs.replications,
             sections="\n\n".join(sections),
-            hangs_on=f"{AGEING_RATIO.hangs_on(runs)}\n\n{GUEST_WALL.hangs_on(runs)}\n\n{bases()}",
+            hangs_on="\n\n".join([*(one.hangs_on(runs) for one in OF_LOCKS), bases()]),
             ending=ending(runs, "simkvm answers write-read-or-no-lock"),
         )
 
@@ -173,40 +182,46 @@ def _answer(found: list[Cell]) -> str:
     for machine in dict.fromkeys(cell.machine for cell in found):
         for situation in SITUATIONS[:2]:
             here = [c for c in found if (c.machine, c.situation) == (machine, situation)]
-            said.append(_largest(max(here, key=lambda cell: cell.vcpus)))
-    worst = max(found, key=lambda c: max(c.slowdown(kernel).mean for kernel in KERNELS))
-    kernel = max(KERNELS, key=lambda kernel: worst.slowdown(kernel).mean)
-    said.append(
-        f"* The most that any guest of these pays is {percent(worst.slowdown(kernel))} "
-        f"({worst.machine}, {worst.vcpus} vCPUs, {worst.situation.about}, {KERNELS[kernel]})."
-    )
-    waits = max(found, key=lambda cell: cell.over_none(WRITE).mean)
-    said.append(
-        f"* The most that the ageing thread pays for the write lock is "
-        f"{times(waits.over_none(WRITE))} times its time without "
-        f"({waits.machine}, {waits.vcpus} vCPUs, {waits.situation.about})."
-    )
+            said.append(_ageing(max(here, key=lambda cell: cell.vcpus)))
+            said.append(_guest(max(here, key=lambda cell: cell.lock_cost(WRITE).mean)))
     return "\n".join(said)
 
 
-def _largest(cell: Cell) -> str:
+def _ageing(cell: Cell) -> str:
     spent = [duration(interval(cell.page_ns[kernel])) for kernel in KERNELS]
-    slowed = [percent(cell.slowdown(kernel)) for kernel in KERNELS]
     write, read = (times(cell.over_none(kernel)) for kernel in (WRITE, READ))
     return (
-        f"* {cell.machine}, {cell.vcpus} vCPUs, {cell.situation.about}: the ageing thread needs "
+        f"* {cell.machine}, {cell.situation.about}, {cell.vcpus} vCPUs: the ageing thread needs "
         f"{spent[0]} for each under the write lock, {spent[1]} under the read lock and {spent[2]} "
-        f"without a lock ({write} and {read} times as much). The guest takes {slowed[0]}, "
-        f"{slowed[1]} and {slowed[2]} longer than without ageing."
+        f"without a lock ({write} and {read} times as much)."
+    )
+
+
+def _guest(cell: Cell) -> str:
+    write, read = (percent(cell.lock_cost(kernel)) for kernel in (WRITE, READ))
+    return (
+        f"* There the guest pays most for the lock with {cell.vcpus} vCPUs: it takes {write} "
+        f"longer under the write lock than without a lock, and {read} under the read lock. Against "
+        f"no ageing at all it is {percent(cell.slowdown(WRITE))}, {percent(cell.slowdown(READ))} and, "
+        f"without a lock, {percent(cell.slowdown(NONE))}."
     )
 
 
 def _unmatched(found: list[Cell]) -> str:
     lines = []
-    for title, test in (
-        ("The guest takes less than 1 % longer, whatever the lock", lambda cell: cell.unnoticed),
-        ("A pass takes as long, within 10 %, whatever the lock", lambda cell: cell.alike),
-    ):
+    tests: dict[str, Callable[[Cell], bool]] = {
+        "The guest takes less than 1 % longer than without ageing, whatever the lock": (
+            lambda cell: cell.unnoticed
+        ),
+        "The write lock makes less than 1 % of difference to the guest, against none": (
+            lambda cell: cell.costs_nothing(WRITE)
+        ),
+        "The read lock makes less than 1 % of difference to the guest, against none": (
+            lambda cell: cell.costs_nothing(READ)
+        ),
+        "A pass takes as long, within 10 %, whatever the lock": lambda cell: cell.alike,
+    }
+    for title, test in tests.items():
         where = [_where(situation, found, test) for situation in SITUATIONS]
         there = "; ".join(place for place in where if place)
         lines.append(f"* {title}: {there or 'nowhere'}.")
@@ -219,9 +234,12 @@ def _where(situation: Situation, found: list[Cell], test: Callable[[Cell], bool]
     if not met:
         return ""
     if len(met) == len(here):
-        return f"where {situation.about} (all of the points below)"
-    points = ", ".join(f"{cell.machine} with {cell.vcpus}" for cell in met)
-    return f"where {situation.about} ({points} vCPUs)"
+        return f"where {situation.about} (all points below)"
+    by_machine: dict[str, list[str]] = {}
+    for cell in met:
+        by_machine.setdefault(cell.machine, []).append(str(cell.vcpus))
+    points = "; ".join(f"{name}: {', '.join(vcpus)} vCPUs" for name, vcpus in by_machine.items())
+    return f"where {situation.about} ({points})"
 
 
 def _section(situation: Situation, found: list[Cell], drawn: str | None) -> str:

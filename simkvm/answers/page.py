@@ -58,23 +58,25 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def percent(share: Interval) -> str:
     """A ratio as a change: 1.02 +- 0.003 is "+2.0 % ± 0.3"."""
-    return f"{100 * (share.mean - 1):+.1f} %{_half(100 * share.half_width, '.1f')}"
+    change = round(100 * (share.mean - 1), 1) or 0.0  # not -0.0
+    half = round(100 * share.half_width, 1) if math.isfinite(share.half_width) else 0
+    return f"{change:+.1f} %" + (f" ± {half:.1f}" if half else "")
 
 
 def times(share: Interval) -> str:
     """A ratio as it is."""
-    return f"{share.mean:.3g}{_half(share.half_width, '.2g')}"
+    return f"{share.mean:.3g}" + (f" ± {share.half_width:.2g}" if _told(share) else "")
 
 
 def duration(span: Interval) -> str:
     """A time in ns, us, ms."""
-    half = span.half_width
-    said = f" ± {format_duration(half)}" if math.isfinite(half) and half else ""
+    said = f" ± {format_duration(span.half_width)}" if _told(span) else ""
     return format_duration(span.mean) + said
 
 
-def _half(value: float, form: str) -> str:
-    return f" ± {value:{form}}" if math.isfinite(value) else ""
+def _told(value: Interval) -> bool:
+    """Whether a half width says anything: one below a thousandth is left out."""
+    return abs(value.mean) / 1000 < value.half_width < math.inf
 
 
 def assumptions(analysis: Sensitivity, tornado: Tornado) -> str:

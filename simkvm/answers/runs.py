@@ -41,7 +41,7 @@ class Runs:
     workloads: Path = Path("workloads")
     store: Path = Path("results/answers")
     jobs: int | None = None
-    replications: int = 3
+    replications: int = 5
     reduced: bool = False
     progress: Progress | None = None
     commands: list[str] = field(default_factory=list)

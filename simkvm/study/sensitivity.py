@@ -29,6 +29,9 @@ from simkvm.study.store import Store
 from simkvm.study.sweep import REPLICATION, sweep
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
     from simkvm.scenario.schema import Scenario
     from simkvm.study.progress import Progress
 
@@ -128,6 +131,34 @@ class Sensitivity:
     def failed(self) -> list[dict[str, Any]]:
         """Runs that gave no result, as in `Results.failed`."""
         return self.results.failed
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row a point and parameter, the largest swing of each point first.
+
+        Columns: the axes, then `parameter`, `basis`, `unit`, `low`, `value`, `high` (of the
+        parameter), `at_low`, `at_value`, `at_high` (of the metric), `swing`, `share`, `changed`,
+        `half_width`.
+        """
+        import pandas as pd
+
+        rows = [{**one.axes, **_columns(effect)} for one in self.tornados for effect in one.effects]
+        return pd.DataFrame(rows)
+
+    def plot_tornado(self, **options: Any) -> Figure:
+        """A bar a parameter, from the metric at its low to that at its high."""
+        from simkvm.show.figure_tornado import tornado
+
+        return tornado(self, **options)
+
+
+def _columns(effect: Effect) -> dict[str, Any]:
+    names = ("name", "basis", "unit", "low", "value", "high")
+    parameter = {name: getattr(effect.parameter, name) for name in names}
+    parameter["parameter"] = parameter.pop("name")
+    metric = ("at_low", "at_high", "swing", "share", "changed", "half_width")
+    found = {name: getattr(effect, name) for name in metric}
+    return {**parameter, "at_value": effect.value, **found}
 
 
 def sensitivity(

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from simkvm.answers import deferred_tables
 from simkvm.answers.ageing_locks import KERNELS, SITUATIONS, Cell
 from simkvm.answers.headline import CALLBACK
-from simkvm.answers.page import assumptions, fill, percent, table, times
+from simkvm.answers.page import assumptions, duration, fill, percent, table, times
 from simkvm.answers.pages import PAGES, write
 from simkvm.answers.runs import Points, Runs, place, ratio
 from simkvm.cli import main
@@ -130,6 +130,10 @@ def cell(**slowdowns: float) -> Cell:
 def test_a_guest_notices_from_a_hundredth_on() -> None:
     assert cell(write=1.009, read=1.0, no=1.0).unnoticed
     assert not cell(write=1.0, read=1.011, no=1.0).unnoticed
+    slow_by_ageing = cell(write=1.5, read=1.505, no=1.5)
+    assert slow_by_ageing.costs_nothing("linux-7.1")
+    assert slow_by_ageing.costs_nothing("linux-7.1-read-locked")
+    assert not cell(write=1.5, read=1.52, no=1.5).costs_nothing("linux-7.1-read-locked")
     assert cell(write=1.5, read=1.0, no=1.0).alike
     slow = cell(write=1.5, read=1.0, no=1.0).slowdown("linux-7.1")
     assert slow.mean == pytest.approx(1.5)  # by pairs, so that what differs by seed drops out
@@ -143,7 +147,10 @@ def test_pairs_need_both_partners() -> None:
 
 def test_numbers_are_written_with_their_intervals() -> None:
     assert percent(Interval(1.02, 0.003, 0.95, 3)) == "+2.0 % ± 0.3"
+    assert percent(Interval(0.9999, 0.0001, 0.95, 3)) == "+0.0 %"
     assert times(Interval(2.5, float("inf"), 0.95, 1)) == "2.5"
+    assert duration(Interval(2500.0, 120.0, 0.95, 3)) == "2.5 us ± 120 ns"
+    assert duration(Interval(2500.0, 2.0, 0.95, 3)) == "2.5 us"  # a thousandth says nothing
     assert table(("a", "b"), [("1", "2")]) == "| a | b |\n| :-- | --: |\n| 1 | 2 |"
     assert place({"b": 1, "a": "x", "replication": 2}) == (("a", "x"), ("b", "1"))
 

@@ -13,10 +13,10 @@ from click.testing import CliRunner
 
 from simkvm.cli import main
 from simkvm.scenario.errors import InputError
+from simkvm.scenario.fields import FrozenDict
 from simkvm.scenario.load import Study, load
 from simkvm.scenario.machine import load_machine
 from simkvm.show import sensitivity as shown
-from simkvm.show.figure_tornado import tornado
 from simkvm.show.text import render
 from simkvm.study import metric as metrics
 from simkvm.study.metric import Metric
@@ -25,6 +25,7 @@ from simkvm.study.progress import Silent
 from simkvm.study.result import Results
 from simkvm.study.sensitivity import Sensitivity, at, sensitivity
 
+WORKLOADS = Path(__file__).parents[2] / "workloads"
 ALTRA = load_machine("ampere-altra-80c")
 HOLD = "range_start.hold_total_ns"
 FLUSHES = 513
@@ -86,7 +87,8 @@ def test_what_no_run_uses_is_said_and_not_run(tmp_path: Path) -> None:
 
 
 def test_everything_is_tried_and_the_largest_comes_first(tmp_path: Path) -> None:
-    (one,) = analyse(study(tmp_path), tmp_path / "out").tornados
+    analysis = analyse(study(tmp_path), tmp_path / "out")
+    (one,) = analysis.tornados
     swings = [effect.swing for effect in one.effects]
     assert swings == sorted(swings, reverse=True)
     assert {effect.parameter.name for effect in one.effects} == set(ALTRA.parameters)
@@ -96,6 +98,9 @@ def test_everything_is_tried_and_the_largest_comes_first(tmp_path: Path) -> None
         "unmap_s2_4k_noflush_ns",
     ]
     assert {e.parameter.basis for e in one.among("E")} == {"E"}
+    rows = analysis.frame
+    assert list(rows["swing"]) == swings
+    assert rows.set_index("parameter").loc["tlbi_s2_page_ns", "high"] == 2200
     assert len(one.moving) + len(one.still) + len(one.unused) == len(ALTRA.parameters)
 
 
@@ -160,6 +165,32 @@ def test_a_setting_that_changes_nothing_is_the_same_scenario(tmp_path: Path) -> 
     assert load_machine(changed.machine)["srcu_ns"] == ALTRA.parameters["srcu_ns"].high
     twice = at(changed, ("call_rcu_ns", "low"))
     assert dict(twice.machine["set"]) == {"srcu_ns": 40, "call_rcu_ns": 60}  # type: ignore[index]
+
+
+SMALL = {
+    "quick.yaml": ["guests.vm0.memory_per_vcpu=2 MiB", "guests.vm0.access.repeat=2"],
+    "deferred-frees.yaml": ["host.hz=250", "kernel=linux-6.4-yuzhao-v2", "duration=30 ms"],
+    "shadow-mmu.yaml": ["guests.vm0.vcpus=1", "guests.vm0.memory_per_vcpu=2 MiB"],
+    "selftests/demand_paging_test.yaml": ["selftest.vcpus=1", "selftest.vcpu_memory=2MiB"],
+    "takers/ksm.yaml": [],
+}
+
+
+@pytest.mark.parametrize("file", SMALL)
+def test_what_a_run_did_not_ask_for_has_no_part_in_it(file: str) -> None:
+    """All of that set to its high at once, and nothing comes out otherwise."""
+    scenario = load(WORKLOADS / file, SMALL[file]).points[0].scenario
+    record, certificate = measure(scenario)
+    machine = load_machine(scenario.machine)
+    asked = set(certificate["parameters_read"])
+    unasked = [p for p in machine.parameters.values() if p.name not in asked and p.high > p.value]
+    assert len(unasked) > 20
+    changes = {p.name: p.high for p in unasked}
+    elsewhere = scenario.model_copy(
+        update={"machine": FrozenDict({"base": machine.name, "set": FrozenDict(changes)})}
+    )
+    again, _ = measure(elsewhere)
+    assert (again.fingerprint, again.summary) == (record.fingerprint, record.summary)
 
 
 # -- wrong words ------------------------------------------------------------------------------
@@ -268,7 +299,7 @@ def test_the_command_refuses_a_wrong_metric(tmp_path: Path) -> None:
 
 def test_the_figure_has_a_bar_for_each_end(tmp_path: Path) -> None:
     found = analyse(study(tmp_path), tmp_path / "out", parameters=["tlbi_s2_page_ns"])
-    panel = tornado(found).axes[0]
+    panel = found.plot_tornado().axes[0]
     (effect,) = found.tornados[0].effects
     ends = {round(bar.get_x() + bar.get_width()) for bar in panel.patches}  # type: ignore[attr-defined]
     assert ends == {round(effect.at_low), round(effect.at_high)}
