@@ -202,8 +202,8 @@ def _guest(cell: Cell) -> str:
     return (
         f"* There the guest pays most for the lock with {cell.vcpus} vCPUs: it takes {write} "
         f"longer under the write lock than without a lock, and {read} under the read lock. Against "
-        f"no ageing at all it is {percent(cell.slowdown(WRITE))}, {percent(cell.slowdown(READ))} and, "
-        f"without a lock, {percent(cell.slowdown(NONE))}."
+        f"no ageing at all it is {percent(cell.slowdown(WRITE))}, {percent(cell.slowdown(READ))} "
+        f"and, without a lock, {percent(cell.slowdown(NONE))}."
     )
 
 

@@ -262,10 +262,11 @@ def _by_option(options: Points) -> str:
     return table(headers, rows)
 
 
-def _period(result: Result) -> str:
+def _period(result: Result, figure: str = "p50") -> str:
     """Of the grace periods that ended."""
-    ended = int(result.summary["grace_periods"])
-    return format_duration(float(result.summary["grace_period_p50_ns"])) if ended else NOTHING
+    if not result.summary["grace_periods"]:
+        return NOTHING
+    return format_duration(float(result.summary[f"grace_period_{figure}_ns"]))
 
 
 def _granule(runs: Runs, page: str, covered: str, memory: str) -> Points:
@@ -317,7 +318,7 @@ def _by_flood(floods: Points) -> str:
             format_count(float(result.axes[QHIMARK])),
             format_count(queued_per_s(result)),
             format_count(queued_per_s(result) / int(result.axes[HZ])),
-            _period(result),
+            _period(result, "p99"),
             format_count(waiting(result)),
             format_count(peak(result, 0, 0.5)),
             format_count(peak(result, 0.5, 1)),
@@ -327,7 +328,8 @@ def _by_flood(floods: Points) -> str:
         for result in floods.results
     ]
     headers = (
-        *("HZ", "preemption", "qhimark", "tables / s", "a tick", "grace period"),
+        *("HZ", "preemption", "qhimark", "tables / s", "a tick"),
+        "grace periods, p99",
         *("waiting, mean", "most, 1st half", "2nd half", "peak", "grows"),
     )
     return table(headers, rows)
