@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from simkvm.answers.runs import Runs
 from simkvm.scenario.load import MODEL_VERSION
-from simkvm.show.sensitivity import figure, setting
-from simkvm.study.sensitivity import Effect, Sensitivity, Tornado
+from simkvm.show.sensitivity import figure, setting, together
+from simkvm.study.effect import Effect, Tornado
+from simkvm.study.sensitivity import Sensitivity
 from simkvm.study.statistics import Interval
 from simkvm.units import format_duration
 
@@ -96,6 +97,8 @@ def assumptions(analysis: Sensitivity, tornado: Tornado) -> str:
     headers = ("constant", "basis", "low", "value", "high", "at low", "at high")
     moved, all_of_them = len(tornado.moving), len(tornado.effects)
     rest = f"\n\n{moved} of {all_of_them} constants move it at all."
+    if not math.isnan(tornado.lowest + tornado.highest):
+        rest += f" {together(analysis, tornado)}"
     return span + table(headers, rows) + rest
 
 

@@ -11,7 +11,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from simkvm.scenario.errors import InputError
 from simkvm.show import style
 from simkvm.show.sensitivity import figure, setting, title
-from simkvm.study.sensitivity import Effect, Sensitivity, Tornado
+from simkvm.study.effect import Effect, Tornado
+from simkvm.study.sensitivity import Sensitivity
 
 MOST_BARS = 10
 AT_LOW, AT_HIGH = "#0072b2", "#d55e00"

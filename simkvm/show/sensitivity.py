@@ -11,7 +11,8 @@ from rich.text import Text
 
 from simkvm.scenario.machine import Parameter
 from simkvm.show.text import NOTHING, Row, titled_table, wrapped
-from simkvm.study.sensitivity import Effect, Sensitivity, Tornado
+from simkvm.study.effect import Effect, Tornado
+from simkvm.study.sensitivity import Sensitivity
 from simkvm.study.store import plain
 from simkvm.units import format_count, format_duration, format_rate, format_size
 
@@ -52,6 +53,16 @@ def measured(name: str, value: float) -> str:
     return format_rate(value) if name.endswith("_per_s") else format_count(value)
 
 
+def together(analysis: Sensitivity, tornado: Tornado) -> str:
+    """What all constants do at once, and what their single changes add up to."""
+    low, high = (figure(analysis, value) for value in (tornado.lowest, tornado.highest))
+    sums = [figure(analysis, value) for value in tornado.added_up]
+    return (
+        f"All at once at the ends that lower it: {low}; at those that raise it: {high} "
+        f"(single changes add up to {sums[0]} and {sums[1]})."
+    )
+
+
 def setting(parameter: Parameter, value: float) -> str:
     """A value of a parameter, in its own unit."""
     return format_duration(value) if parameter.unit == "ns" else f"{value:g}"
@@ -82,6 +93,8 @@ def _tornado(analysis: Sensitivity, tornado: Tornado) -> list[RenderableType]:
     parts: list[RenderableType] = [titled_table(title(analysis, tornado), headers, rows, left=2)]
     if analysis.replications > 1:
         parts.append(Text("  noise: 95 % half width of the change from low to high"))
+    if not math.isnan(tornado.lowest + tornado.highest):
+        parts.append(Text(f"  {together(analysis, tornado)}"))
     for words, names in (
         ("Changed the run, not the metric", tornado.still),
         ("Used by no run", tornado.unused),
@@ -109,6 +122,8 @@ def _point(tornado: Tornado) -> Mapping[str, Any]:
         "axes": tornado.axes,
         "value": tornado.value,
         "half_width": tornado.half_width,
+        "lowest": tornado.lowest,
+        "highest": tornado.highest,
         "rows": [_effect(effect) for effect in tornado.moving],
         "still": tornado.still,
         "unused": tornado.unused,

@@ -3,8 +3,11 @@ at a time, everything else as it was.
 
 The ranges stand beside the values (`simkvm machines NAME`). A run is the same for the same numbers,
 so a parameter that a run never asked for is not tried; which it asked for stands in its birth
-certificate. What two parameters do together is not seen: this looks along the axes, not between
-them. Runs are points of an ordinary store, so an interrupted analysis goes on where it was.
+certificate. Runs are points of an ordinary store, so an interrupted analysis goes on where it was.
+
+What parameters do together is looked at in two corners only: all those that move the metric at the
+ends that lower it, and all at the ends that raise it. As far as they act each by itself, a corner
+lies where the single changes add up to.
 """
 
 from __future__ import annotations
@@ -12,20 +15,20 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from simkvm.scenario.errors import InputError, nearest
-from simkvm.scenario.expand import Scalar
-from simkvm.scenario.fields import FrozenDict
+from simkvm.scenario.errors import InputError
 from simkvm.scenario.load import Point, Study
 from simkvm.scenario.machine import Parameter, load_machine
+from simkvm.study.effect import Effect, Tornado, corners_of
 from simkvm.study.metric import Metric
 from simkvm.study.point import SIMULATE, key_of
 from simkvm.study.result import Result, Results
 from simkvm.study.statistics import confidence_interval
 from simkvm.study.store import Store
+from simkvm.study.subject import SIDES, Setting, Subject, at, check_parameters, subjects_of
 from simkvm.study.sweep import REPLICATION, sweep
 
 if TYPE_CHECKING:
@@ -36,84 +39,8 @@ if TYPE_CHECKING:
     from simkvm.study.progress import Progress
 
 PARAMETER, SETTING = "parameter", "setting"
-SIDES = ("low", "high")
-Setting = tuple[str, str]
-"""A parameter's name and "low" or "high"; or nobody's, for everything at its value."""
-
-AS_IT_IS: Setting = ("", "value")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a metric is taken of: a point of the study, or that point over another one."""
-
-    axes: dict[str, Scalar]
-    scenario: Scenario
-    over: Scenario | None = None
-
-    @property
-    def scenarios(self) -> tuple[Scenario, ...]:
-        """The one or two scenarios that have to be run."""
-        return (self.scenario,) if self.over is None else (self.scenario, self.over)
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What one parameter does to the metric of one subject.
-
-    `at_low` and `at_high` are nan where no run gave a value. `changed`: the parameter changed what
-    happened in some run, whether or not the metric moved. `half_width` is of the 95 % confidence
-    interval of the change from low to high, over replications; infinite with one replication.
-    """
-
-    parameter: Parameter
-    at_low: float
-    value: float
-    at_high: float
-    changed: bool
-    half_width: float
-
-    @property
-    def swing(self) -> float:
-        """How far apart the metric gets, over low, value and high."""
-        found = [x for x in (self.at_low, self.value, self.at_high) if not math.isnan(x)]
-        return max(found) - min(found) if found else 0.0
-
-    @property
-    def share(self) -> float:
-        """The swing as a share of the metric as it is; nan where that is nothing."""
-        return self.swing / abs(self.value) if self.value else math.nan
-
-
-@dataclass(frozen=True)
-class Tornado:
-    """All effects on one subject, the largest swing first. `value` is the metric as it is, and
-    `half_width` that of its 95 % interval over replications.
-    """
-
-    axes: dict[str, Scalar]
-    value: float
-    half_width: float
-    effects: tuple[Effect, ...]
-
-    @property
-    def moving(self) -> tuple[Effect, ...]:
-        """Parameters that move the metric."""
-        return tuple(effect for effect in self.effects if effect.swing > 0)
-
-    @property
-    def still(self) -> tuple[str, ...]:
-        """Parameters that changed the run but not the metric."""
-        return tuple(e.parameter.name for e in self.effects if e.changed and not e.swing)
-
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """Parameters without any effect: never asked for, or the same fingerprint and figures."""
-        return tuple(e.parameter.name for e in self.effects if not e.changed)
-
-    def among(self, basis: str) -> tuple[Effect, ...]:
-        """Those of the moving ones whose value has this basis ("E": an estimate)."""
-        return tuple(effect for effect in self.moving if effect.parameter.basis == basis)
+AS_IT_IS: Setting = ()
+TOGETHER = "together"
 
 
 @dataclass(frozen=True)
@@ -181,8 +108,8 @@ def sensitivity(
     parameter, key or value that does not exist; Interrupted and BackendLost as `sweep` does.
     """
     wanted = Metric.named(metric)
-    subjects = list(_subjects(study, over))
-    _check_parameters(subjects, parameters)
+    subjects = list(subjects_of(study, over))
+    check_parameters(subjects, parameters)
     runs = _Runs(study, subjects, replications, set(parameters))
     options: dict[str, Any] = {"progress": progress, "simulate": simulate}
     sweep(runs.as_it_is(), out, jobs, replications, **options)
@@ -191,67 +118,21 @@ def sensitivity(
     varied = runs.varied(tried)
     if varied.points:
         sweep(varied, out, jobs, replications, **options)
-    results, found = Results(out), _Found(store, wanted, replications)
-    tornados = tuple(
+    found = _Found(store, wanted, replications)
+    singly = [
         found.tornado(subject, runs.parameters(subject), names)
         for subject, names in zip(subjects, tried, strict=True)
+    ]
+    corners = runs.corners(singly)
+    if corners.points:
+        sweep(corners, out, jobs, replications, **options)
+    tornados = tuple(
+        found.with_corners(subject, tornado)
+        for subject, tornado in zip(subjects, singly, strict=True)
     )
+    results = Results(out)
     _require_a_value(wanted, tornados, results)
     return Sensitivity(study.name, metric, over, replications, tornados, results)
-
-
-# -- what to compare --------------------------------------------------------------------------
-
-
-def _subjects(study: Study, over: str | None) -> Iterator[Subject]:
-    if over is None:
-        for point in study.points:
-            yield Subject(dict(point.axes), point.scenario)
-        return
-    key, value = _axis_and_value(study, over)
-    below = {_others(point, key): point for point in study.points if str(point.axes[key]) == value}
-    for point in study.points:
-        written = str(point.axes[key])
-        if written != value:
-            axes = {**point.axes, key: f"{written} / {value}"}
-            yield Subject(axes, point.scenario, below[_others(point, key)].scenario)
-
-
-def _others(point: Point, key: str) -> tuple[Scalar, ...]:
-    return tuple(value for name, value in point.axes.items() if name != key)
-
-
-def _axis_and_value(study: Study, over: str) -> tuple[str, str]:
-    name, equals, value = over.partition("=")
-    if not equals:
-        raise InputError(f"expected KEY=VALUE, not '{over}'", key="over")
-    short = {axis.rsplit(".", 1)[-1]: axis for axis in reversed(study.axes)}
-    key = name if name in study.axes else short.get(name)
-    if key is None:
-        hint = nearest(name, [*study.axes, *short])
-        raise InputError(f"the study has no axis '{name}'", key="over", hint=hint)
-    if key == "machine":
-        raise InputError("each machine has ranges of its own; compare along another", key="over")
-    values = list(dict.fromkeys(str(point.axes[key]) for point in study.points))
-    if value not in values:
-        hint = nearest(value, values)
-        raise InputError(f"{key} is never '{value}' in this study", key="over", hint=hint)
-    if len(values) == 1:
-        raise InputError(f"{key} is always '{value}': there is nothing to compare", key="over")
-    return key, value
-
-
-def _check_parameters(subjects: Sequence[Subject], names: Sequence[str]) -> None:
-    known = {
-        name: None
-        for subject in subjects
-        for scenario in subject.scenarios
-        for name in load_machine(scenario.machine).parameters
-    }
-    for name in names:
-        if name not in known:
-            hint = nearest(name, known)
-            raise InputError(f"no machine here has '{name}'", key="parameter", hint=hint)
 
 
 # -- what to run ------------------------------------------------------------------------------
@@ -270,7 +151,7 @@ class _Runs:
         """Every point that a subject needs, with the parameters as they are."""
         needed = {id(scenario) for subject in self.subjects for scenario in subject.scenarios}
         points = [
-            Point(point.scenario, {**point.axes, PARAMETER: AS_IT_IS[0], SETTING: AS_IT_IS[1]})
+            Point(point.scenario, {**point.axes, PARAMETER: "", SETTING: "value"})
             for point in self.study.points
             if id(point.scenario) in needed
         ]
@@ -304,34 +185,27 @@ class _Runs:
         for subject, names in zip(self.subjects, tried, strict=True):
             for name, side in itertools.product(names, SIDES):
                 for scenario in subject.scenarios:
-                    changed = at(scenario, (name, side))
+                    changed = at(scenario, ((name, side),))
                     place = {**places[id(scenario)], PARAMETER: name, SETTING: side}
                     if changed is not scenario:
                         points.setdefault(key_of(changed), Point(changed, place))
         return self._study(list(points.values()))
 
+    def corners(self, tornados: Sequence[Tornado]) -> Study:
+        """The subjects' points with all parameters that move the metric, together."""
+        places = {id(point.scenario): point.axes for point in self.study.points}
+        points: dict[str, Point] = {}
+        for subject, tornado in zip(self.subjects, tornados, strict=True):
+            for name, corner in corners_of(tornado).items():
+                for scenario in subject.scenarios:
+                    changed = at(scenario, corner)
+                    place = {**places[id(scenario)], PARAMETER: TOGETHER, SETTING: name}
+                    points.setdefault(key_of(changed), Point(changed, place))
+        return self._study(list(points.values()))
+
     def _study(self, points: Sequence[Point]) -> Study:
         axes = (*self.study.axes, PARAMETER, SETTING)
         return Study(self.study.path, self.study.name, tuple(points), axes)
-
-
-def at(scenario: Scenario, setting: Setting) -> Scenario:
-    """The scenario with one parameter at its low or high; itself if that changes nothing, or if its
-    machine lacks the parameter.
-    """
-    name, side = setting
-    parameter = load_machine(scenario.machine).parameters.get(name)
-    if parameter is None or getattr(parameter, side) == parameter.value:
-        return scenario
-    return scenario.model_copy(
-        update={"machine": _changed(scenario.machine, name, getattr(parameter, side))}
-    )
-
-
-def _changed(machine: Any, name: str, value: float) -> Any:
-    """The reference to a machine with one more parameter set."""
-    base, earlier = (machine, {}) if isinstance(machine, str) else (machine["base"], machine["set"])
-    return FrozenDict({"base": base, "set": FrozenDict({**earlier, name: value})})
 
 
 def _asked(store: Store, scenario: Scenario) -> Sequence[str]:
@@ -386,20 +260,31 @@ class _Found:
         effects.sort(key=lambda effect: -effect.swing)
         return Tornado(subject.axes, value, _half_width(base), tuple(effects))
 
+    def with_corners(self, subject: Subject, tornado: Tornado) -> Tornado:
+        """The same with what parameters do together."""
+        corners = corners_of(tornado)
+        found = {name: _mean(self.values(subject, corner)) for name, corner in corners.items()}
+        return replace(
+            tornado,
+            lowest=found.get("lowest", math.nan),
+            highest=found.get("highest", math.nan),
+        )
+
     def effect(self, subject: Subject, parameter: Parameter, base: Sequence[float]) -> Effect:
         """The effect of one parameter."""
-        low, high = (self.values(subject, (parameter.name, side)) for side in SIDES)
+        sides = [((parameter.name, side),) for side in SIDES]
+        low, high = (self.values(subject, setting) for setting in sides)
         changed = any(
-            self._runs(scenario, (parameter.name, side)) != self._runs(scenario, AS_IT_IS)
+            self._runs(scenario, setting) != self._runs(scenario, AS_IT_IS)
             for scenario in subject.scenarios
-            for side in SIDES
+            for setting in sides
         )
         moves = [after - before for before, after in zip(low, high, strict=True)]
         return Effect(parameter, _mean(low), _mean(base), _mean(high), changed, _half_width(moves))
 
     def _runs(self, scenario: Scenario, setting: Setting) -> list[tuple[float, str] | None]:
         """Metric, and all that is known of what happened, of each replication; None if failed."""
-        changed = scenario if setting == AS_IT_IS else at(scenario, setting)
+        changed = at(scenario, setting)
         return [self._run(run) for run in _replicated(changed, self.replications)]
 
     def _run(self, scenario: Scenario) -> tuple[float, str] | None:

@@ -23,7 +23,8 @@ from simkvm.study.metric import Metric
 from simkvm.study.point import measure
 from simkvm.study.progress import Silent
 from simkvm.study.result import Results
-from simkvm.study.sensitivity import Sensitivity, at, sensitivity
+from simkvm.study.sensitivity import Sensitivity, sensitivity
+from simkvm.study.subject import at
 
 WORKLOADS = Path(__file__).parents[2] / "workloads"
 ALTRA = load_machine("ampere-altra-80c")
@@ -98,10 +99,26 @@ def test_everything_is_tried_and_the_largest_comes_first(tmp_path: Path) -> None
         "unmap_s2_4k_noflush_ns",
     ]
     assert {e.parameter.basis for e in one.among("E")} == {"E"}
+    assert one.lowest < one.value < one.highest
     rows = analysis.frame
     assert list(rows["swing"]) == swings
     assert rows.set_index("parameter").loc["tlbi_s2_page_ns", "high"] == 2200
     assert len(one.moving) + len(one.still) + len(one.unused) == len(ALTRA.parameters)
+
+
+def test_the_corners_add_up_where_constants_act_by_themselves(tmp_path: Path) -> None:
+    """What a leaf costs adds to its flush. The flush is the larger of two, so those two do not."""
+    leaf, flush = "unmap_s2_4k_noflush_ns", "tlbi_s2_page_ns"
+    (one,) = analyse(study(tmp_path), tmp_path / "out", parameters=[leaf, flush]).tornados
+    assert one.added_up == pytest.approx((one.lowest, one.highest))
+    served = "tlbi_global_service_ns"
+    (two,) = analyse(study(tmp_path), tmp_path / "out", parameters=[flush, served]).tornados
+    dearest = FLUSHES * (ALTRA.parameters[served].high - ALTRA[flush])
+    assert two.highest - two.value == pytest.approx(dearest)
+    assert two.added_up[1] > two.highest
+    (alone,) = analyse(study(tmp_path), tmp_path / "out", parameters=[leaf]).tornados
+    assert math.isnan(alone.lowest)
+    assert math.isnan(alone.highest)
 
 
 def test_a_comparison_divides_at_the_same_setting(tmp_path: Path) -> None:
@@ -135,12 +152,12 @@ def test_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "simkvm.study.sweep.measure", lambda *a: runs.append(a[1]["setting"]) or measure(*a)
     )
     both = analyse(wanted, out, parameters=names)
-    assert runs == ["low", "high"]
+    assert runs == ["low", "high", "lowest", "highest"]
     after = {r.certificate["key"]: r.certificate["finished_utc"] for r in both.results}
     assert before.items() <= after.items()
     pd.testing.assert_frame_equal(both.results.summary, Results(out).summary)
     again = analyse(wanted, out, parameters=names)
-    assert runs == ["low", "high"]
+    assert len(runs) == 4
     assert again.tornados == both.tornados
 
 
@@ -160,10 +177,10 @@ def test_replications_give_an_interval_by_pairs(tmp_path: Path) -> None:
 
 def test_a_setting_that_changes_nothing_is_the_same_scenario(tmp_path: Path) -> None:
     scenario = study(tmp_path).points[0].scenario
-    assert at(scenario, ("tlb_l2_entries", "low")) is scenario
-    changed = at(scenario, ("srcu_ns", "high"))
+    assert at(scenario, (("tlb_l2_entries", "low"),)) is scenario
+    changed = at(scenario, (("srcu_ns", "high"),))
     assert load_machine(changed.machine)["srcu_ns"] == ALTRA.parameters["srcu_ns"].high
-    twice = at(changed, ("call_rcu_ns", "low"))
+    twice = at(changed, (("call_rcu_ns", "low"),))
     assert dict(twice.machine["set"]) == {"srcu_ns": 40, "call_rcu_ns": 60}  # type: ignore[index]
 
 
