@@ -9,8 +9,10 @@ from pathlib import Path
 from simkvm.answers.headline import OF_LOCKS
 from simkvm.answers.page import bases, duration, ending, fill, percent, put, table, times
 from simkvm.answers.runs import Place, Points, Runs, Values, interval, place, ratio, summary
+from simkvm.scenario.machine import load_machine
 from simkvm.study.result import Result
 from simkvm.study.statistics import Interval
+from simkvm.units import format_duration
 
 KERNELS = {
     "linux-7.1": "write lock",
@@ -171,6 +173,7 @@ class AgeingLocks:
             answer=_answer(everything),
             unmatched=_unmatched(everything),
             replications=runs.replications,
+            clean=format_duration(load_machine(MACHINES[0])["dcache_clean_2m_ns"]),
             sections="\n\n".join(sections),
             hangs_on="\n\n".join([*(one.hangs_on(runs) for one in OF_LOCKS), bases()]),
             ending=ending(runs, "simkvm answers write-read-or-no-lock"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from simkvm.answers.headline import CALLBACK
 from simkvm.answers.page import bases, duration, ending, fill, put, table, times
 from simkvm.answers.runs import Points, Runs, interval, place, ratio, summary
 from simkvm.study.result import Result
-from simkvm.units import format_duration
+from simkvm.study.statistics import Interval
+from simkvm.units import format_duration, format_rate
 
 FREES = {
     "linux-6.4-upton": "walk",
@@ -20,12 +22,17 @@ PAGE_SIZE = "guests.vm0.page_size"
 ENTRIES = {"4 KiB": 512, "16 KiB": 2048, "64 KiB": 8192}
 NS_PER_S = 1e9
 
-NOTICED = {
-    "touches a second": ("touches_per_s", False),
-    "ageing, for a page": ("ageing_ns_per_page", True),
-    "waits for mmu_lock, 99 %": ("mmu_lock_wait_p99_ns", True),
+
+def _rate(value: Interval) -> str:
+    return format_rate(value.mean)
+
+
+NOTICED: dict[str, tuple[str, Callable[[Interval], str]]] = {
+    "touches": ("touches_per_s", _rate),
+    "ageing, for a page": ("ageing_ns_per_page", duration),
+    "waits for mmu_lock, 99 %": ("mmu_lock_wait_p99_ns", duration),
 }
-"""What users of the host could see: the column, and whether it is a time."""
+"""What users of the host could see: the column, and how it is written."""
 
 
 class EmptyWalk:
@@ -119,15 +126,9 @@ def _costs(cost: Points) -> str:
 
 def _noticed(seen: Points) -> str:
     rows = []
-    for name, (column, is_time) in NOTICED.items():
+    for name, (column, text) in NOTICED.items():
         values = seen.values(summary(column))
         by_kernel = {kernel: values[place({"kernel": kernel})] for kernel in FREES}
-        said = [
-            duration(interval(by_kernel[kernel]))
-            if is_time
-            else f"{interval(by_kernel[kernel]).mean:.4g}"
-            for kernel in FREES
-        ]
+        said = [text(interval(by_kernel[kernel])) for kernel in FREES]
         rows.append([name, *said, times(ratio(by_kernel[WALK], by_kernel[PUT]))])
-    headers = ("", *FREES.values(), "walk / put_page")
-    return table(headers, rows)
+    return table(("", *FREES.values(), "walk / put_page"), rows)
