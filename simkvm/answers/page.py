@@ -93,16 +93,23 @@ def assumptions(analysis: Sensitivity, tornado: Tornado) -> str:
             f"{figure(analysis, low)} and {figure(analysis, high)}; it is "
             f"{figure(analysis, tornado.value)} with all at their values.\n\n"
         )
-    rows = [_row(analysis, effect) for effect in tornado.moving[:MOST_ASSUMPTIONS]]
-    headers = ("constant", "basis", "low", "value", "high", "at low", "at high")
-    moved, all_of_them = len(tornado.moving), len(tornado.effects)
-    rest = f"\n\n{moved} of {all_of_them} constants move it at all."
+    headers: list[str] = ["constant", "basis", "low", "value", "high", "at low", "at high"]
+    chance = analysis.replications > 1
+    rows = [_row(analysis, effect, chance) for effect in tornado.telling[:MOST_ASSUMPTIONS]]
+    moved = f"{len(tornado.telling)} of {len(tornado.effects)} constants move it"
+    if chance:
+        headers.append("chance")
+        moved += (
+            f" beyond chance (the 95 % half width of the change from low to high, "
+            f"{analysis.replications} replications)"
+        )
+    said = f"{span}{table(headers, rows)}\n\n{moved}."
     if not math.isnan(tornado.lowest + tornado.highest):
-        rest += f" {together(analysis, tornado)}"
-    return span + table(headers, rows) + rest
+        said += f" {together(analysis, tornado)}"
+    return said
 
 
-def _row(analysis: Sensitivity, effect: Effect) -> list[str]:
+def _row(analysis: Sensitivity, effect: Effect, chance: bool) -> list[str]:
     parameter = effect.parameter
     numbers = (parameter.low, parameter.value, parameter.high)
     return [
@@ -111,6 +118,7 @@ def _row(analysis: Sensitivity, effect: Effect) -> list[str]:
         *(setting(parameter, number) for number in numbers),
         figure(analysis, effect.at_low),
         figure(analysis, effect.at_high),
+        *([f"± {figure(analysis, effect.half_width)}"] if chance else []),
     ]
 
 

@@ -78,6 +78,7 @@ class Runs:
         over: str | None = None,
         small: Sequence[str] = (),
         parameters: Sequence[str] = (),
+        replications: int = 1,
     ) -> Sensitivity:
         """What a metric of a file's points hangs on; reduced, only `parameters` are tried."""
         path, out = self._paths(file, f"{Path(file).stem}-sensitivity")
@@ -90,9 +91,11 @@ class Runs:
             self.jobs,
             over=over,
             parameters=tried,
+            replications=replications,
             progress=self.progress,
         )
         options = ["--metric", metric, *(["--over", over] if over else [])]
+        options += ["--replications", str(replications)] if replications > 1 else []
         self._note("sensitivity", path, out, sets, options)
         if found.failed:
             raise Unfinished(f"{out}: {found.failed[0]['reason']}")

@@ -47,7 +47,7 @@ def _weights(analyses: list[Sensitivity]) -> str:
     worst: dict[str, float] = {}
     basis: dict[str, str] = {}
     for analysis in analyses:
-        for effect in analysis.tornados[0].moving:
+        for effect in analysis.tornados[0].telling:
             if effect.share >= NOTICEABLE:
                 name = effect.parameter.name
                 counted[name] += 1
@@ -61,6 +61,6 @@ def _weights(analyses: list[Sensitivity]) -> str:
     headers = ("constant", "basis", "figures that it moves by 1 % or more", "most")
     return (
         f"{len(rows)} constants move at least one of {len(analyses)} headline figures by 1 % or "
-        "more (from the lowest to the highest, as a share of the figure).\n\n"
+        "more, beyond chance (from the lowest to the highest, as a share of the figure).\n\n"
         f"{table(headers, rows)}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -15,6 +16,7 @@ from simkvm.study.effect import Effect, Tornado
 from simkvm.study.sensitivity import Sensitivity
 
 MOST_BARS = 10
+TITLE_WIDTH = 60
 AT_LOW, AT_HIGH = "#0072b2", "#d55e00"
 NAMED = {"V": "read", "D": "derived", "R": "recalled", "E": "estimate"}
 
@@ -47,7 +49,7 @@ def _panel(panel: Axes, analysis: Sensitivity, one: Tornado, effects: Sequence[E
     panel.axvline(one.value, color=style.INK, linewidth=0.9)
     panel.set_yticks(range(len(effects)), [_label(effect) for effect in reversed(effects)])
     panel.grid(visible=False, axis="y")
-    panel.set_title(title(analysis, one))
+    panel.set_title("\n".join(textwrap.wrap(title(analysis, one), TITLE_WIDTH)))
     panel.xaxis.set_major_locator(MaxNLocator(nbins=6))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: figure(analysis, value)))
 
