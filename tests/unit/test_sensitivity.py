@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from simkvm.scenario.machine import load_machine
 from simkvm.show import sensitivity as shown
 from simkvm.show.text import render
 from simkvm.study import metric as metrics
+from simkvm.study.effect import Effect, Tornado, corners_of
 from simkvm.study.metric import Metric
 from simkvm.study.point import measure
 from simkvm.study.progress import Silent
@@ -173,6 +175,27 @@ def test_replications_give_an_interval_by_pairs(tmp_path: Path) -> None:
     assert effect.half_width < 2 * one.half_width
     assert set(found.results.summary["replication"]) == {0, 1, 2}
     assert "noise" in render(shown.report(found))
+
+
+def test_what_chance_explains_is_not_told() -> None:
+    """A change within its half width is no effect; with one replication nothing is known of it."""
+    base = ALTRA.parameters["srcu_ns"]
+
+    def effect(name: str, half_width: float) -> Effect:
+        parameter = replace(base, name=name)
+        return Effect(parameter, 9.0, 10.0, 12.0, changed=True, half_width=half_width)
+
+    told, lost, alone = effect("told", 2.9), effect("lost", 3.1), effect("alone", math.inf)
+    one = Tornado({}, 10.0, 0.0, (told, lost, alone))
+    assert one.telling == (told, alone)
+    assert one.moving == (told, lost, alone)
+    assert corners_of(one) == {
+        "lowest": (("told", "low"), ("alone", "low")),
+        "highest": (("told", "high"), ("alone", "high")),
+    }
+    assert one.added_up == (8.0, 14.0)
+    up = Effect(base, 11.0, 10.0, 12.0, changed=True, half_width=math.inf)  # raises it either way
+    assert corners_of(Tornado({}, 10.0, 0.0, (told, up)))["lowest"] == (("told", "low"),)
 
 
 def test_a_setting_that_changes_nothing_is_the_same_scenario(tmp_path: Path) -> None:
