@@ -63,7 +63,7 @@ AGEING_RATIO = Headline(
     over="kernel=linux-7.1-lockless",
     small=_SMALL,
     parameters=("fault_hold_ns", "age_walk_ns"),
-    replications=3,
+    replications=5,
 )
 GUEST_WALL = Headline(
     "The guest's time under ageing with the write lock, 8 vCPUs that fault on 4 KiB pages, "
@@ -73,7 +73,7 @@ GUEST_WALL = Headline(
     ("kernel=linux-7.1", *_ALTRA_8),
     small=_SMALL,
     parameters=("fault_hold_ns", "s2_fault4k_alloc_total_ns"),
-    replications=3,
+    replications=5,
 )
 BLOCKS_RATIO = Headline(
     "The guest's time under the write lock over that without a lock, 8 vCPUs that fault on 2 MiB "
@@ -87,7 +87,7 @@ BLOCKS_RATIO = Headline(
     over="kernel=linux-7.1-lockless",
     small=("guests.vm0.vcpus=2", "guests.vm0.memory_per_vcpu=32 MiB"),
     parameters=("dcache_clean_2m_ns", "lock_handoff_ns"),
-    replications=3,
+    replications=5,
 )
 DEFERRED_BYTES = Headline(
     "Mean memory in tables that wait, 1000 calls a second, HZ 250, Graviton3 profile",

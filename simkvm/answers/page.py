@@ -95,13 +95,13 @@ def assumptions(analysis: Sensitivity, tornado: Tornado) -> str:
         )
     headers: list[str] = ["constant", "basis", "low", "value", "high", "at low", "at high"]
     chance = analysis.replications > 1
-    rows = [_row(analysis, effect, chance) for effect in tornado.telling[:MOST_ASSUMPTIONS]]
-    moved = f"{len(tornado.telling)} of {len(tornado.effects)} constants move it"
+    rows = [_row(analysis, effect, chance) for effect in tornado.moving[:MOST_ASSUMPTIONS]]
+    moved = f"{len(tornado.moving)} of {len(tornado.effects)} constants move it"
     if chance:
         headers.append("chance")
         moved += (
-            f" beyond chance (the 95 % half width of the change from low to high, "
-            f"{analysis.replications} replications)"
+            f", {len(tornado.telling)} of them by more than chance (*chance*: 95 % half width of "
+            f"the change from low to high, {analysis.replications} replications)"
         )
     said = f"{span}{table(headers, rows)}\n\n{moved}."
     if not math.isnan(tornado.lowest + tornado.highest):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 from simkvm.answers.headline import HEADLINES
 from simkvm.answers.page import assumptions, bases, ending, fill, put, table
 from simkvm.answers.runs import Runs
+from simkvm.study.effect import Effect
 from simkvm.study.sensitivity import Sensitivity
 
 NOTICEABLE = 0.01
@@ -43,24 +43,34 @@ class Assumptions:
 
 
 def _weights(analyses: list[Sensitivity]) -> str:
-    counted: Counter[str] = Counter()
-    worst: dict[str, float] = {}
-    basis: dict[str, str] = {}
+    found: dict[str, list[Effect]] = {}
     for analysis in analyses:
-        for effect in analysis.tornados[0].telling:
+        for effect in analysis.tornados[0].moving:
             if effect.share >= NOTICEABLE:
-                name = effect.parameter.name
-                counted[name] += 1
-                worst[name] = max(worst.get(name, 0.0), effect.share)
-                basis[name] = effect.parameter.basis
-    order = sorted(counted, key=lambda name: (-counted[name], -worst[name], name))
+                found.setdefault(effect.parameter.name, []).append(effect)
+    order = sorted(found, key=lambda name: (-_beyond_chance(found[name]), -_most(found[name])))
     rows = [
-        [f"`{name}`", basis[name], str(counted[name]), f"{100 * worst[name]:.0f} %"]
+        [
+            f"`{name}`",
+            found[name][0].parameter.basis,
+            str(len(found[name])),
+            str(_beyond_chance(found[name])),
+            f"{100 * _most(found[name]):.0f} %",
+        ]
         for name in order
     ]
-    headers = ("constant", "basis", "figures that it moves by 1 % or more", "most")
+    headers = ("constant", "basis", "moves by 1 % or more", "beyond chance", "most")
     return (
         f"{len(rows)} constants move at least one of {len(analyses)} headline figures by 1 % or "
-        "more, beyond chance (from the lowest to the highest, as a share of the figure).\n\n"
+        "more, from the lowest to the highest, as a share of the figure. Some of that may be "
+        "chance, where a nanosecond shifts who comes first.\n\n"
         f"{table(headers, rows)}"
     )
+
+
+def _beyond_chance(effects: list[Effect]) -> int:
+    return sum(effect.beyond_chance for effect in effects)
+
+
+def _most(effects: list[Effect]) -> float:
+    return max(effect.share for effect in effects)

@@ -16,7 +16,7 @@ from simkvm.study.effect import Effect, Tornado
 from simkvm.study.sensitivity import Sensitivity
 
 MOST_BARS = 10
-TITLE_WIDTH = 60
+TITLE_WIDTH = 52
 AT_LOW, AT_HIGH = "#0072b2", "#d55e00"
 NAMED = {"V": "read", "D": "derived", "R": "recalled", "E": "estimate"}
 

@@ -51,8 +51,8 @@ class Tornado:
     """All effects on one subject, the largest swing first. `value` is the metric as it is, and
     `half_width` that of its 95 % interval over replications.
 
-    `lowest` and `highest` are the metric with all parameters that move it beyond chance at the ends
-    that lower it, and at those that raise it; nan if fewer than two do, or a run failed.
+    `lowest` and `highest` are the metric with all parameters that move it at the ends that lower
+    it, and at those that raise it; nan if fewer than two do, or a run failed.
     """
 
     axes: dict[str, Scalar]
@@ -85,29 +85,29 @@ class Tornado:
     @property
     def added_up(self) -> tuple[float, float]:
         """Where the corners would lie if single changes added up."""
-        changes = [(e.at_low - self.value, e.at_high - self.value) for e in self.telling]
+        changes = [(e.at_low - self.value, e.at_high - self.value) for e in self.moving]
         return (
             self.value + math.fsum(min(0.0, *change) for change in changes),
             self.value + math.fsum(max(0.0, *change) for change in changes),
         )
 
     def among(self, basis: str) -> tuple[Effect, ...]:
-        """Those of the telling ones whose value has this basis ("E": an estimate)."""
-        return tuple(effect for effect in self.telling if effect.parameter.basis == basis)
+        """Those of the moving ones whose value has this basis ("E": an estimate)."""
+        return tuple(effect for effect in self.moving if effect.parameter.basis == basis)
 
 
 def corners_of(tornado: Tornado) -> dict[str, Setting]:
-    """All parameters that tell at the ends that lower the metric ("lowest"), or raise it.
+    """All parameters that move the metric at the ends that lower it ("lowest"), or raise it.
 
     One that only raises it stays at its value in the lowest corner. None for fewer than two.
     """
     found: dict[str, Setting] = {}
-    if len(tornado.telling) < 2:
+    if len(tornado.moving) < 2:
         return found
     for name, sign in (("lowest", -1), ("highest", 1)):
         ends = [
             (e.parameter.name, *max((sign * (end - e.value), side) for end, side in _ends(e)))
-            for e in tornado.telling
+            for e in tornado.moving
         ]
         found[name] = tuple((parameter, side) for parameter, gain, side in ends if gain > 0)
     return found
