@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from simkvm.scenario.schema import Scenario
     from simkvm.study.progress import Progress
     from simkvm.study.result import Result, Results
+    from simkvm.study.sensitivity import Sensitivity
     from simkvm.study.verify import Difference
 
 PathLike = str | os.PathLike[str]
@@ -80,6 +81,43 @@ def sweep(
     study = _study(what, set, seed)
     folder = default_folder(study) if out is None else out
     return run_all(study, folder, jobs, replications, progress=progress, shard=shard)
+
+
+def sensitivity(
+    what: PathLike | Study,
+    metric: str,
+    out: PathLike | None = None,
+    jobs: int | None = None,
+    *,
+    over: str | None = None,
+    parameters: Sequence[str] = (),
+    replications: int = 1,
+    set: Sequence[str] = (),  # noqa: A002
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Which of its machine's constants a result hangs on: each at its low and high, one at a time.
+
+    `metric` is a column of the summary, or SITE.COLUMN of mmu_lock's account ("fault.wait_p99_ns").
+    With `over` = "KEY=VALUE" each point's metric is divided by that of the point with that value on
+    that axis of the sweep. The store `out` (default: results/NAME-sensitivity) keeps the runs.
+    Raises InputError for what does not exist, before anything is run.
+    """
+    from simkvm.study.sensitivity import sensitivity as analyse
+
+    study = _study(what, set, seed)
+    home = default_folder(study)
+    folder = home.with_name(f"{home.name}-sensitivity") if out is None else out
+    return analyse(
+        study,
+        metric,
+        folder,
+        jobs,
+        over=over,
+        parameters=parameters,
+        replications=replications,
+        progress=progress,
+    )
 
 
 def default_folder(study: Study) -> Path:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from simkvm.study.result import Result, Results
+    from simkvm.study.sensitivity import Sensitivity
     from simkvm.validate.row import Row
 
 VIOLATED = 1
@@ -187,6 +188,87 @@ def sweep(
     click.echo(f"simkvm: {len(results)} points in {results.store.root}", err=True)
     bad = results.failed or any(points.unexpected(result) for result in results)
     ctx.exit(VIOLATED if bad else 0)
+
+
+@main.command()
+@click.argument("file")
+@click.option(
+    "--metric",
+    required=True,
+    metavar="NAME",
+    help="A column of the summary, or SITE.COLUMN of the locks, as fault.wait_p99_ns.",
+)
+@sets_option
+@click.option("--over", metavar="KEY=VALUE", help="Divide by the point with this value on an axis.")
+@click.option(
+    "--parameter",
+    "parameters",
+    multiple=True,
+    metavar="NAME",
+    help="Try only this one; repeat. Default: all that a run asks for.",
+)
+@click.option(
+    "--replications",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="Run everything N times, each with random streams of its own.",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes to run points in; default: one a CPU.",
+)
+@click.option("--out", metavar="DIR", help="The store; default: results/NAME-sensitivity.")
+@seed_option
+@json_option
+@click.pass_context
+def sensitivity(
+    ctx: click.Context,
+    *,
+    file: str,
+    metric: str,
+    sets: tuple[str, ...],
+    over: str | None,
+    parameters: tuple[str, ...],
+    replications: int,
+    jobs: int | None,
+    out: str | None,
+    seed: int | None,
+    as_json: bool,
+) -> None:
+    """Say which constants of its machine a result hangs on.
+
+    Each is set to its low and to its high, one at a time.
+    """
+    from simkvm.show import document
+    from simkvm.show.sensitivity import document as as_document
+    from simkvm.show.sensitivity import report
+    from simkvm.study.executor import BackendLost
+
+    try:
+        analysis = api.sensitivity(
+            file,
+            metric,
+            out,
+            jobs,
+            over=over,
+            parameters=parameters,
+            replications=replications,
+            set=sets,
+            seed=seed,
+        )
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"{stop}; the same command goes on from there") from None
+    except BackendLost as lost:
+        raise click.ClickException(f"{lost}; the same command goes on from there") from None
+    if as_json:
+        click.echo(document.as_json(as_document(analysis)))
+    else:
+        _show(report(analysis))
+    _draw_tornado(analysis)
+    ctx.exit(VIOLATED if analysis.failed else 0)
 
 
 @main.command()
@@ -472,6 +554,64 @@ def calibrate(
         _show(calibration_report(calibration, out))
 
 
+@main.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--out", default="docs", show_default=True, metavar="DIR", help="Where to write.")
+@click.option(
+    "--workloads",
+    "folder",
+    default="workloads",
+    show_default=True,
+    metavar="DIR",
+    help="Where the scenario files are.",
+)
+@click.option(
+    "--store",
+    default="results/answers",
+    show_default=True,
+    metavar="DIR",
+    help="Keep runs below this folder, and run what is missing there.",
+)
+@click.option(
+    "--replications",
+    type=click.IntRange(min=2),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="Runs of every point whose figure gets an interval.",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes to run points in; default: one a CPU.",
+)
+def answers(
+    *,
+    names: tuple[str, ...],
+    out: str,
+    folder: str,
+    store: str,
+    replications: int,
+    jobs: int | None,
+) -> None:
+    """Write the pages of docs/answers and docs/sensitivity.md anew, with their figures.
+
+    Every number in them comes from a run. Without NAME all pages are written.
+    """
+    from simkvm.answers.pages import write
+    from simkvm.answers.runs import Runs, Unfinished
+
+    runs = Runs(Path(folder), Path(store), jobs, replications)
+    try:
+        for path in write(names, Path(out), runs):
+            click.echo(str(path))
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"{stop}; the same command goes on from there") from None
+    except Unfinished as missing:
+        raise click.ClickException(str(missing)) from None
+
+
 @main.group(cls=Commands)
 def validate() -> None:
     """Hold the model against theory, publications and traces.
@@ -566,6 +706,17 @@ def _draw_all(opened: Result | Results, folder: Path, *, err: bool = False) -> N
         click.echo(str(path), err=err)
     if not paths:
         click.echo("simkvm: no figure applies to these results", err=True)
+
+
+def _draw_tornado(analysis: Sensitivity) -> None:
+    from simkvm.show import figures
+    from simkvm.show.figure_tornado import tornado
+
+    root = analysis.results.store.root
+    if any(one.moving for one in analysis.tornados):
+        path = root / "figures" / f"tornado-{analysis.metric}.png"
+        click.echo(str(figures.write(tornado(analysis), path)), err=True)
+    click.echo(f"simkvm: {len(analysis.results)} points in {root}", err=True)
 
 
 def _warn_of_unfulfilled(results: Iterable[Result]) -> None:

@@ -288,7 +288,9 @@ def _free(machine: Machine) -> FreeCosts:
     return FreeCosts(
         free_ns=round(machine["free_page_ns"]),
         call_rcu_ns=round(machine["call_rcu_ns"]),
-        callback_ns=round(machine["table_page_free_rcu_ns"] - machine["callback_invoke_ns"]),
+        callback_ns=max(
+            0, round(machine["table_page_free_rcu_ns"] - machine["callback_invoke_ns"])
+        ),
         visit_ns=round(machine["stage2_leaf_visit_ns"]),
         count_test_ns=round(machine["llc_ns"]),
     )

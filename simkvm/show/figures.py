@@ -103,9 +103,9 @@ def draw(name: str, results: OneOrMany) -> Figure:
     return kind.function(results)
 
 
-def write(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as png (150 dots an inch), svg or pdf, by the ending of `path`; whole or not
-    at all.
+def write(figure: Figure, path: str | Path, dpi: int = DPI) -> Path:
+    """Write a figure as png (of `dpi` dots an inch), svg or pdf, by the ending of `path`; whole or
+    not at all.
 
     The same figure gives the same bytes: dates and versions are left out of the file. Raises
     InputError for another ending.
@@ -121,7 +121,7 @@ def write(figure: Figure, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.tmp")
     with mpl.rc_context({"svg.hashsalt": "simkvm"}):
-        figure.savefig(aside, format=kind, dpi=DPI, metadata=_anonymous(kind))
+        figure.savefig(aside, format=kind, dpi=dpi, metadata=_anonymous(kind))
     return aside.replace(path)
 
 

@@ -89,7 +89,7 @@ def _head(
         "# What the model was held against",
         "",
         f"Written on {today} by `make validation`, simkvm {version('simkvm')}. Every number below",
-        "was computed by it. `simkvm validate theory`, `published` and `traces` print them, or with",
+        "was computed by it. `simkvm validate theory`, `published` and `traces` print them, with",
         "`--json` one document.",
         "",
         f"* Theory: {tally(held)}.",

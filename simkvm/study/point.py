@@ -7,6 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib import import_module, metadata
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from simkvm.scenario.kernel import KernelVariant, load_kernel
 from simkvm.scenario.load import MODEL_VERSION, identity, resolved
-from simkvm.scenario.machine import FLAGS, Machine, load_machine
+from simkvm.scenario.machine import FLAGS, Machine, Parameter, load_machine
 from simkvm.scenario.profile import portable
 from simkvm.scenario.recordings import Recordings, replays
 from simkvm.study.store import SCHEMA_VERSION
@@ -50,11 +51,37 @@ def run_point(scenario: Scenario, simulate: str = SIMULATE) -> Record:
 def measure(
     scenario: Scenario, axes: Mapping[str, Any] | None = None, simulate: str = SIMULATE
 ) -> tuple[Record, dict[str, Any]]:
-    """Simulate a scenario; its record and its birth certificate."""
+    """Simulate a scenario; its record and its birth certificate.
+
+    The certificate also has `parameters_read`: which of the machine's parameters the run asked for.
+    No other one can have a part in its result.
+    """
+    machine, asked = noting(load_machine(scenario.machine))
     started = time.perf_counter()
-    record = run_point(scenario, simulate)
+    record = _named(simulate)(scenario, machine, load_kernel(scenario.kernel))
     wall_s = time.perf_counter() - started
-    return record, certificate(scenario, record.fingerprint, wall_s, axes or {})
+    born = certificate(scenario, record.fingerprint, wall_s, axes or {})
+    return record, {**born, "parameters_read": sorted(asked)}
+
+
+class _Noted(dict[str, Parameter]):
+    """Parameters that note in `asked` which of them somebody looks up."""
+
+    def __init__(self, parameters: Mapping[str, Parameter]) -> None:
+        super().__init__(parameters)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name: str) -> Parameter:
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+
+def noting(machine: Machine) -> tuple[Machine, set[str]]:
+    """The same machine, and a set that fills with the names of the parameters that it is asked
+    for.
+    """
+    noted = _Noted(machine.parameters)
+    return replace(machine, parameters=noted), noted.asked
 
 
 def certificate(

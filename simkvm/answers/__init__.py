@@ -1,0 +1,1 @@
+"""Answers that nobody has published: pages that are generated from shipped workloads."""
