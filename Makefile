@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.ready
 OUT    ?= results
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run answers test lint bench lock clean
+.PHONY: help setup run validation answers test lint bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ run: $(STAMP) ## the main job: sweep two workloads over kernels; tables here, fi
 	$(BIN)/simkvm plot $(OUT)/access-tracking
 	$(BIN)/simkvm sweep workloads/trace-unmap.yaml --out $(OUT)/trace-unmap
 	$(BIN)/simkvm plot $(OUT)/trace-unmap
+
+validation: answers ## write docs/validation.md and docs/answers anew (some 40 minutes)
+	$(BIN)/simkvm validate page --out docs --store $(OUT)/validation
 
 answers: $(STAMP) ## write docs/answers and docs/sensitivity.md anew; runs go on where they were
 	$(BIN)/simkvm answers --out docs --store $(OUT)/answers
