@@ -18,6 +18,8 @@ Rules of the model that are not Linux's but its own; both models state and keep 
   begins, and when the vCPU comes to ``mmap_lock`` or ends a chunk of its pattern;
 * lock-free calls read and clear the flags of 64 calls, or of a window of 64, at its start;
 * ``mmap_lock`` and a host table's lock are only lines and times: faults do not exclude one another;
+* faults get their share of the memory's bandwidth in the order in which they come to ``mmap_lock``,
+  whichever guest's, from the moment on in which GUP's slow path begins;
 * steps of one nanosecond are taken in the order in which their times became known.
 """
 
@@ -396,6 +398,20 @@ class Flushes:
             self.ends.append(end)
 
 
+class Memory:
+    """The machine's memory: what is written to fresh pages goes through it one after the other."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.bytes_per_s = round(machine["dram_bw_total_bytes_per_s"])
+        self.free_at = 0
+
+    def fill(self, begin: int, alone: int, size: int) -> int:
+        """``size`` bytes are written from ``begin`` on, which takes a CPU ``alone``; the end."""
+        busy = round(size * 1_000_000_000 / self.bytes_per_s)
+        self.free_at = max(self.free_at, begin) + busy
+        return max(begin + alone, self.free_at)
+
+
 class Vm:
     """One guest: its tables, its lock, its memory on the host, its invalidations."""
 
@@ -772,15 +788,16 @@ class Vcpu:
         self.faults += 1
         there = page.own or (page.present and not write)
         request = vm.mmap.visit(self.cpu.id, 3 if there else 5, self.moved)
-        present = page.present
-        noted = (yield request.done) + costs.vma_ns
+        noted = vm.mmap.forecast() + costs.vma_ns
+        got = noted + costs.gup_zero_ns
+        if write and not there:
+            alone = costs.gup_copy_ns if page.present else costs.gup_alloc_ns
+            got = vm.host.memory.fill(noted, alone, vm.leaf_bytes)
+        assert noted == (yield request.done) + costs.vma_ns
         if there:
             yield clock.at(noted + costs.gup_hit_ns, STEP, request.number)
         else:
-            gup = costs.gup_zero_ns
-            if write:
-                gup = costs.gup_copy_ns if present else costs.gup_alloc_ns
-            yield from self.get_page(page, write, noted + gup, request.number)
+            yield from self.get_page(page, write, got, request.number)
         ask = vm.lock.ask(self.cpu.id, FAULT, vm.kernel["fault_lock"] == "write")
         if ask.granted is not None:
             self.cpu.spin(clock.now)
@@ -1269,7 +1286,7 @@ class Host:
     def __init__(self, scenario: Scenario, machine: Machine, kernel: KernelVariant) -> None:
         self.scenario, self.machine, self.kernel = scenario, machine, kernel
         self.clock = Clock()
-        self.flushes = Flushes(machine)
+        self.flushes, self.memory = Flushes(machine), Memory(machine)
         preemptible = scenario.host.preemption in ("full", "lazy")
         self.break_lock = preemptible or kernel["lock_break"] == "build"
         self.cpus = [Cpu(n) for n in range(scenario.host.cpus or machine.cores)]
