@@ -18,8 +18,8 @@ Rules of the model that are not Linux's but its own; both models state and keep 
   begins, and when the vCPU comes to ``mmap_lock`` or ends a chunk of its pattern;
 * lock-free calls read and clear the flags of 64 calls, or of a window of 64, at its start;
 * ``mmap_lock`` and a host table's lock are only lines and times: faults do not exclude one another;
-* faults get their share of the memory's bandwidth in the order in which they come to ``mmap_lock``,
-  whichever guest's, from the moment on in which GUP's slow path begins;
+* faults get their share of the memory's bandwidth from the moment on in which they come to
+  ``mmap_lock``, and in the order in which they do, whichever guest's;
 * steps of one nanosecond are taken in the order in which their times became known.
 """
 
@@ -405,11 +405,11 @@ class Memory:
         self.bytes_per_s = round(machine["dram_bw_total_bytes_per_s"])
         self.free_at = 0
 
-    def fill(self, begin: int, alone: int, size: int) -> int:
-        """``size`` bytes are written from ``begin`` on, which takes a CPU ``alone``; the end."""
+    def fill(self, now: int, alone: int, size: int) -> int:
+        """``size`` bytes wanted now, written by ``alone`` if nobody else writes; the end."""
         busy = round(size * 1_000_000_000 / self.bytes_per_s)
-        self.free_at = max(self.free_at, begin) + busy
-        return max(begin + alone, self.free_at)
+        self.free_at = max(self.free_at, now) + busy
+        return max(alone, self.free_at)
 
 
 class Vm:
@@ -792,7 +792,7 @@ class Vcpu:
         got = noted + costs.gup_zero_ns
         if write and not there:
             alone = costs.gup_copy_ns if page.present else costs.gup_alloc_ns
-            got = vm.host.memory.fill(noted, alone, vm.leaf_bytes)
+            got = vm.host.memory.fill(int(clock.now), noted + alone, vm.leaf_bytes)
         assert noted == (yield request.done) + costs.vma_ns
         if there:
             yield clock.at(noted + costs.gup_hit_ns, STEP, request.number)
