@@ -108,9 +108,11 @@ class YoungNotifier:
     ) -> Generator[Event, Any, tuple[int, Leaves]]:
         kvm = self.kvm
         found: list[Leaves] = []
+        flushed_ns = 0
         shared = self._lock == "read"
 
         def section(entry_ns: int) -> tuple[int, int]:
+            nonlocal flushed_ns
             young, walk_ns = np.empty(0, np.int64), self._walk_ns(first, last)
             if kvm.stage2.attached:
                 young = first + np.flatnonzero(kvm.stage2.young(first, last))
@@ -121,15 +123,18 @@ class YoungNotifier:
                 return walk_ns, end_ns
             if not shared:
                 return OPEN, end_ns  # what others do until the flush comes first
-            end_ns = kvm.flush_vmid(end_ns)
-            return end_ns - entry_ns, end_ns
+            flushed_ns = kvm.flush_ns(end_ns, kvm.costs.tlbi_all_ns)
+            return flushed_ns - entry_ns, end_ns
 
         kvm.young_calls.locked += 1
         kvm.young_calls.fallback += self._falls_back
         take = kvm.mmu_lock.read if shared else kvm.mmu_lock.write
         t_ns = yield from acquired(take(t_ns, self.task.cpu.id, AGE, section))
-        if flush and len(found[0]) and not shared:
+        if flush and len(found[0]):
             t_ns = yield from reach(kvm.env, t_ns)
+            if shared:
+                kvm.forget_vmid(t_ns)
+                return (yield from reach(kvm.env, flushed_ns)), found[0]
             t_ns = yield from reach(kvm.env, kvm.flush_vmid(t_ns))
             kvm.mmu_lock.release(t_ns)
         return t_ns, found[0]

@@ -12,6 +12,7 @@ Rules of the model that are not Linux's but its own; both models state and keep 
   word is free, else at the release that lets it in), which is some transfers of the line before
   the entry; only guests see a mapping no earlier than the entry;
 * a release comes before anything else of its nanosecond, a guest's touch after everything else;
+  one of a writer whose section was not planned on entry (an unmap, a flush) has no such right;
 * an unmap takes a whole chunk away, and empties TLBs, at the start of that chunk's walk; the host's
   own mappings go at the start of theirs;
 * the host learns of touches (accessed flags) when ageing begins a host page table, when an unmap
@@ -1019,7 +1020,8 @@ class Ager:
         vm.tell_touches()
         for vcpu in vm.vcpus:
             vcpu.flush()
-        yield clock.let_go(self.host.flushes.all(int(clock.now), vm.costs.tlbi_all_ns), ask.cpu)
+        done = self.host.flushes.all(int(clock.now), vm.costs.tlbi_all_ns)
+        yield clock.at(done) if ask.write else clock.let_go(done, ask.cpu)
         vm.lock.release(ask)
 
     def ask_without_lock(self, vm: Vm, runs: list[list[Page]]) -> Steps:

@@ -151,15 +151,16 @@ def test_a_window_of_64_is_tested_and_cleared() -> None:
 
 
 def test_the_second_call_walks_from_the_first_bit_to_the_last() -> None:
-    """Its cost shows it."""
+    """Its cost shows it, apart from the lines (of eight entries) that the guest's CPU wrote."""
     lengths = {}
-    for leaves in ([70], [70, 71], [70, 127], [64, 127]):
+    for leaves, lines in {(70,): 1, (70, 71): 1, (70, 127): 2, (64, 127): 2}.items():
         made = lab("bitmap", "none")
         use(made, *leaves)
         costs = made.kvm.costs.ageing
         report = made.age()
         length = report.end_ns - report.start_ns - len(leaves) * costs.promote_ns
-        lengths[tuple(leaves)] = length - costs.call_ns - costs.walk_ns
+        length -= lines * made.kvm.costs.line.transfer_ns
+        lengths[leaves] = length - costs.call_ns - costs.walk_ns
     costs = made.kvm.costs.ageing
     base = lengths[70,]
     assert lengths[70, 71] - base == costs.visit_ns
@@ -190,7 +191,10 @@ def test_an_unmapped_page_that_the_host_has_is_asked_for_in_vain() -> None:
 
 @pytest.mark.parametrize("young", [0, 100, 512])
 def test_a_locked_call_on_an_idle_machine(young: int) -> None:
-    """SRCU and memslot, one atomic, the walk, and the scan of the host's entry."""
+    """SRCU and memslot, one atomic, the walk, and the scan of the host's entry.
+
+    At the end of the table the lines of young entries are paid for, eight entries each.
+    """
     made = lab("per_pte", "write")
     use(made, *range(young))
     costs, same_ns = made.kvm.costs.ageing, made.kvm.costs.line.same_ns
@@ -202,6 +206,7 @@ def test_a_locked_call_on_an_idle_machine(young: int) -> None:
     length = rows[-1]["entry"] - rows[0]["entry"]
     assert length == 511 * each + min(young, 511) * costs.promote_ns
     last = costs.walk_ns + costs.scan_ns + (young == 512) * costs.promote_ns
+    last += {0: 0, 100: 13, 512: 64}[young] * made.kvm.costs.line.transfer_ns
     assert report.end_ns - rows[-1]["entry"] == last + costs.lru_lock_ns + costs.resched_ns
 
 
@@ -236,8 +241,9 @@ def test_mmap_lock_is_given_back_after_a_gib_with_4096_promotions() -> None:
         report = made.age()
         costs = made.kvm.costs.ageing
         extra.append(report.end_ns - report.start_ns - young * costs.promote_ns)
+    # Letting go is not waited for and over by then; taking it again changes the count and the owner.
     back = costs.lru_lock_ns + costs.resched_ns + 2 * made.kvm.costs.line.same_ns
-    assert 0 < extra[1] - extra[0] <= back
+    assert extra[1] - extra[0] == back
 
 
 # -- blocks -----------------------------------------------------------------------------------
@@ -259,7 +265,10 @@ def test_a_block_is_one_entry(call: str, lock: str, calls: int) -> None:
         assert row["hold"] == costs.walk_ns
     if call == "bitmap":
         each = 32 * costs.scan_ns + 34 * (costs.call_ns + costs.walk_ns) + 2 * costs.promote_ns
-        rest = made.kvm.costs.line.transfer_ns + costs.lru_lock_ns + costs.resched_ns
+        line = made.kvm.costs.line
+        # mmap_lock's count and owner; and blocks 3 and 4 lie in one line of stage-2 entries.
+        rest = line.transfer_ns + line.same_ns + line.transfer_ns
+        rest += costs.lru_lock_ns + costs.resched_ns
         assert report.end_ns - report.start_ns == each + rest
 
 

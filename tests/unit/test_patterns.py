@@ -27,7 +27,7 @@ UNLIKELY = 1e-6
 
 def access(pattern: str, **values: Any) -> SimpleNamespace:
     defaults = {
-        "populate": {"write": True, "repeat": 1, "think": 0},
+        "populate": {"write": True, "repeat": 1, "every": 1, "think": 0},
         "uniform": {"touches": 10_000, "write_ratio": 0.5, "think": 0},
         "zipf": {"touches": 10_000, "exponent": 0.99, "write_ratio": 0.5, "think": 0},
         "hot_cold": {
