@@ -153,6 +153,7 @@ def test_the_loser_of_a_race_for_a_table_frees_what_it_brought() -> None:
     """kvm_tdp_mmu_map(): tdp_mmu_free_sp() if the cmpxchg on the upper entry fails."""
     made = lab()
     for page in (1, 2):
+        made.kvm.host.install(page, True)  # so that mmap_lock does not bring one before the other
         made.touch((page, True, 0))
     for vcpu in made.kvm.vcpus:
         made.env.run(vcpu.process)
