@@ -379,6 +379,23 @@ def test_prefaulted_memory_needs_one_fault_a_page_and_a_second_run_none() -> Non
     assert lengths["reset"] == naps, "the main thread naps once: threads were there at once"
 
 
+def test_reading_debugfs_is_part_of_each_ageing_command() -> None:
+    """``lru_gen_read_memcg_stats``: a command to debugfs names a generation, read before."""
+    took: list[dict[str, int]] = []
+    passes: list[list[int]] = []
+    for read_ns in (0, 700_000):
+        machine = {"base": "ampere-altra-80c", "set": {"lru_gen_read_ns": read_ns}}
+        top = {"machine": machine}
+        built, record = run("access_tracking_perf_test", top, lru_gen=True, idle_pages="warn")
+        assert len(built.selftest.passes) == 3, "the initial one, and one before each idle access"
+        spent = [(row["name"], row["end_ns"] - row["begin_ns"]) for row in phases(record)]
+        took.append({name: ns for name, ns in spent if "idle" in name.lower()})
+        passes.append([done.end_ns - done.start_ns for done in built.selftest.passes])
+    marking = "Mark memory idle (lru_gen)"
+    assert took[1][marking] - took[0][marking] == 700_000
+    assert passes[0] == passes[1], "the walk itself is not longer"
+
+
 def test_mprotect_is_one_range_each_way_and_every_write_fails_in_between(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
