@@ -351,7 +351,7 @@ class PerPteTwice(AgeingCall):
         """Leaf by leaf."""
         found: list[Leaves] = []
         for leaf in leaves.tolist():
-            t_ns, young = yield from self.notifier.test(t_ns, leaf)
+            t_ns, young = yield from self.notifier.test(t_ns, leaf, leaf + 1)
             report.calls += 1
             t_ns += self.costs.scan_ns
             if young:
@@ -361,6 +361,16 @@ class PerPteTwice(AgeingCall):
                 t_ns += self.costs.promote_ns
         t_ns = yield from reach(self.env, t_ns)
         return t_ns, np.concatenate([leaves[:0], *found])
+
+    def ask_huge(
+        self, t_ns: int, first: int, last: int, report: Pass
+    ) -> Generator[Event, Any, tuple[int, bool]]:
+        """A call that tests all of it before the one that clears."""
+        report.calls += 1
+        t_ns, young = yield from self.notifier.test(t_ns, first, last)
+        if young:
+            return (yield from super().ask_huge(t_ns, first, last, report))
+        return (yield from reach(self.env, t_ns + self.costs.scan_ns)), False
 
 
 class Bitmap(AgeingCall):

@@ -4,7 +4,9 @@ One CPU alone clears pages at its own speed, which is part of what a fault costs
 cannot clear faster than the machine's memory takes it (measured: populating by 2 MiB blocks ends at
 130 GB/s from 16 vCPUs up, message 20221107215644.1895162-1-oliver.upton@linux.dev). Like the path
 of invalidations (:mod:`simkvm.kernel.tlb`) it is a recurrence and costs no event: requests come in
-order of time. There is one server for all nodes, and reads are free.
+order of time. A fault asks when it comes to ``mmap_lock`` for what it writes later, and the memory
+may begin at once: were it to wait for the fault, a VM whose faults queue for their ``mmap_lock``
+would keep it from the others'. There is one server for all nodes, and reads are free.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ class Dram:
         return self._service_ns[size]
 
     def write(self, t_ns: int, end_ns: int, size: int) -> int:
-        """``size`` bytes are written from ``t_ns`` on, by ``end_ns`` if nobody else writes; returns
-        when they are.
+        """``size`` bytes are asked for at ``t_ns``, not before anybody's before, and written by
+        ``end_ns`` if nobody else writes; returns when they are.
         """
         free_ns = self._free_ns
         if free_ns < t_ns:

@@ -114,17 +114,20 @@ class FaultPath:
         self.lacking = True
         noted = self._mmap_lock.visit(self._cpu, t_ns, LOCK + UNLOCK + LOCK) + costs.vma_ns
         self._noted_ns = noted
-        t_ns = self._resolve(noted, state, write)
+        t_ns = self._resolve(t_ns, noted, state, write)
         self.ptl_until_ns = t_ns
         self.ptl_table = leaf // kvm.host.entries
         self._mmap_lock.post(self._cpu, t_ns)
         return t_ns
 
-    def _resolve(self, t_ns: int, state: int, write: bool) -> int:
-        """GUP's slow path from ``t_ns`` on: returns its end, by when the page has its content."""
+    def _resolve(self, asked_ns: int, t_ns: int, state: int, write: bool) -> int:
+        """GUP's slow path from ``t_ns`` on: returns its end, by when the page has its content.
+
+        ``asked_ns``: now, when the fault comes to ``mmap_lock``.
+        """
         end_ns = t_ns + self._gup_ns(state, write)
-        if write and state < MIGRATION:
-            return self._dram.write(t_ns, end_ns, self._fill_bytes)
+        if write and (state < MIGRATION or copies(self._kvm.host, state)):
+            return self._dram.write(asked_ns, end_ns, self._fill_bytes)
         return end_ns
 
     def _gup_ns(self, state: int, write: bool) -> int:
@@ -252,10 +255,18 @@ class FaultPath:
         if made:
             hold += self._linked(made, entry_ns)
         if self._pages_stat is not None:
-            hold = self._pages_stat.serve(self._cpu, entry_ns + hold) - entry_ns
+            hold += self._counted_ns(entry_ns + costs.hold_ns)
         if kvm.expected:
             kvm.leaf_mapped(leaf, entry_ns)
         return hold, self._vcpu.mapped(entry_ns + hold + costs.enter_ns)
+
+    def _counted_ns(self, t_ns: int) -> int:
+        """x86 counts a leaf that it mapped at ``t_ns``: how long that takes.
+
+        In order of entry to ``mmu_lock``: new tables on the way, which some faults make and most
+        do not, come after it in the hold.
+        """
+        return 0 if self._pages_stat is None else self._pages_stat.serve(self._cpu, t_ns) - t_ns
 
     def _linked(self, made: list[TableId], entry_ns: int) -> int:
         """New tables on the way to the leaf: returns what they add to the hold."""

@@ -175,8 +175,10 @@ class SizedFaultPath(FaultPath):
             with kvm.mappings_going(t_ns):
                 stage2.break_block(leaf)
         made = stage2.map_leaf(leaf, self._writable(leaf, write))
+        counted_ns = self._counted_ns(end_ns)
         if made:
             end_ns += self._linked(made, linked_ns)
+        end_ns += counted_ns
         if kvm.expected:
             kvm.given(leaf, t_ns)
         return end_ns
@@ -185,8 +187,10 @@ class SizedFaultPath(FaultPath):
         kvm, stage2 = self._kvm, self._kvm.stage2
         end_ns = t_ns + kvm.block_faults.hold_ns
         made = stage2.map_block(leaf, kvm.block_rights(leaf))
+        counted_ns = self._counted_ns(end_ns)
         if made:
             end_ns += self._linked(made, t_ns)
+        end_ns += counted_ns
         kvm.entry_locked(self._leaf_tables(leaf), t_ns, end_ns)
         kvm.given(leaf, t_ns)
         return end_ns

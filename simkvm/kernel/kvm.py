@@ -360,10 +360,14 @@ class Kvm:
 
     def flush_vmid(self, t_ns: int) -> int:
         """Invalidate all of the VM's translations at ``t_ns``; returns when that is done."""
+        self.forget_vmid(t_ns)
+        return self.flush_ns(t_ns, self.costs.tlbi_all_ns)
+
+    def forget_vmid(self, t_ns: int) -> None:
+        """What :meth:`flush_vmid` does to the vCPUs."""
         for vcpu in self.vcpus:
             vcpu.catch_up(t_ns)
             vcpu.flushed(t_ns)
-        return self.flush_ns(t_ns, self.costs.tlbi_all_ns)
 
     def leaf_changes(self, leaf: int, t_ns: int) -> None:
         """A fault is going to change ``leaf`` at ``t_ns``, if it is there and young."""

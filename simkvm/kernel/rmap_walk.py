@@ -94,7 +94,8 @@ class RmapAgeing:
         young = False
         step = len(folio) // self.entries(folio)
         for leaf in folio.tolist()[::step]:
-            # An unmap or a collapse may have come meanwhile.
+            # An unmap or a collapse may have come meanwhile, up to the end of the last call.
+            t_ns = yield from reach(kvm.env, t_ns)
             if kvm.host.fast[leaf] & OWN and not (step == 1 and self.gone(folio)):
                 t_ns, used = yield from self.at_entry(t_ns, leaf, leaf + step, report)
                 young |= used

@@ -201,9 +201,11 @@ class UserfaultPath(FaultPath):
 
     uffd: Userfaultfd
 
-    def _resolve(self, t_ns: int, state: int, write: bool) -> int:
+    def _resolve(self, asked_ns: int, t_ns: int, state: int, write: bool) -> int:
         """Nothing is allocated: GUP comes to the missing entry, and waits."""
-        return super()._resolve(t_ns, state, write) if state else t_ns + self._costs.gup_hit_ns
+        if not state:
+            return t_ns + self._costs.gup_hit_ns
+        return super()._resolve(asked_ns, t_ns, state, write)
 
     def install(self, t_ns: int) -> Generator[Event, Any, int] | None:
         """Sleep until somebody has served the fault, then look again."""

@@ -57,7 +57,8 @@ class TdpFault(FaultPath):
         if (state & OWN or (state and not write)) and (state < MIGRATION or usable(state, write)):
             return t_ns + self._hit_ns
         self.lacking = True
-        t_ns = self._resolve(self._mmap_lock.visit(self._cpu, t_ns, LOCK), state, write)
+        locked_ns = self._mmap_lock.visit(self._cpu, t_ns, LOCK)
+        t_ns = self._resolve(t_ns, locked_ns, state, write)
         self.ptl_until_ns = t_ns
         self.ptl_table = leaf // kvm.host.entries
         self._mmap_lock.post(self._cpu, t_ns)

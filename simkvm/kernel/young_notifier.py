@@ -70,26 +70,26 @@ class YoungNotifier:
             return self._lockless(t_ns, first, last)
         return (yield from self._locked(t_ns, first, last, flush or self._always_flush))
 
-    def test(self, t_ns: int, leaf: int) -> Generator[Event, Any, tuple[int, bool]]:
-        """Ask about one leaf at ``t_ns`` and leave its flag (``test_young``).
+    def test(self, t_ns: int, first: int, last: int) -> Generator[Event, Any, tuple[int, bool]]:
+        """Ask about leaves ``first`` up to ``last`` at ``t_ns`` and leave flags (``test_young``).
 
-        Returns when the call is over, and whether it was young.
+        Returns when the call is over, and whether one was young.
         """
         kvm = self.kvm
         t_ns = yield from reach(kvm.env, t_ns + self._costs.call_ns)
-        walk_ns = self._walk_ns(leaf, leaf + 1)
+        walk_ns = self._walk_ns(first, last)
         if self._lock in WITHOUT_MMU_LOCK and not self._falls_back:
             kvm.young_calls.lockless += 1
-            tables = kvm.path_at(leaf, t_ns)
-            kvm.oracle.walk(Walk(self.task.name, tables, t_ns, walk_ns, walk_ns, 1))
-            return t_ns + walk_ns, bool(kvm.stage2.young(leaf, leaf + 1)[0])
+            self._announce(t_ns, self._visited(first, last), walk_ns)
+            return t_ns + walk_ns, bool(kvm.stage2.young(first, last).any())
         found: list[bool] = []
 
         def section(entry_ns: int) -> tuple[int, int]:
-            found.append(kvm.stage2.attached and bool(kvm.stage2.young(leaf, leaf + 1)[0]))
+            found.append(kvm.stage2.attached and bool(kvm.stage2.young(first, last).any()))
             return walk_ns, entry_ns + walk_ns
 
         kvm.young_calls.locked += 1
+        kvm.young_calls.fallback += self._falls_back
         take = kvm.mmu_lock.read if self._lock == "read" else kvm.mmu_lock.write
         t_ns = yield from acquired(take(t_ns, self.task.cpu.id, AGE, section))
         return t_ns, found[0]
@@ -108,9 +108,11 @@ class YoungNotifier:
     ) -> Generator[Event, Any, tuple[int, Leaves]]:
         kvm = self.kvm
         found: list[Leaves] = []
+        flushed_ns = 0
         shared = self._lock == "read"
 
         def section(entry_ns: int) -> tuple[int, int]:
+            nonlocal flushed_ns
             young, walk_ns = np.empty(0, np.int64), self._walk_ns(first, last)
             if kvm.stage2.attached:
                 young = first + np.flatnonzero(kvm.stage2.young(first, last))
@@ -121,32 +123,44 @@ class YoungNotifier:
                 return walk_ns, end_ns
             if not shared:
                 return OPEN, end_ns  # what others do until the flush comes first
-            end_ns = kvm.flush_vmid(end_ns)
-            return end_ns - entry_ns, end_ns
+            flushed_ns = kvm.flush_ns(end_ns, kvm.costs.tlbi_all_ns)
+            return flushed_ns - entry_ns, end_ns
 
         kvm.young_calls.locked += 1
         kvm.young_calls.fallback += self._falls_back
         take = kvm.mmu_lock.read if shared else kvm.mmu_lock.write
         t_ns = yield from acquired(take(t_ns, self.task.cpu.id, AGE, section))
-        if flush and len(found[0]) and not shared:
+        if flush and len(found[0]):
             t_ns = yield from reach(kvm.env, t_ns)
+            if shared:
+                kvm.forget_vmid(t_ns)
+                return (yield from reach(kvm.env, flushed_ns)), found[0]
             t_ns = yield from reach(kvm.env, kvm.flush_vmid(t_ns))
             kvm.mmu_lock.release(t_ns)
         return t_ns, found[0]
 
     def _lockless(self, t_ns: int, first: int, last: int) -> tuple[int, Leaves]:
         kvm, costs = self.kvm, self._costs
-        block = kvm.stage2.is_block(first)
-        leaves = np.arange(first, first + 1 if block else last, dtype=np.int64)
+        block, leaves = kvm.stage2.is_block(first), self._visited(first, last)
         walk_ns = self._walk_ns(first, last)
-        if self._lock == "none":
-            tables = kvm.path_at(first, t_ns)
-            kvm.oracle.walk(Walk(self.task.name, tables, t_ns, walk_ns, walk_ns, 1))
-        else:
-            kvm.rmap.hold(Held(leaves, t_ns, costs.visit_ns, costs.walk_ns))
+        self._announce(t_ns, leaves, walk_ns)
         kvm.young_calls.lockless += 1
         end_ns = t_ns + walk_ns
         loads_ns = t_ns + costs.walk_ns + (leaves - first) * costs.visit_ns
         batch = Loads(leaves, lambda: loads_ns, t_ns, end_ns)
         age = kvm.age_block_lockless if block else kvm.age_lockless
         return end_ns, age(batch, t_ns)
+
+    def _visited(self, first: int, last: int) -> Leaves:
+        """Leaves of a walk without lock: a block is its first one."""
+        block = self.kvm.stage2.is_block(first)
+        return np.arange(first, first + 1 if block else last, dtype=np.int64)
+
+    def _announce(self, t_ns: int, leaves: Leaves, walk_ns: int) -> None:
+        """Tell of a walk without ``mmu_lock``: the oracle, or who changes a chain."""
+        kvm, costs = self.kvm, self._costs
+        if self._lock == "none":
+            tables = kvm.path_at(int(leaves[0]), t_ns)
+            kvm.oracle.walk(Walk(self.task.name, tables, t_ns, walk_ns, walk_ns, 1))
+        else:
+            kvm.rmap.hold(Held(leaves, t_ns, costs.visit_ns, costs.walk_ns))

@@ -12,12 +12,15 @@ Rules of the model that are not Linux's but its own; both models state and keep 
   word is free, else at the release that lets it in), which is some transfers of the line before
   the entry; only guests see a mapping no earlier than the entry;
 * a release comes before anything else of its nanosecond, a guest's touch after everything else;
+  one of a writer whose section was not planned on entry (an unmap, a flush) has no such right;
 * an unmap takes a whole chunk away, and empties TLBs, at the start of that chunk's walk; the host's
   own mappings go at the start of theirs;
 * the host learns of touches (accessed flags) when ageing begins a host page table, when an unmap
   begins, and when the vCPU comes to ``mmap_lock`` or ends a chunk of its pattern;
 * lock-free calls read and clear the flags of 64 calls, or of a window of 64, at its start;
 * ``mmap_lock`` and a host table's lock are only lines and times: faults do not exclude one another;
+* faults get their share of the memory's bandwidth from the moment on in which they come to
+  ``mmap_lock``, and in the order in which they do, whichever guest's;
 * steps of one nanosecond are taken in the order in which their times became known.
 """
 
@@ -396,6 +399,20 @@ class Flushes:
             self.ends.append(end)
 
 
+class Memory:
+    """The machine's memory: what is written to fresh pages goes through it one after the other."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.bytes_per_s = round(machine["dram_bw_total_bytes_per_s"])
+        self.free_at = 0
+
+    def fill(self, now: int, alone: int, size: int) -> int:
+        """``size`` bytes wanted now, written by ``alone`` if nobody else writes; the end."""
+        busy = round(size * 1_000_000_000 / self.bytes_per_s)
+        self.free_at = max(self.free_at, now) + busy
+        return max(alone, self.free_at)
+
+
 class Vm:
     """One guest: its tables, its lock, its memory on the host, its invalidations."""
 
@@ -772,15 +789,16 @@ class Vcpu:
         self.faults += 1
         there = page.own or (page.present and not write)
         request = vm.mmap.visit(self.cpu.id, 3 if there else 5, self.moved)
-        present = page.present
-        noted = (yield request.done) + costs.vma_ns
+        noted = vm.mmap.forecast() + costs.vma_ns
+        got = noted + costs.gup_zero_ns
+        if write and not there:
+            alone = costs.gup_copy_ns if page.present else costs.gup_alloc_ns
+            got = vm.host.memory.fill(int(clock.now), noted + alone, vm.leaf_bytes)
+        assert noted == (yield request.done) + costs.vma_ns
         if there:
             yield clock.at(noted + costs.gup_hit_ns, STEP, request.number)
         else:
-            gup = costs.gup_zero_ns
-            if write:
-                gup = costs.gup_copy_ns if present else costs.gup_alloc_ns
-            yield from self.get_page(page, write, noted + gup, request.number)
+            yield from self.get_page(page, write, got, request.number)
         ask = vm.lock.ask(self.cpu.id, FAULT, vm.kernel["fault_lock"] == "write")
         if ask.granted is not None:
             self.cpu.spin(clock.now)
@@ -1002,7 +1020,8 @@ class Ager:
         vm.tell_touches()
         for vcpu in vm.vcpus:
             vcpu.flush()
-        yield clock.let_go(self.host.flushes.all(int(clock.now), vm.costs.tlbi_all_ns), ask.cpu)
+        done = self.host.flushes.all(int(clock.now), vm.costs.tlbi_all_ns)
+        yield clock.at(done) if ask.write else clock.let_go(done, ask.cpu)
         vm.lock.release(ask)
 
     def ask_without_lock(self, vm: Vm, runs: list[list[Page]]) -> Steps:
@@ -1269,7 +1288,7 @@ class Host:
     def __init__(self, scenario: Scenario, machine: Machine, kernel: KernelVariant) -> None:
         self.scenario, self.machine, self.kernel = scenario, machine, kernel
         self.clock = Clock()
-        self.flushes = Flushes(machine)
+        self.flushes, self.memory = Flushes(machine), Memory(machine)
         preemptible = scenario.host.preemption in ("full", "lazy")
         self.break_lock = preemptible or kernel["lock_break"] == "build"
         self.cpus = [Cpu(n) for n in range(scenario.host.cpus or machine.cores)]

@@ -320,7 +320,7 @@ def test_a_profile_can_be_changed_and_swept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("age_walk_ns]\nvalue = 16.34", "age_walk_ns]\nvalue = 99999.0", "is outside low to high"),
+        ("age_walk_ns]\nvalue = 55.0", "age_walk_ns]\nvalue = 99999.0", "is outside low to high"),
         ('unit = "ns"', 'unit = "us"', "does not fit"),
         ("[parameters.age_walk_ns]", "[parameters.age_wlk_ns]", "(did you mean 'age_walk_ns'?)"),
         ("tlbirange = false", "tlbirange = 1", "expected bool"),

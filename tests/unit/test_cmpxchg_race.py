@@ -84,11 +84,15 @@ def lab(window_ns: int = 0, kernel: Any = "linux-7.1-lockless") -> Lab:
 
 
 def load_ns(made: Lab, leaf: int) -> int:
-    """When the first pass of an idle machine loads ``leaf``: promotions come after each 64."""
+    """When the first pass of an idle machine loads ``leaf``: promotions come after each 64.
+
+    It begins when mmap_lock is had: its line comes, for the count, and the owner is written.
+    """
     costs = made.kvm.costs.ageing
     each = costs.call_ns + costs.walk_ns + costs.scan_ns
     windows, rest = divmod(leaf, 64)
-    start = made.kvm.costs.line.transfer_ns + windows * 64 * (each + costs.promote_ns)
+    line = made.kvm.costs.line
+    start = line.transfer_ns + line.same_ns + windows * 64 * (each + costs.promote_ns)
     return start + rest * each + costs.call_ns + costs.walk_ns
 
 

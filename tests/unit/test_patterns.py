@@ -27,7 +27,7 @@ UNLIKELY = 1e-6
 
 def access(pattern: str, **values: Any) -> SimpleNamespace:
     defaults = {
-        "populate": {"write": True, "repeat": 1, "think": 0},
+        "populate": {"write": True, "repeat": 1, "every": 1, "think": 0},
         "uniform": {"touches": 10_000, "write_ratio": 0.5, "think": 0},
         "zipf": {"touches": 10_000, "exponent": 0.99, "write_ratio": 0.5, "think": 0},
         "hot_cold": {
@@ -87,7 +87,8 @@ def assert_share(hits: int, total: int, probability: float) -> None:
 
 def every_pattern() -> list[Any]:
     drawn = [access(name) for name in ("uniform", "zipf", "hot_cold")]
-    return [access("populate", repeat=3), *drawn, access("phases", phases=drawn, repeat=2)]
+    sparse = access("populate", every=7)
+    return [access("populate", repeat=3), sparse, *drawn, access("phases", phases=drawn, repeat=2)]
 
 
 @pytest.mark.parametrize("model", every_pattern(), ids=lambda model: model.pattern)
@@ -184,6 +185,21 @@ def test_populate_touches_its_share_in_order(pages: int, vcpus: int, repeat: int
         assert writes.all()
         covered += share
     assert covered == list(range(pages))
+
+
+@given(st.integers(1, 20_000), st.integers(1, 7), st.integers(1, 9000), st.integers(1, 3))
+def test_populate_can_leave_pages_out(pages: int, vcpus: int, every: int, repeat: int) -> None:
+    model = access("populate", every=every, repeat=repeat)
+    made = 0
+    for vcpu in range(vcpus):
+        parts = list(chunks(model, vcpu, vcpus, pages))
+        assert all(0 < part.pages.size <= CHUNK_TOUCHES for part in parts)
+        got, writes, _ = joined(parts)
+        low, high = vcpu * pages // vcpus, (vcpu + 1) * pages // vcpus
+        assert got.tolist() == [*range(low, high, every)] * repeat
+        assert writes.all()
+        made += got.size
+    assert touches(model, pages, vcpus) == made
 
 
 def test_populate_can_read() -> None:

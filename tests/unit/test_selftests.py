@@ -24,6 +24,7 @@ from selftest_runs import (
     world,
 )
 
+from simkvm.guest.vcpu import Vcpu
 from simkvm.kernel.world import World
 from simkvm.observe.record import Record
 from simkvm.scenario.errors import InputError
@@ -32,6 +33,7 @@ from simkvm.scenario.load import load
 from simkvm.scenario.selftests import AnySelftest
 from simkvm.selftests.max_guest_memory import NAP_NS
 from simkvm.selftests.memstress import GuestRandom
+from simkvm.selftests.mmu_stress import MmuStress
 
 X86 = ("linux-6.15-x86", "linux-6.12-x86-shadow", "linux-6.15-x86-shadow")
 S = r"\d+\.\d{9}s"
@@ -377,15 +379,47 @@ def test_prefaulted_memory_needs_one_fault_a_page_and_a_second_run_none() -> Non
     assert lengths["reset"] == naps, "the main thread naps once: threads were there at once"
 
 
-def test_mprotect_is_one_range_each_way_and_every_write_fails_in_between() -> None:
+def test_reading_debugfs_is_part_of_each_ageing_command() -> None:
+    """``lru_gen_read_memcg_stats``: a command to debugfs names a generation, read before."""
+    took: list[dict[str, int]] = []
+    passes: list[list[int]] = []
+    for read_ns in (0, 700_000):
+        machine = {"base": "ampere-altra-80c", "set": {"lru_gen_read_ns": read_ns}}
+        top = {"machine": machine}
+        built, record = run("access_tracking_perf_test", top, lru_gen=True, idle_pages="warn")
+        assert len(built.selftest.passes) == 3, "the initial one, and one before each idle access"
+        spent = [(row["name"], row["end_ns"] - row["begin_ns"]) for row in phases(record)]
+        took.append({name: ns for name, ns in spent if "idle" in name.lower()})
+        passes.append([done.end_ns - done.start_ns for done in built.selftest.passes])
+    marking = "Mark memory idle (lru_gen)"
+    assert took[1][marking] - took[0][marking] == 700_000
+    assert passes[0] == passes[1], "the walk itself is not longer"
+
+
+def test_mprotect_is_one_range_each_way_and_every_write_fails_in_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refused: dict[int, list[int]] = {0: [], 1: []}
+    efault = MmuStress._efault
+
+    def noted(self: MmuStress, vcpu: Vcpu, t_ns: int) -> int:
+        if vcpu.index in self._skipping:
+            refused[vcpu.index].append(vcpu._list[vcpu._position])
+        return efault(self, vcpu, t_ns)
+
+    monkeypatch.setattr(MmuStress, "_efault", noted)
     built, record = run("mmu_stress_test")
     pages = 8 * MIB // (4 * KIB)
     assert acquisitions(record, "range_start", "write") == 2
     assert acquisitions(record, "range_end", "write") == 2
     failed = [vcpu.fault.user_exits for vcpu in built.kvms[0].vcpus]
     assert all(failed)
-    # Every vCPU goes through its part at least once after all have failed once.
-    assert sum(failed) >= pages
+    # From the first that fails on all do, up to the end of the part, in whose middle it may lie,
+    # and in every further round: one ends when all vCPUs have failed.
+    for index, leaves in refused.items():
+        low, part = index * pages // 2, pages // 2
+        assert leaves[-1] == low + part - 1
+        assert {(b - a) % part for a, b in pairwise(leaves)} == {1}
     made = acquisitions(record, "fault", "read")
     assert record.summary["faults"] == made + sum(failed)
 

@@ -153,6 +153,7 @@ def test_the_loser_of_a_race_for_a_table_frees_what_it_brought() -> None:
     """kvm_tdp_mmu_map(): tdp_mmu_free_sp() if the cmpxchg on the upper entry fails."""
     made = lab()
     for page in (1, 2):
+        made.kvm.host.install(page, True)  # so that mmap_lock does not bring one before the other
         made.touch((page, True, 0))
     for vcpu in made.kvm.vcpus:
         made.env.run(vcpu.process)
@@ -678,3 +679,62 @@ def test_the_barrier_waits_for_each_cpu_that_has_callbacks() -> None:
     at = int(made.env.now)
     made.env.run(rcu.barrier(at))
     assert int(made.env.now) == at, "nothing to wait for"
+
+
+# -- the count of mapped pages ----------------------------------------------------------------
+
+
+def counted_holds(made: Lab, *touches: tuple[int, bool, int]) -> list[int]:
+    """Holds of faults of one vCPU, beyond the work, tables set aside."""
+    made.env.run(made.touch(*touches).process)
+    return [row["hold"] - made.kvm.costs.fault.hold_ns for row in rows(made, FAULT)]
+
+
+def test_a_mapped_leaf_is_counted_in_a_word_of_the_vm() -> None:
+    """kvm_update_page_stats(): one atomic; the first fetches the line, later ones find it there."""
+    made = lab()
+    made.fill([0])  # so that the tables are there
+    for page in (1, 2, 3):
+        made.kvm.host.install(page, True)
+    line = made.kvm.costs.line
+    holds = counted_holds(made, *((page, True, 1000) for page in (1, 2, 3)))
+    assert holds == [line.transfer_ns, line.same_ns, line.same_ns]
+
+
+def test_faults_of_two_vcpus_take_the_count_from_one_another() -> None:
+    made = lab()
+    made.fill([0])
+    for page in (1, 2, 3, 4):
+        made.kvm.host.install(page, True)
+    one, other = (
+        made.touch((1, True, 9000), (2, True, 0)),
+        made.touch((3, True, 9000), (4, True, 0)),
+    )
+    made.env.run(one.process)
+    made.env.run(other.process)
+    line, work = made.kvm.costs.line, made.kvm.costs.fault.hold_ns
+    assert [row["hold"] - work for row in rows(made, FAULT)] == [line.transfer_ns] * 4
+
+
+def test_a_fault_that_maps_nothing_counts_nothing() -> None:
+    made = lab()
+    made.fill([0])
+    made.kvm.host.install(1, True)
+    first, second = made.touch((1, True, 0)), made.touch((1, True, 0))
+    made.env.run(first.process)
+    made.env.run(second.process)
+    line, work = made.kvm.costs.line, made.kvm.costs.fault.hold_ns
+    assert [row["hold"] - work for row in rows(made, FAULT)] == [line.transfer_ns, 0]
+
+
+def test_under_logging_a_leaf_is_counted_too() -> None:
+    made = lab(contenders={"l": {"kind": "dirty_log", "guest": "vm"}})
+    made.fill([0])
+    made.kvm.host.install(1, True)
+    made.kvm.host.install(2, True)
+    holds = counted_holds(made, (1, True, 1000), (2, True, 0))
+    assert holds == [made.kvm.costs.line.transfer_ns, made.kvm.costs.line.same_ns]
+
+
+def test_arm64_has_no_such_count() -> None:
+    assert Lab().kvm.pages_stat is None
