@@ -233,3 +233,21 @@ def test_a_kernel_that_never_locks_for_ageing_does_not_fall_back() -> None:
     made.age("page_idle")
     calls = made.kvm.young_calls
     assert (calls.locked, calls.lockless, calls.fallback) == (0, 512, 0)
+
+
+@pytest.mark.parametrize(("early_ns", "calls"), [(1, 1), (-1, 2)])
+def test_a_page_that_goes_while_the_one_before_it_is_asked_for_is_not_asked_for(
+    early_ns: int, calls: int
+) -> None:
+    """The next entry of a folio is looked at when the last call, here without a lock, is over."""
+    kernel = "linux-7.1-lockless"
+    made = lab(8 * KIB, kernel=kernel, folio=8 * KIB)
+    costs = made.kvm.costs.ageing
+    over_ns = costs.rmap_ns + costs.call_ns + costs.walk_ns
+
+    def zap() -> Any:
+        yield made.env.timeout(over_ns - early_ns)
+        made.kvm.host.zap(1, 2)
+
+    made.env.process(zap())
+    assert made.age("page_idle").calls == calls
