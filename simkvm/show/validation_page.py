@@ -12,7 +12,7 @@ from simkvm.show.figures import write as write_figure
 from simkvm.show.validation import figure, tally
 from simkvm.validate import published, theory, traces
 from simkvm.validate.curves import AXES, curves
-from simkvm.validate.hosts import Host, host_of, hosts
+from simkvm.validate.hosts import Host, host_of, hosts, of_the_base
 from simkvm.validate.row import PublishedRow, Row, ShapeRow, TheoryRow, TraceRow
 
 TITLES = {
@@ -143,6 +143,10 @@ def _host(host: Host, rows: Sequence[PublishedRow]) -> list[str]:
         lines.append(f"* `{fitted.name}` = {figure(fitted.value)}: {fitted.how}")
     if not host.fitted:
         lines.append("* nothing fitted")
+    same = of_the_base(host, {row.source for row in rows})
+    if same:
+        names = ", ".join(f"`{one.name}` = {figure(one.value)}" for one in same)
+        lines.append(f"* from the base, whose value or range draws on the same message: {names}")
     lines.append("")
     lines += _table(
         ("id", "parameters", "what", "measured", "simulated", "ratio", "scale", "role", "verdict"),

@@ -6,12 +6,17 @@ taken from stands beside it (``data/hosts.toml``), and those rows are called "fi
 
 from __future__ import annotations
 
+import re
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from simkvm.scenario.machine import Parameter
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,25 @@ class Host:
         """Whether a row is among those that constants were fitted to."""
         row = (id_, metric, arm)
         return any(all(map(fnmatchcase, row, pattern)) for pattern in self.fit)
+
+
+def of_the_base(host: Host, message_ids: Iterable[str]) -> list[Parameter]:
+    """Constants that ``host`` has from its shipped profile, where they cite one of these messages,
+    or are derived there from such a constant: rows of the message are no independent test of them.
+    """
+    from simkvm.scenario.machine import load_machine
+
+    parameters = load_machine(host.base).parameters.values()
+    cited = set(message_ids)
+    found: set[str] = set()
+    while True:
+        citing = re.compile("|".join(rf"\b{re.escape(word)}\b" for word in sorted(cited | found)))
+        more = {p.name for p in parameters if cited and citing.search(p.source)}
+        if more <= found:
+            break
+        found |= more
+    replaced = {constant.name for constant in host.fitted}
+    return [p for p in parameters if p.name in found - replaced]
 
 
 def data(name: str) -> str:
