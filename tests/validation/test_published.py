@@ -113,6 +113,13 @@ def test_a_glob_without_a_row_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize("only", ["A-7", "V4-8", "V5-4"])
+def test_a_limit_that_leaves_too_little_to_measure_is_refused(only: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--memory: \d+ vCPUs need \d+ MiB at least"):
+        published.rows(only, tmp_path / "store", 1, 32 << 20)
+    assert not (tmp_path / "store").exists()
+
+
 # -- verdicts and shapes -------------------------------------------------------------------------
 
 
