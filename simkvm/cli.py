@@ -56,7 +56,9 @@ class Commands(click.Group):
             click.echo(str(error), err=True)
             ctx.exit(WRONG_INPUT)
         except NOT_THERE as error:
-            click.echo(f"{error.filename}: {str(error.strerror).lower()}", err=True)
+            # Arrow's have no file name of their own, but a text with one.
+            named = f"{error.filename}: {str(error.strerror).lower()}"
+            click.echo(named if error.filename else str(error.strerror or error), err=True)
             ctx.exit(WRONG_INPUT)
         except KeyboardInterrupt as stop:
             click.echo(f"simkvm: {str(stop) or 'interrupted'}", err=True)
