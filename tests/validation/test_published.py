@@ -159,8 +159,10 @@ def test_the_tally_counts_what_is_missing_as_not_met() -> None:
 
 def test_json_has_no_number_that_json_does_not_know() -> None:
     (told,) = document([row(None)])
-    assert told["deviation"] is None
+    assert told["deviation"] is told["ratio"] is None
     assert told["verdict"] == "missing"
+    (told,) = document([row(1.5, role="fit")])
+    assert (told["role"], told["ratio"], told["deviation"]) == ("fit", 1.5, 0.5)
 
 
 LINE = [(1.0, 1.0), (2.0, 1.0), (4.0, 1.0), (8.0, 2.0), (16.0, 4.0)]
