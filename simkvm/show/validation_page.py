@@ -7,12 +7,13 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from simkvm.scenario.machine import load_machine
 from simkvm.show.figure_validation import measured_and_simulated
 from simkvm.show.figures import write as write_figure
 from simkvm.show.validation import figure, tally
 from simkvm.validate import published, theory, traces
 from simkvm.validate.curves import AXES, curves
-from simkvm.validate.hosts import Host, host_of, hosts, of_the_base
+from simkvm.validate.hosts import Host, host_of, hosts
 from simkvm.validate.row import PublishedRow, Row, ShapeRow, TheoryRow, TraceRow
 
 TITLES = {
@@ -145,10 +146,9 @@ def _host(host: Host, rows: Sequence[PublishedRow]) -> list[str]:
         lines.append(f"* `{fitted.name}` = {figure(fitted.value)}: {fitted.how}")
     if not host.fitted:
         lines.append("* nothing fitted")
-    same = of_the_base(host, {row.source for row in rows})
-    if same:
-        names = ", ".join(f"`{one.name}` = {figure(one.value)}" for one in same)
-        lines.append(f"* from the base, whose value or range draws on the same message: {names}")
+    base = load_machine(host.base)
+    for name, how in host.shared.items():
+        lines.append(f"* `{name}` = {figure(base[name])}, as the base has it: {how}")
     lines.append("")
     lines += _table(
         ("id", "parameters", "what", "measured", "simulated", "ratio", "scale", "role", "verdict"),

@@ -6,17 +6,12 @@ taken from stands beside it (``data/hosts.toml``), and those rows are called "fi
 
 from __future__ import annotations
 
-import re
 import tomllib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from simkvm.scenario.machine import Parameter
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -30,7 +25,10 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Host:
-    """One host: ``shape`` is what the message says of it, ``fitted`` what its fit rows gave."""
+    """One host: ``shape`` is what the message says of it, ``fitted`` what its fit rows gave.
+
+    ``shared`` are constants that the base has from measurements of the same message, and how.
+    """
 
     name: str
     title: str
@@ -39,6 +37,7 @@ class Host:
     fit: tuple[tuple[str, str, str], ...]
     shape: dict[str, float]
     fitted: tuple[Fitted, ...]
+    shared: dict[str, str]
 
     def machine(self, **scaled: float) -> dict[str, Any]:
         """As a scenario names it; ``scaled`` replaces what a smaller run has to shrink."""
@@ -49,25 +48,6 @@ class Host:
         """Whether a row is among those that constants were fitted to."""
         row = (id_, metric, arm)
         return any(all(map(fnmatchcase, row, pattern)) for pattern in self.fit)
-
-
-def of_the_base(host: Host, message_ids: Iterable[str]) -> list[Parameter]:
-    """Constants that ``host`` has from its shipped profile, where they cite one of these messages,
-    or are derived there from such a constant: rows of the message are no independent test of them.
-    """
-    from simkvm.scenario.machine import load_machine
-
-    parameters = load_machine(host.base).parameters.values()
-    cited = set(message_ids)
-    found: set[str] = set()
-    while True:
-        citing = re.compile("|".join(rf"\b{re.escape(word)}\b" for word in sorted(cited | found)))
-        more = {p.name for p in parameters if cited and citing.search(p.source)}
-        if more <= found:
-            break
-        found |= more
-    replaced = {constant.name for constant in host.fitted}
-    return [p for p in parameters if p.name in found - replaced]
 
 
 def data(name: str) -> str:
@@ -99,4 +79,5 @@ def _host(name: str, table: dict[str, Any]) -> Host:
         fit=tuple((id_, metric, arm) for id_, metric, arm in table["fit"]),
         shape=table.get("shape", {}),
         fitted=constants,
+        shared=table.get("shared", {}),
     )
