@@ -190,11 +190,15 @@ def _answer(found: list[Cell]) -> str:
     return "\n".join(said)
 
 
+def _vcpus(count: int) -> str:
+    return f"{count} vCPU{'' if count == 1 else 's'}"
+
+
 def _ageing(cell: Cell) -> str:
     spent = [duration(interval(cell.page_ns[kernel])) for kernel in KERNELS]
     write, read = (times(cell.over_none(kernel)) for kernel in (WRITE, READ))
     return (
-        f"* {cell.machine}, {cell.situation.about}, {cell.vcpus} vCPUs: the ageing thread needs "
+        f"* {cell.machine}, {cell.situation.about}, {_vcpus(cell.vcpus)}: the ageing thread needs "
         f"{spent[0]} for each under the write lock, {spent[1]} under the read lock and {spent[2]} "
         f"without a lock ({write} and {read} times as much)."
     )
@@ -203,7 +207,7 @@ def _ageing(cell: Cell) -> str:
 def _guest(cell: Cell) -> str:
     write, read = (percent(cell.lock_cost(kernel)) for kernel in (WRITE, READ))
     return (
-        f"* There the guest pays most for the lock with {cell.vcpus} vCPUs: it takes {write} "
+        f"* There the guest pays most for the lock with {_vcpus(cell.vcpus)}: it takes {write} "
         f"longer under the write lock than without a lock, and {read} under the read lock. Against "
         f"no ageing at all it is {percent(cell.slowdown(WRITE))}, {percent(cell.slowdown(READ))} "
         f"and, without a lock, {percent(cell.slowdown(NONE))}."
