@@ -56,7 +56,9 @@ class Commands(click.Group):
             click.echo(str(error), err=True)
             ctx.exit(WRONG_INPUT)
         except NOT_THERE as error:
-            click.echo(f"{error.filename}: {str(error.strerror).lower()}", err=True)
+            # Arrow's have no file name of their own, but a text with one.
+            named = f"{error.filename}: {str(error.strerror).lower()}"
+            click.echo(named if error.filename else str(error.strerror or error), err=True)
             ctx.exit(WRONG_INPUT)
         except KeyboardInterrupt as stop:
             click.echo(f"simkvm: {str(stop) or 'interrupted'}", err=True)
@@ -76,6 +78,16 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     if not (slash and index.isdecimal() and count.isdecimal()):
         raise click.BadParameter(f"{value!r} is not two numbers such as 0/4", ctx, param)
     return int(index), int(count)
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    """A size in bytes; what is wrong with it is said of the option."""
+    from simkvm.units import parse_size
+
+    try:
+        return parse_size(value)
+    except InputError as error:
+        raise InputError(error.message, key=param.opts[0], hint=error.hint) from None
 
 
 sets_option = click.option(
@@ -424,17 +436,16 @@ def import_() -> None:
     metavar="N",
     help="Leave out touches of pages that are among the last N distinct ones.",
 )
-@click.option("--page-size", default="4 KiB", show_default=True, metavar="SIZE")
-def lackey(file: str, out: str, window: int, page_size: str) -> None:
+@click.option("--page-size", default="4 KiB", callback=_size, show_default=True, metavar="SIZE")
+def lackey(file: str, out: str, window: int, page_size: int) -> None:
     """Reduce a recording by valgrind's lackey.
 
     FILE is the output of valgrind --tool=lackey --trace-mem=yes, plain or .gz; - is stdin.
     """
     from simkvm.guest.lackey import convert
     from simkvm.show.catalogue import trace_report
-    from simkvm.units import parse_size
 
-    header = convert(file, out, page_size=parse_size(page_size), window=window)
+    header = convert(file, out, page_size=page_size, window=window)
     _show(trace_report(header, out))
 
 
@@ -477,7 +488,7 @@ def ftrace(files: tuple[str, ...], *, phase: str, out: str | None, as_json: bool
     help="Of touches after a page's first, which writes.",
 )
 @click.option("--idle", is_flag=True, help="Touch regions without accesses once, at the start.")
-@click.option("--page-size", default="4 KiB", show_default=True, metavar="SIZE")
+@click.option("--page-size", default="4 KiB", callback=_size, show_default=True, metavar="SIZE")
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, metavar="N")
 def damon(
     file: str,
@@ -488,7 +499,7 @@ def damon(
     ghz: float,
     writes: float,
     idle: bool,
-    page_size: str,
+    page_size: int,
     seed: int,
 ) -> None:
     """Draw a trace with the heat that DAMON recorded.
@@ -498,7 +509,6 @@ def damon(
     """
     from simkvm.guest.damon import convert
     from simkvm.show.catalogue import damon_report
-    from simkvm.units import parse_size
 
     imported = convert(
         file,
@@ -510,7 +520,7 @@ def damon(
         writes=writes,
         idle=idle,
         seed=seed,
-        page_size=parse_size(page_size),
+        page_size=page_size,
     )
     _show(damon_report(imported, out))
 
@@ -642,33 +652,42 @@ def theory(*, only: str, as_json: bool) -> None:
 @click.option(
     "--memory",
     default="32 GiB",
+    callback=_size,
     show_default=True,
     metavar="SIZE",
     help="Guest memory that a benchmark may fault in; what needs more is scaled down.",
 )
 @json_option
-def published(*, only: str, jobs: int | None, out: str | None, memory: str, as_json: bool) -> None:
+def published(*, only: str, jobs: int | None, out: str | None, memory: int, as_json: bool) -> None:
     """Figures that were measured on real machines.
 
     Takes some 25 minutes on two CPUs, or 4 with --memory 2GiB.
     """
-    from simkvm.units import parse_size
     from simkvm.validate.published import rows
 
-    _report_rows(rows(only, out, jobs, parse_size(memory)), as_json=as_json)
+    _report_rows(rows(only, out, jobs, memory), as_json=as_json)
 
 
 @validate.command()
 @click.option("--out", default="docs", show_default=True, metavar="DIR", help="Write it here.")
 @click.option("--store", metavar="DIR", help="Keep the benchmarks' runs in this store.")
-@click.option("--memory", default="32 GiB", show_default=True, metavar="SIZE", help="As above.")
-@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="As above.")
-def page(*, out: str, store: str | None, memory: str, jobs: int | None) -> None:
-    """All of it as DIR/validation.md, with figures."""
-    from simkvm.show.validation_page import write
-    from simkvm.units import parse_size
+@click.option(
+    "--memory",
+    default="32 GiB",
+    callback=_size,
+    show_default=True,
+    metavar="SIZE",
+    help="As published has it.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="As published has it.")
+def page(*, out: str, store: str | None, memory: int, jobs: int | None) -> None:
+    """All of it as DIR/validation.md, with figures.
 
-    for path in write(Path(out), store, parse_size(memory), jobs):
+    Takes some half an hour on two CPUs, or 5 minutes with --memory 2GiB.
+    """
+    from simkvm.show.validation_page import write
+
+    for path in write(Path(out), store, memory, jobs):
         click.echo(str(path))
 
 

@@ -29,11 +29,12 @@ def write(names: Sequence[str], folder: Path, runs: Runs) -> Iterator[Path]:
     for name in names:
         if name not in PAGES:
             raise InputError(f"no page '{name}'", key="name", hint=nearest(name, PAGES))
+    for name in names or PAGES:  # before anything is run
+        (folder / PAGES[name].path).parent.mkdir(parents=True, exist_ok=True)
     for name in names or PAGES:
         page = PAGES[name]
         path = folder / page.path
         text = page.write(replace(runs, commands=[]), folder)
-        path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}")
         aside.write_text(text, encoding="utf-8")
         yield aside.replace(path)

@@ -74,12 +74,14 @@ def convert(
     if not folder.is_dir():
         raise InputError("no such folder", file=str(folder))
     if page_size & (page_size - 1) or not 4096 <= page_size <= REGION_BYTES:
-        raise InputError(f"page size {page_size} is not a power of two from 4 KiB to 2 MiB")
+        raise InputError(
+            f"{page_size} bytes are not a power of two from 4 KiB to 2 MiB", key="--page-size"
+        )
     if not 0 < ghz < 1000:
         raise InputError(f"{ghz} is not a processor's GHz", key="--ghz")
-    sample_ns = None if sample is None else parse_duration(sample)
+    sample_ns = None if sample is None else _time(sample, "--sample")
     recording = _chosen(recordings(source_path, sample_ns), target, source_path)
-    resolution_ns = recording.sample_ns if resolution is None else parse_duration(resolution)
+    resolution_ns = recording.sample_ns if resolution is None else _time(resolution, "--resolution")
     if resolution_ns < recording.sample_ns:
         shown = format_duration(recording.sample_ns)
         raise InputError(f"is finer than the sampling interval of {shown}", key="--resolution")
@@ -88,6 +90,16 @@ def convert(
     trace, cut = drawing.trace(ghz=ghz, writes=writes, idle=idle, name=source_path)
     write_trace(out_path, trace)
     return Imported(trace.header, recording, resolution_ns, cut)
+
+
+def _time(text: str, key: str) -> int:
+    try:
+        ns = parse_duration(text)
+    except InputError as error:
+        raise InputError(error.message, key=key, hint=error.hint) from None
+    if not ns:
+        raise InputError("has to be longer than nothing", key=key)
+    return ns
 
 
 def _chosen(found: Sequence[Recording], target: str | None, name: str) -> Recording:

@@ -316,6 +316,12 @@ def _recording(
     sample = stated_ns or sample_ns or DEFAULT_SAMPLE_NS
     if raws[0].start_ns is None and len(raws) < 2:
         raise InputError(f"one snapshot of target {target} only: its length is unknown", file=name)
+    longest_ns = max(
+        raw.end_ns - start_ns for raw, start_ns in zip(raws, _starts(raws), strict=True)
+    )
+    if sample_ns and sample_ns > longest_ns > 0:
+        message = f"is longer than a snapshot of the recording, {format_duration(longest_ns)}"
+        raise InputError(message, file=name, key="--sample")
     snapshots = []
     for raw, start_ns in zip(raws, _starts(raws), strict=True):
         if raw.end_ns <= start_ns:

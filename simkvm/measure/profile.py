@@ -9,7 +9,7 @@ from pathlib import Path
 from simkvm.measure.calibrate import Calibration, calibrate, overhead_of
 from simkvm.measure.read import read_all
 from simkvm.scenario.errors import InputError
-from simkvm.scenario.machine import load_machine
+from simkvm.scenario.machine import load_machine, shipped_machines
 from simkvm.scenario.profile import SUFFIX, to_toml
 
 
@@ -55,6 +55,8 @@ def _check_target(out: str) -> None:
         raise InputError(f"a profile is a {SUFFIX} file", file=out)
     if not path.parent.is_dir():
         raise InputError("no such folder", file=str(path.parent))
+    if _name(out) in shipped_machines():
+        raise InputError("a shipped machine has this name, give it another", file=out)
 
 
 def _name(out: str) -> str:

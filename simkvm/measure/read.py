@@ -37,7 +37,9 @@ def read(path: str, phase: str = "") -> list[Observation]:
     if phase and phase not in PHASES:
         choice = ", ".join(PHASES)
         hint = nearest(phase, PHASES)
-        raise InputError(f"unknown phase {phase!r}" + ("" if hint else f": {choice}"), hint=hint)
+        raise InputError(
+            f"unknown phase {phase!r}" + ("" if hint else f", expected one of {choice}"), hint=hint
+        )
     with opened(path) as lines:
         rows = [_placed(row, lines.name, phase) for row in _rows(lines)]
     if not rows:

@@ -87,6 +87,8 @@ def opened(path: str) -> Iterator[Lines]:
         yield Lines(_unpacked(sys.stdin.buffer, "standard input"), "standard input")
         return
     file = Path(path)
+    if file.is_dir():
+        raise InputError("is a folder", file=path)
     if not file.is_file():
         around = [other.name for other in file.parent.glob("*")] if file.parent.is_dir() else []
         raise InputError("no such file", file=path, hint=nearest(file.name, around))

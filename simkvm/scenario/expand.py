@@ -14,6 +14,7 @@ from typing import Any
 from simkvm.scenario.document import Document
 from simkvm.scenario.errors import InputError, Keys, Problem
 from simkvm.scenario.keys import Shape, shape_of
+from simkvm.scenario.profile import portable
 from simkvm.scenario.schema import Scenario
 
 MOST_POINTS = 100_000
@@ -95,10 +96,13 @@ def _axis(document: Document, values: list[Any], keys: Keys) -> Axis:
         raise _refused(document, keys, "is an empty list: a sweep needs at least one value")
     seen = set()
     for index, value in enumerate(values):
-        # 1 and true are equal to Python, but not to a reader of the file.
-        known = (type(value), spelled(value))
+        # Results keep a profile's name and not its folder. 1 and true are equal to Python, but not
+        # to a reader of the file.
+        kept = spelled(portable(value) if keys == ("machine",) else value)
+        known = (type(value), kept)
         if known in seen:
-            raise _refused(document, (*keys, index), f"{spelled(value)} is there twice")
+            alike = "" if kept == spelled(value) else f": results would call both {kept}"
+            raise _refused(document, (*keys, index), f"{spelled(value)} is there twice{alike}")
         seen.add(known)
     return Axis(keys, tuple(values))
 

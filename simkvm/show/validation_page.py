@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from simkvm.scenario.machine import load_machine
 from simkvm.show.figure_validation import measured_and_simulated
 from simkvm.show.figures import write as write_figure
 from simkvm.show.validation import figure, tally
@@ -31,7 +32,8 @@ MEASURED = """\
 Each figure that somebody measured on a real machine and sent to a list, its benchmark run again.
 None of these machines was at hand and most are not even named, so each is a shipped profile with a
 few constants *fitted* to a few rows, which the tables call fit. All others are *predicted*: nothing
-was adjusted to them. A row is inside within 20 %.
+was adjusted to them. A row is inside within 20 %. Scale is the share of the guests' memory that was
+simulated, to save time; times are those of the whole.
 """
 TRACED = """\
 Counts and tick-driven lengths of Linux 6.12 on arm64 with KVM guests, in emulation (how they were
@@ -48,6 +50,7 @@ def write(out: Path, store: str | None, limit_bytes: int, jobs: int | None) -> l
 
     Returns the paths. What was there is replaced.
     """
+    out.mkdir(parents=True, exist_ok=True)  # before the half hour, not after it
     held = list(theory.rows())
     traced = list(traces.rows())
     known = published.rows("*", store, jobs, limit_bytes)
@@ -143,6 +146,9 @@ def _host(host: Host, rows: Sequence[PublishedRow]) -> list[str]:
         lines.append(f"* `{fitted.name}` = {figure(fitted.value)}: {fitted.how}")
     if not host.fitted:
         lines.append("* nothing fitted")
+    base = load_machine(host.base)
+    for name, how in host.shared.items():
+        lines.append(f"* `{name}` = {figure(base[name])}, as the base has it: {how}")
     lines.append("")
     lines += _table(
         ("id", "parameters", "what", "measured", "simulated", "ratio", "scale", "role", "verdict"),

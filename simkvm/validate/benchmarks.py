@@ -13,14 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from simkvm.scenario.errors import InputError
 from simkvm.scenario.schema import Scenario
-from simkvm.units import DURATION_NS, SIZE_BYTES
+from simkvm.units import DURATION_NS, SIZE_BYTES, format_size
 
 if TYPE_CHECKING:
     from simkvm.study.result import Result
     from simkvm.validate.hosts import Host
 
 MIB, GIB = SIZE_BYTES["MiB"], SIZE_BYTES["GiB"]
+LEAST_BYTES = 4 * MIB  #: a vCPU with less has no two blocks, and its costs a run outweigh its pages
 NS = {"s": DURATION_NS["s"], "ms": DURATION_NS["ms"]}
 
 
@@ -68,6 +70,15 @@ def cut(bytes_: int, limit_bytes: int) -> int:
     return factor
 
 
+def _cut_guest(vcpus: int, each: int, limit_bytes: int) -> int:
+    """`cut` of a guest with ``each`` bytes a vCPU; InputError if too little would be left."""
+    factor = cut(vcpus * each, limit_bytes)
+    if each // factor < LEAST_BYTES:
+        least = format_size(vcpus * LEAST_BYTES)
+        raise InputError(f"{vcpus} vCPUs need {least} at least", key="--memory")
+    return factor
+
+
 def _number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     if found is None:
@@ -107,7 +118,7 @@ class DirtyLogPerf:
     def run(self, figure: Figure, host: Host, limit_bytes: int) -> Run:
         """Populating costs little to simulate, so one run serves both figures."""
         vcpus = _number(r"-v (\d+)", figure.params)
-        factor = cut(vcpus * 4 * GIB, limit_bytes)
+        factor = _cut_guest(vcpus, 4 * GIB, limit_bytes)
         selftest = {
             "test": "dirty_log_perf_test",
             "vcpus": vcpus,
@@ -211,7 +222,7 @@ class AgeingWhilePopulating:
     def run(self, figure: Figure, host: Host, limit_bytes: int) -> Run:
         """Without ageing the vCPUs alone."""
         vcpus = _number(r"-v (\d+)", figure.params)
-        factor = cut(vcpus * GIB, limit_bytes)
+        factor = _cut_guest(vcpus, GIB, limit_bytes)
         memory = GIB // factor
         if figure.arm == "no ageing":
             guest = {"vcpus": vcpus, "memory_per_vcpu": memory, "access": {"pattern": "populate"}}
@@ -265,7 +276,7 @@ class AgeingWhileIdle:
 
         Without the first pass the pages would be new to MGLRU.
         """
-        factor = cut(self.vcpus * GIB, limit_bytes)
+        factor = _cut_guest(self.vcpus, GIB, limit_bytes)
         kernel = self.kernel
         if figure.arm == "two notifier calls per PTE":
             kernel = {"base": kernel["base"], "set": {**kernel["set"], **TWICE}}

@@ -25,7 +25,10 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Host:
-    """One host: ``shape`` is what the message says of it, ``fitted`` what its fit rows gave."""
+    """One host: ``shape`` is what the message says of it, ``fitted`` what its fit rows gave.
+
+    ``shared`` are constants that the base has from measurements of the same message, and how.
+    """
 
     name: str
     title: str
@@ -34,6 +37,7 @@ class Host:
     fit: tuple[tuple[str, str, str], ...]
     shape: dict[str, float]
     fitted: tuple[Fitted, ...]
+    shared: dict[str, str]
 
     def machine(self, **scaled: float) -> dict[str, Any]:
         """As a scenario names it; ``scaled`` replaces what a smaller run has to shrink."""
@@ -75,4 +79,5 @@ def _host(name: str, table: dict[str, Any]) -> Host:
         fit=tuple((id_, metric, arm) for id_, metric, arm in table["fit"]),
         shape=table.get("shape", {}),
         fitted=constants,
+        shared=table.get("shared", {}),
     )

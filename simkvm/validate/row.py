@@ -195,5 +195,11 @@ def _deviation(reference: float, simulated: float) -> float:
 
 
 def _verdict(row: Row) -> dict[str, Any]:
-    derived = {"deviation": row.deviation, "verdict": row.verdict}
-    return derived | ({"half_width": row.half_width} if isinstance(row, TheoryRow) else {})
+    derived: dict[str, Any] = {"deviation": row.deviation, "verdict": row.verdict}
+    if isinstance(row, TheoryRow):
+        derived["half_width"] = row.half_width
+    if isinstance(row, PublishedRow):
+        derived["ratio"] = row.ratio
+    if isinstance(row, TheoryRow | TraceRow):
+        derived["role"] = "predicted"  # nothing is fitted to a closed form or a count
+    return derived

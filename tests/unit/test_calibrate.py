@@ -317,6 +317,17 @@ def test_a_profile_can_be_changed_and_swept(tmp_path: Path) -> None:
     assert load(path).points[0].axes["machine"] == "./mine.toml"
 
 
+def test_two_profiles_of_one_name_are_refused(tmp_path: Path) -> None:
+    """A result keeps the name and not the folder, so its tables could not tell them apart."""
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.toml").write_text(to_toml(load_machine(ALTRA)))
+    path = tmp_path / "mine.yaml"
+    path.write_text(SCENARIO.replace("./mine.toml", "[one/mine.toml, two/mine.toml]"))
+    with pytest.raises(InputError, match="there twice: results would call both mine"):
+        load(path)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
@@ -376,6 +387,8 @@ def test_wrong_input_is_one_line_and_writes_nothing(tmp_path: Path) -> None:
         ["calibrate", FILES[0], "--out", tmp_path / "x.yaml"],
         ["calibrate", FILES[0], "--out", tmp_path / "no" / "x.toml"],
         ["calibrate", "fault_prsent=x", "--out", out],
+        ["calibrate", FILES[0], "--out", tmp_path / f"{ALTRA}.toml"],
+        ["calibrate", MEASURED, "--out", out],
     ]
     for case in cases:
         status, output = invoked(*case)

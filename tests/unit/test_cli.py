@@ -570,7 +570,7 @@ def test_theory_says_what_it_should_be_and_what_it_is() -> None:
     as_json = simkvm_command("validate", "theory", "--only", "tables/16k/r*", "--json")
     (row,) = json.loads(as_json.stdout)
     assert (row["id"], row["expected"], row["simulated"]) == ("tables/16k/roots", 16, 16)
-    assert (row["half_width"], row["verdict"]) == (0, "inside")
+    assert (row["half_width"], row["verdict"], row["role"]) == (0, "inside", "predicted")
 
 
 def test_rows_that_nobody_knows_are_refused() -> None:

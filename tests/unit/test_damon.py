@@ -209,6 +209,10 @@ def test_without_a_stated_interval_the_option_counts(tmp_path: Path) -> None:
     assert found.snapshots[0].regions[0].share == 18 / 25
     assert not found.stated
     assert refused(tmp_path, FORMS["json"], sample="4 ms").key == "--sample"
+    for wrong in ("0 ms", "a while"):
+        assert refused(tmp_path, FORMS["json"], sample=wrong).key == "--sample"
+    longer = refused(tmp_path, FORMS["raw"], sample="1 h")
+    assert longer.key == "--sample"
 
 
 def test_a_target_is_to_be_chosen_among_several(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def test_a_model_that_is_right(page: str) -> None:
     assert "a \\| wait" in page
     assert "3 against 2 (CPU sharing)" in page
     assert UNANSWERED["D-1"] in page
+    assert "* `fault_hold_ns` = 400, as the base has it: from 0.53 to 0.64 us" in page
 
 
 @pytest.mark.parametrize("page", [1.5], indirect=True)
@@ -77,6 +78,18 @@ def test_a_model_that_is_too_slow(page: str) -> None:
     assert "| 1.50 | 1/4 | predicted | inside |" in page
     shapes = page.split("### Shapes of the curves")[1].split("## Traces", maxsplit=1)[0]
     assert "**outside**" not in shapes
+
+
+def test_a_folder_that_cannot_be_is_told_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(theory, "rows", lambda: pytest.fail("computed"))
+    (tmp_path / "docs").write_text("")
+    done = CliRunner().invoke(main, ["validate", "page", "--out", str(tmp_path / "docs")])
+    assert (done.exit_code, done.output.count("\n")) == (2, 1)
+    done = CliRunner().invoke(main, ["validate", "page", "--memory", "lots"])
+    assert done.exit_code == 2
+    assert done.output.startswith("--memory: 'lots' is not a size")
 
 
 def test_the_page_in_the_repository_has_every_row_of_the_record() -> None:

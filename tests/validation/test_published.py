@@ -67,6 +67,19 @@ def test_ageing_is_predicted() -> None:
     assert [(f.id, f.metric, f.arm) for f in fit] == [("V4-1", "aging_pass", "lock-free ageing")]
 
 
+def test_what_a_base_has_from_the_same_message_is_said() -> None:
+    """What is said to be shared is the base's, not fitted anew, and rests on the message."""
+    for host in hosts():
+        messages = {f.message_id for f in RUN if host_of(f.id) is host}
+        base = load_machine(host.base).parameters
+        for name in host.shared:
+            assert name not in {fitted.name for fitted in host.fitted}
+            source = base[name].source
+            through = [base[word].source for word in source.split() if word in base]
+            assert any(id_ in text for id_ in messages for text in (source, *through)), name
+    assert any(host.shared for host in hosts())
+
+
 def test_a_small_run_end_to_end(tmp_path: Path) -> None:
     """One figure with both arms, from the record to its verdict; the second time from the store."""
     rows = published.rows("V4-1", tmp_path / "store", 1, 16 << 20)
@@ -91,6 +104,13 @@ def test_a_small_run_end_to_end(tmp_path: Path) -> None:
 def test_a_glob_without_a_row_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no row matches 'V4-9'"):
         published.rows("V4-9", tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("only", ["A-7", "V4-8", "V5-4"])
+def test_a_limit_that_leaves_too_little_to_measure_is_refused(only: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--memory: \d+ vCPUs need \d+ MiB at least"):
+        published.rows(only, tmp_path / "store", 1, 32 << 20)
     assert not (tmp_path / "store").exists()
 
 
@@ -133,8 +153,10 @@ def test_the_tally_counts_what_is_missing_as_not_met() -> None:
 
 def test_json_has_no_number_that_json_does_not_know() -> None:
     (told,) = document([row(None)])
-    assert told["deviation"] is None
+    assert told["deviation"] is told["ratio"] is None
     assert told["verdict"] == "missing"
+    (told,) = document([row(1.5, role="fit")])
+    assert (told["role"], told["ratio"], told["deviation"]) == ("fit", 1.5, 0.5)
 
 
 LINE = [(1.0, 1.0), (2.0, 1.0), (4.0, 1.0), (8.0, 2.0), (16.0, 4.0)]
