@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -11,13 +13,15 @@ from rich.text import Text
 from simkvm.show.text import NOTHING, titled_table
 from simkvm.validate.row import PublishedRow, Row, ShapeRow, TheoryRow, TraceRow
 
+R = TypeVar("R", bound=Row)
+
 
 def report(rows: Sequence[Row]) -> RenderableType:
     """A table for each kind of row that is there, and the verdicts counted."""
     kinds: dict[type[Row], list[Row]] = {}
     for row in rows:
         kinds.setdefault(type(row), []).append(row)
-    return Group(*(_TABLES[kind](group) for kind, group in kinds.items()), Text(tally(rows)))
+    return Group(*(_KINDS[kind].table(group) for kind, group in kinds.items()), Text(tally(rows)))
 
 
 def tally(rows: Sequence[Row]) -> str:
@@ -42,100 +46,68 @@ def _number(value: float) -> str:
     return str(int(value)) if value == int(value) else figure(value)
 
 
-def _share(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:+.1%}"
+@dataclass(frozen=True)
+class Kind(Generic[R]):
+    """How rows of one kind are shown: a title, and what stands in which column."""
+
+    title: str
+    columns: Mapping[str, Callable[[R], str]]
+
+    def table(self, rows: Sequence[R]) -> RenderableType:
+        """Their table; id, what and unit come first."""
+        headers = ("id", "what", "unit", *self.columns, "verdict")
+        return titled_table(
+            self.title,
+            headers,
+            [
+                (
+                    row.id,
+                    row.about,
+                    row.unit,
+                    *(of(row) for of in self.columns.values()),
+                    row.verdict,
+                )
+                for row in rows
+            ],
+            left=3,
+        )
 
 
-def _theory(rows: Sequence[Row]) -> RenderableType:
-    headers = ("id", "what", "unit", "theory", "simulated", "deviation", "+-", "verdict")
-    return titled_table(
+_KINDS: dict[type[Row], Kind[Any]] = {
+    TheoryRow: Kind[TheoryRow](
         "Theory",
-        headers,
-        [
-            (
-                row.id,
-                row.about,
-                row.unit,
-                figure(row.expected),
-                figure(row.simulated),
-                _share(row.deviation),
-                f"{row.half_width:.1%}" if row.half_width else "exact",
-                row.verdict,
-            )
-            for row in rows
-            if isinstance(row, TheoryRow)
-        ],
-        left=3,
-    )
-
-
-def _published(rows: Sequence[Row]) -> RenderableType:
-    headers = ("id", "what", "unit", "measured", "simulated", "ratio", "role", "verdict")
-    return titled_table(
+        {
+            "theory": lambda row: figure(row.expected),
+            "simulated": lambda row: figure(row.simulated),
+            "deviation": lambda row: f"{row.deviation:+.1%}",
+            "+-": lambda row: f"{row.half_width:.1%}" if row.half_width else "exact",
+        },
+    ),
+    PublishedRow: Kind[PublishedRow](
         "Published measurements",
-        headers,
-        [
-            (
-                row.id,
-                row.about,
-                row.unit,
-                f"{'> ' if row.bound == 'more than' else ''}{figure(row.measured)}",
-                figure(row.simulated),
-                figure(row.ratio),
-                row.role,
-                row.verdict,
-            )
-            for row in rows
-            if isinstance(row, PublishedRow)
-        ],
-        left=3,
-    )
-
-
-def _traces(rows: Sequence[Row]) -> RenderableType:
-    headers = ("id", "what", "unit", "traced", "simulated", "p", "verdict")
-    return titled_table(
-        "Traces of a real kernel",
-        headers,
-        [
-            (
-                row.id,
-                row.about,
-                row.unit,
-                _number(row.measured),
-                _number(row.simulated),
-                figure(row.p_value),
-                row.verdict,
-            )
-            for row in rows
-            if isinstance(row, TraceRow)
-        ],
-        left=3,
-    )
-
-
-def _shapes(rows: Sequence[Row]) -> RenderableType:
-    headers = ("id", "what", "unit", "measured", "simulated", "low", "high", "role", "verdict")
-    return titled_table(
+        {
+            "measured": lambda row: f"{row.prefix}{figure(row.measured)}",
+            "simulated": lambda row: figure(row.simulated),
+            "ratio": lambda row: figure(row.ratio),
+            "role": lambda row: row.role,
+        },
+    ),
+    ShapeRow: Kind[ShapeRow](
         "Shapes of the published curves",
-        headers,
-        [
-            (
-                row.id,
-                row.about,
-                row.unit,
-                figure(row.measured),
-                figure(row.simulated),
-                figure(row.low),
-                figure(row.high),
-                row.role,
-                row.verdict,
-            )
-            for row in rows
-            if isinstance(row, ShapeRow)
-        ],
-        left=3,
-    )
-
-
-_TABLES = {TheoryRow: _theory, PublishedRow: _published, ShapeRow: _shapes, TraceRow: _traces}
+        {
+            "measured": lambda row: figure(row.measured),
+            "simulated": lambda row: figure(row.simulated),
+            "low": lambda row: figure(row.low),
+            "high": lambda row: figure(row.high),
+            "role": lambda row: row.role,
+        },
+    ),
+    TraceRow: Kind[TraceRow](
+        "Traces of a real kernel",
+        {
+            "traced": lambda row: _number(row.measured),
+            "simulated": lambda row: _number(row.simulated),
+            "p": lambda row: figure(row.p_value),
+        },
+    ),
+}

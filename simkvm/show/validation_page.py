@@ -157,7 +157,7 @@ def _host(host: Host, rows: Sequence[PublishedRow]) -> list[str]:
                 row.id,
                 row.params,
                 row.about,
-                f"{'> ' if row.bound == 'more than' else ''}{figure(row.measured)} {row.unit}",
+                f"{row.prefix}{figure(row.measured)} {row.unit}",
                 f"{figure(row.simulated)} {row.unit if row.simulated is not None else ''}".strip(),
                 "-" if row.ratio is None else f"{row.ratio:.2f}",
                 f"1/{round(1 / row.scale)}" if row.scale < 1 else "1",

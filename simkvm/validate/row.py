@@ -79,6 +79,11 @@ class PublishedRow:
         return f"{self.metric}, {self.arm}"
 
     @property
+    def prefix(self) -> str:
+        """What stands before the measured figure where it is a bound."""
+        return "> " if self.bound == "more than" else ""
+
+    @property
     def deviation(self) -> float | None:
         """Simulated over measured, minus 1."""
         return None if self.simulated is None else _deviation(self.measured, self.simulated)
