@@ -101,6 +101,15 @@ def test_a_small_run_end_to_end(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 
+@pytest.mark.parametrize("id_", ["S-1.1", "T-3.1"])
+def test_a_row_with_a_constant_of_its_own_comes_out(id_: str, tmp_path: Path) -> None:
+    """One constant an arm was fitted to it: one that it does not hang on would show here."""
+    rows = published.rows(id_, tmp_path / "store", 1)
+    assert [row.role for row in rows if isinstance(row, PublishedRow)] == ["fit", "fit"]
+    for row in rows:
+        assert row.simulated == pytest.approx(row.measured, rel=0.02), row.id
+
+
 def test_a_glob_without_a_row_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no row matches 'V4-9'"):
         published.rows("V4-9", tmp_path / "store")
