@@ -45,6 +45,13 @@ def test_files_that_are_named_exist(document: Path) -> None:
             assert (ROOT / name).exists(), f"{document.name}: {name}"
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_name_no_path_of_the_machine_that_wrote_the_page(document: Path) -> None:
+    """Generated pages list the commands that they ran; a reader runs them in a checkout."""
+    for line in re.findall(r"(?m)^    .*simkvm .*$", document.read_text()):
+        assert not re.search(r"(?:^|[\s=])/\w", line), line
+
+
 def test_no_address_of_a_registry_in_what_git_keeps() -> None:
     kept = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
