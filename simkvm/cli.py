@@ -8,10 +8,10 @@ point of a sweep has no result, or a result did not come out again); 2 wrong inp
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,20 @@ sets_option = click.option(
 seed_option = click.option(
     "--seed", type=click.IntRange(min=0), metavar="N", help="Use this seed, not the file's."
 )
+jobs_option = click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes to run points in; default: one a CPU.",
+)
+memory_option = click.option(
+    "--memory",
+    default="32 GiB",
+    callback=_size,
+    show_default=True,
+    metavar="SIZE",
+    help="Guest memory that a benchmark may fault in; what needs more is scaled down.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -154,12 +168,7 @@ def run(
     metavar="N",
     help="Run every point N times, each with random streams of its own.",
 )
-@click.option(
-    "--jobs",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Processes to run points in; default: one a CPU.",
-)
+@jobs_option
 @click.option(
     "--shard",
     callback=_shard,
@@ -184,14 +193,9 @@ def sweep(
 ) -> None:
     """Simulate what a store lacks of a sweep, and report."""
     from simkvm.show import document, points, tables
-    from simkvm.study.executor import BackendLost
 
-    try:
+    with _going_on():
         results = api.sweep(file, out, jobs, replications, set=sets, seed=seed, shard=shard)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"{stop}; the same command goes on from there") from None
-    except BackendLost as lost:
-        raise click.ClickException(f"{lost}; the same command goes on from there") from None
     if as_json:
         click.echo(document.as_json(document.sweep_document(results, results.failed)))
     else:
@@ -226,12 +230,7 @@ def sweep(
     metavar="N",
     help="Run everything N times, each with random streams of its own.",
 )
-@click.option(
-    "--jobs",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Processes to run points in; default: one a CPU.",
-)
+@jobs_option
 @click.option("--out", metavar="DIR", help="The store; default: results/NAME-sensitivity.")
 @seed_option
 @json_option
@@ -257,9 +256,8 @@ def sensitivity(
     from simkvm.show import document
     from simkvm.show.sensitivity import document as as_document
     from simkvm.show.sensitivity import report
-    from simkvm.study.executor import BackendLost
 
-    try:
+    with _going_on():
         analysis = api.sensitivity(
             file,
             metric,
@@ -271,10 +269,6 @@ def sensitivity(
             set=sets,
             seed=seed,
         )
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"{stop}; the same command goes on from there") from None
-    except BackendLost as lost:
-        raise click.ClickException(f"{lost}; the same command goes on from there") from None
     if as_json:
         click.echo(document.as_json(as_document(analysis)))
     else:
@@ -461,13 +455,14 @@ def ftrace(files: tuple[str, ...], *, phase: str, out: str | None, as_json: bool
     bpftrace script, plain or .gz; - is stdin. contrib/ has the recipes.
     """
     from simkvm.measure import observation, read
+    from simkvm.show import document
     from simkvm.show.measurements import observation_report
 
     rows = [row for file in files for row in read.read(file, phase)]
     if out is not None:
         observation.write(rows, out)
     if as_json:
-        click.echo(json.dumps(observation.document(rows), indent=2, allow_nan=False))
+        click.echo(document.as_json(observation.document(rows)))
     else:
         _show(observation_report(rows))
 
@@ -553,13 +548,14 @@ def calibrate(
     meanwhile; contrib/README.md lists the phases.
     """
     from simkvm.measure.profile import calibrated, written
+    from simkvm.show import document
     from simkvm.show.measurements import calibration_report
 
     calibration = calibrated(files, machine, overhead=overhead, kernel=kernel, out=out)
     if out is not None:
         written(calibration, out)
     if as_json:
-        click.echo(json.dumps(calibration.document(), indent=2, allow_nan=False))
+        click.echo(document.as_json(calibration.document()))
     else:
         _show(calibration_report(calibration, out))
 
@@ -590,12 +586,7 @@ def calibrate(
     metavar="N",
     help="Runs of every point whose figure gets an interval.",
 )
-@click.option(
-    "--jobs",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Processes to run points in; default: one a CPU.",
-)
+@jobs_option
 def answers(
     *,
     names: tuple[str, ...],
@@ -614,10 +605,9 @@ def answers(
 
     runs = Runs(Path(folder), Path(store), jobs, replications)
     try:
-        for path in write(names, Path(out), runs):
-            click.echo(str(path))
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"{stop}; the same command goes on from there") from None
+        with _going_on():
+            for path in write(names, Path(out), runs):
+                click.echo(str(path))
     except Unfinished as missing:
         raise click.ClickException(str(missing)) from None
 
@@ -642,21 +632,9 @@ def theory(*, only: str, as_json: bool) -> None:
 
 @validate.command()
 @click.option("--only", metavar="GLOB", default="*", help="Only rows whose id matches.")
-@click.option(
-    "--jobs",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Processes to run benchmarks in; default: one a CPU.",
-)
+@jobs_option
 @click.option("--out", metavar="DIR", help="Keep the runs in this store, and use what is there.")
-@click.option(
-    "--memory",
-    default="32 GiB",
-    callback=_size,
-    show_default=True,
-    metavar="SIZE",
-    help="Guest memory that a benchmark may fault in; what needs more is scaled down.",
-)
+@memory_option
 @json_option
 def published(*, only: str, jobs: int | None, out: str | None, memory: int, as_json: bool) -> None:
     """Figures that were measured on real machines.
@@ -671,15 +649,8 @@ def published(*, only: str, jobs: int | None, out: str | None, memory: int, as_j
 @validate.command()
 @click.option("--out", default="docs", show_default=True, metavar="DIR", help="Write it here.")
 @click.option("--store", metavar="DIR", help="Keep the benchmarks' runs in this store.")
-@click.option(
-    "--memory",
-    default="32 GiB",
-    callback=_size,
-    show_default=True,
-    metavar="SIZE",
-    help="As published has it.",
-)
-@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="As published has it.")
+@memory_option
+@jobs_option
 def page(*, out: str, store: str | None, memory: int, jobs: int | None) -> None:
     """All of it as DIR/validation.md, with figures.
 
@@ -700,6 +671,19 @@ def traces(*, as_json: bool) -> None:
     _report_rows(list(rows()), as_json=as_json)
 
 
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Around work that a store keeps: what stops it says that the same command goes on."""
+    from simkvm.study.executor import BackendLost
+
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"{stop}; the same command goes on from there") from None
+    except BackendLost as lost:
+        raise click.ClickException(f"{lost}; the same command goes on from there") from None
+
+
 def _show(report: RenderableType) -> None:
     from simkvm.show.text import render
 
@@ -708,11 +692,12 @@ def _show(report: RenderableType) -> None:
 
 
 def _report_rows(rows: Sequence[Row], *, as_json: bool) -> None:
+    from simkvm.show import document
     from simkvm.show.validation import report
-    from simkvm.validate.row import document
+    from simkvm.validate.row import document as as_document
 
     if as_json:
-        click.echo(json.dumps(document(rows), indent=2, allow_nan=False))
+        click.echo(document.as_json(as_document(rows)))
     else:
         _show(report(rows))
 

@@ -71,6 +71,6 @@ def _ranked(rising: pd.Series[int], share: float) -> int | None:
     return int(rising.iloc[math.ceil(share * len(rising)) - 1])
 
 
-def as_json(document: Mapping[str, Any]) -> str:
+def as_json(document: Any) -> str:
     """The text of a document."""
     return json.dumps(document, indent=2, allow_nan=False)

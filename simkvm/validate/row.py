@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import pandas as pd
+from simkvm.study.store import plain
 
 TOLERANCE = 0.20
 """A published figure counts as met when the simulated one is within this share of it."""
@@ -174,18 +174,7 @@ Row = TheoryRow | PublishedRow | ShapeRow | TraceRow
 
 def document(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """The rows as plain mappings, derived figures included; what does not exist is null."""
-    return [
-        {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in (asdict(row) | _verdict(row)).items()
-        }
-        for row in rows
-    ]
-
-
-def frame(rows: Iterable[Row]) -> pd.DataFrame:
-    """The rows as a DataFrame."""
-    return pd.DataFrame(document(rows))
+    return [plain(asdict(row) | _verdict(row)) for row in rows]
 
 
 def _deviation(reference: float, simulated: float) -> float:
