@@ -16,18 +16,6 @@ from simkvm.validate.curves import AXES, curves
 from simkvm.validate.hosts import Host, host_of, hosts
 from simkvm.validate.row import PublishedRow, Row, ShapeRow, TheoryRow, TraceRow
 
-TITLES = {
-    "A-": "Write-locked and read-locked faults, arm64",
-    "S-1.": "Splitting blocks under dirty logging, AmpereOne",
-    "T-3.": "Unmapping with and without range invalidation, arm64",
-    "V4-": "Ageing while vCPUs populate, x86",
-}
-FIGURES = {
-    "A-": "parallel-faults",
-    "S-1.": "eager-split",
-    "T-3.": "range-tlbi",
-    "V4-": "ageing-x86",
-}
 MEASURED = """\
 Each figure that somebody measured on a real machine and sent to a list, its benchmark run again.
 None of these machines was at hand and most are not even named, so each is a shipped profile with a
@@ -77,8 +65,8 @@ def _figures(out: Path, rows: Sequence[PublishedRow]) -> Iterable[Path]:
     for axis in AXES:
         mine = [curve for curve in found if curve.set_ == axis.rows]
         if mine:
-            path = out / "validation" / f"{FIGURES[axis.rows]}.png"
-            yield write_figure(measured_and_simulated(TITLES[axis.rows], mine), path)
+            path = out / "validation" / f"{axis.name}.png"
+            yield write_figure(measured_and_simulated(axis.title, mine), path)
 
 
 def _head(

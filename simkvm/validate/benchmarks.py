@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from simkvm.scenario.errors import InputError
+from simkvm.scenario.machine import load_machine
 from simkvm.scenario.schema import Scenario
 from simkvm.units import DURATION_NS, SIZE_BYTES, format_size
 
@@ -208,16 +209,7 @@ class Unmap:
 class AgeingWhilePopulating:
     """``access_tracking_perf_test -l -p``: vCPUs populate while MGLRU ages without a pause."""
 
-    kernels: ClassVar[Mapping[str, Any]] = {
-        "no ageing": "linux-6.12-x86",
-        "write-locked ageing": "linux-6.12-x86",
-        "lock-free ageing": "linux-6.15-x86",
-    }
-    phases: ClassVar[Mapping[str, str]] = {"vcpu_wall": "vcpu wall time"}
-
-    def kernel(self, figure: Figure) -> Any:
-        """By arm."""
-        return self.kernels[figure.arm]
+    kernels: Mapping[str, Any]  #: by arm
 
     def run(self, figure: Figure, host: Host, limit_bytes: int) -> Run:
         """Without ageing the vCPUs alone."""
@@ -226,7 +218,7 @@ class AgeingWhilePopulating:
         memory = GIB // factor
         if figure.arm == "no ageing":
             guest = {"vcpus": vcpus, "memory_per_vcpu": memory, "access": {"pattern": "populate"}}
-            keys: dict[str, Any] = {"kernel": self.kernel(figure), "guests": {"vm": guest}}
+            keys: dict[str, Any] = {"kernel": self.kernels[figure.arm], "guests": {"vm": guest}}
             return Run(_scenario(figure, host, {}, **keys), 1 / factor)
         selftest = {
             "test": "access_tracking_perf_test",
@@ -235,8 +227,9 @@ class AgeingWhilePopulating:
             "lru_gen": True,
             "age_while_populating": True,
         }
-        keys = {"kernel": self.kernel(figure), "selftest": selftest}
-        scaled = {"lru_gen_read_ns": _constant(host, "lru_gen_read_ns") / factor}
+        keys = {"kernel": self.kernels[figure.arm], "selftest": selftest}
+        read_ns = load_machine(host.machine())["lru_gen_read_ns"]
+        scaled = {"lru_gen_read_ns": read_ns / factor}
         return Run(_scenario(figure, host, scaled, **keys), 1 / factor)
 
     def value(self, figure: Figure, result: Result, scale: float) -> float:
@@ -252,24 +245,13 @@ class AgeingWhilePopulating:
 
 
 @dataclass(frozen=True)
-class AgeingWhilePopulatingArm64(AgeingWhilePopulating):
-    """The same on arm64, where kernels were patched to ask once for each PTE."""
-
-    kernels: ClassVar[Mapping[str, Any]] = {
-        "one notifier call per PTE": {"base": "linux-6.12", "set": {"ageing_lock": "read"}},
-        "read-locked ageing": {"base": "linux-6.12", "set": {"ageing_lock": "read"}},
-        "write-locked ageing": "linux-6.12",
-    }
-
-
-@dataclass(frozen=True)
 class AgeingWhileIdle:
     """``access_tracking_perf_test -l``: a pass over what was touched, one over what was not."""
 
     wait_ns: ClassVar[int] = 10 * DURATION_NS["s"]  #: longer than a pass
+    passes: ClassVar[Mapping[str, int]] = {"pass_young": 1, "pass_old": 2}
     kernel: Any
     vcpus: int
-    passes: Mapping[str, int] = field(default_factory=lambda: {"pass_young": 1, "pass_old": 2})
 
     def run(self, figure: Figure, host: Host, limit_bytes: int) -> Run:
         """Static memory: mapped and aged once, then touched and aged, then aged again.
@@ -327,17 +309,32 @@ class Kill:
 TWICE = {"ageing_call": "per_pte_twice"}
 READ_LOCKED = {"base": "linux-6.12", "set": {"ageing_lock": "read"}}
 LOCK_FREE = {"base": "linux-6.15-x86", "set": {}}
+AGEING_ON_X86 = AgeingWhilePopulating(
+    {
+        "no ageing": "linux-6.12-x86",
+        "write-locked ageing": "linux-6.12-x86",
+        "lock-free ageing": "linux-6.15-x86",
+    }
+)
+#: Where kernels were patched to ask once for each PTE.
+AGEING_ON_ARM64 = AgeingWhilePopulating(
+    {
+        "one notifier call per PTE": READ_LOCKED,
+        "read-locked ageing": READ_LOCKED,
+        "write-locked ageing": "linux-6.12",
+    }
+)
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     "A-*": DirtyLogPerf(),
     "K-1": Kill(),
     "S-1.*": SparseWrites(),
     "T-3.*": Unmap(),
-    "V4-*": AgeingWhilePopulating(),
+    "V4-*": AGEING_ON_X86,
     "V5-[123]": AgeingWhileIdle(LOCK_FREE, 32),
     "V5-[45]": AgeingWhileIdle(READ_LOCKED, 16),
-    "V5-6": AgeingWhilePopulatingArm64(),
-    "V6-1": AgeingWhilePopulatingArm64(),
+    "V5-6": AGEING_ON_ARM64,
+    "V6-1": AGEING_ON_ARM64,
 }
 """Which benchmark shows which figures, by their ids."""
 
@@ -346,10 +343,3 @@ UNANSWERED: Mapping[str, str] = {
     "count of writes cannot be had from the model",
 }
 """Figures that nothing is run for, and why."""
-
-
-def _constant(host: Host, name: str) -> float:
-    """A machine constant as the host has it."""
-    from simkvm.scenario.machine import load_machine
-
-    return load_machine(host.machine())[name]

@@ -32,6 +32,9 @@ class Axis:
     label: str
     pairs: tuple[tuple[str, str], ...]
     """Arms whose ratio says something: (the one above, the one below)."""
+    title: str
+    name: str
+    """Of the figure's file."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,32 @@ AXES = (
         r"-v (\d+)",
         "vCPUs",
         (("write-locked faults", "parallel faults (read lock)"),),
+        "Write-locked and read-locked faults, arm64",
+        "parallel-faults",
     ),
-    Axis("S-1.", r"(\d+) vCPUs", "vCPUs", (("split on fault", "eager split"),)),
-    Axis("T-3.", r"(\d+) GB", "GiB", (("TLBI per PTE", "range TLBI"),)),
+    Axis(
+        "S-1.",
+        r"(\d+) vCPUs",
+        "vCPUs",
+        (("split on fault", "eager split"),),
+        "Splitting blocks under dirty logging, AmpereOne",
+        "eager-split",
+    ),
+    Axis(
+        "T-3.",
+        r"(\d+) GB",
+        "GiB",
+        (("TLBI per PTE", "range TLBI"),),
+        "Unmapping with and without range invalidation, arm64",
+        "range-tlbi",
+    ),
     Axis(
         "V4-",
         r"-v (\d+)",
         "vCPUs",
         (("write-locked ageing", "lock-free ageing"), ("write-locked ageing", "no ageing")),
+        "Ageing while vCPUs populate, x86",
+        "ageing-x86",
     ),
 )
 """The curves of the record."""

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,11 +88,16 @@ def rows(
 
 def explanation(row: PublishedRow) -> str:
     """Why a row is missed, as far as that was found out (``data/misses.toml``)."""
-    for entry in tomllib.loads(data("misses.toml")).get("miss", []):
+    for entry in _misses():
         patterns = (entry["id"], entry.get("metric", "*"), entry.get("arm", "*"))
         if all(map(fnmatchcase, (row.id, row.metric, row.arm), patterns)):
             return " ".join(entry["why"].split())
     return "not explained"
+
+
+@cache
+def _misses() -> list[dict[str, str]]:
+    return list(tomllib.loads(data("misses.toml"))["miss"])
 
 
 def _chosen(only: str) -> list[Figure]:

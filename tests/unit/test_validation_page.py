@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from simkvm.cli import main
-from simkvm.show import validation_page
 from simkvm.validate import published, theory, traces
 from simkvm.validate.benchmarks import UNANSWERED
+from simkvm.validate.curves import AXES
 from simkvm.validate.row import PublishedRow, TheoryRow, TraceRow
 
 ROOT = Path(__file__).parents[2]
@@ -44,9 +44,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtur
     assert done.exit_code == 0, done.output
     written = [Path(line) for line in done.output.splitlines()]
     assert written[0] == tmp_path / "validation.md"
-    assert [path.name for path in written[1:]] == [
-        f"{name}.png" for name in validation_page.FIGURES.values()
-    ]
+    assert [path.name for path in written[1:]] == [f"{axis.name}.png" for axis in AXES]
     text = written[0].read_text(encoding="utf-8")
     assert all(f"](validation/{path.name})" in text for path in written[1:])
     return text
