@@ -186,13 +186,8 @@ class AgeingWalk:
         """One host page table, under its lock."""
         kvm = self.kvm
         t_ns = yield from reach(self.env, t_ns)
-        if any(vcpu.fault.holds_table(table, t_ns) for vcpu in kvm.vcpus):
-            report.skipped_tables += 1  # a trylock that fails: a fault is installing an entry
+        if not self._trylock(t_ns, table, report):
             return t_ns, 0
-        kvm.host.lock_for_ageing(table, t_ns)
-        self.task.cpu.spin(t_ns)
-        for vcpu in kvm.vcpus:
-            vcpu.catch_up(t_ns)
         leaves = kvm.host.table_leaves(table)
         if not len(leaves):
             kvm.host.unlock(t_ns)
@@ -208,6 +203,18 @@ class AgeingWalk:
             return (yield from self._huge_page(t_ns, huge, report))
         return (yield from self._leaves(t_ns, leaves, report))
 
+    def _trylock(self, t_ns: int, table: int, report: Pass) -> bool:
+        """Take the lock of a host table at ``t_ns``, unless a fault is installing an entry."""
+        kvm = self.kvm
+        if any(vcpu.fault.holds_table(table, t_ns) for vcpu in kvm.vcpus):
+            report.skipped_tables += 1
+            return False
+        kvm.host.lock_for_ageing(table, t_ns)
+        self.task.cpu.spin(t_ns)
+        for vcpu in kvm.vcpus:
+            vcpu.catch_up(t_ns)
+        return True
+
     def _huge_leaves(
         self, t_ns: int, table: int, leaves: Leaves, report: Pass
     ) -> Generator[Event, Any, tuple[int, int]]:
@@ -218,13 +225,8 @@ class AgeingWalk:
         moved = 0
         for first in range(0, len(leaves), PMD_BUNCH):
             t_ns = yield from reach(self.env, t_ns)
-            if any(vcpu.fault.holds_table(table, t_ns) for vcpu in self.kvm.vcpus):
-                report.skipped_tables += 1
+            if not self._trylock(t_ns, table, report):
                 continue
-            self.kvm.host.lock_for_ageing(table, t_ns)
-            self.task.cpu.spin(t_ns)
-            for vcpu in self.kvm.vcpus:
-                vcpu.catch_up(t_ns)
             bunch = leaves[first : first + PMD_BUNCH]
             bunch = bunch[(self.kvm.host.state[bunch] & OWN) != 0]
             if not len(bunch):

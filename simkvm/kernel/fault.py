@@ -133,14 +133,10 @@ class FaultPath:
     def _gup_ns(self, state: int, write: bool) -> int:
         """GUP's slow path, where the host's entry ``state`` does not do for the access."""
         if not state:
-            return self._filling_ns(write)
+            return self._alloc_ns if write else self._costs.gup_zero_ns
         if not write:
             return self._costs.gup_zero_ns
         return self._costs.gup_copy_ns if state < MIGRATION else self._settling_ns(state)
-
-    def _filling_ns(self, write: bool) -> int:
-        """GUP's slow path where nothing is mapped."""
-        return self._alloc_ns if write else self._costs.gup_zero_ns
 
     def _settling_ns(self, state: int) -> int:
         """GUP's slow path for a write to a page that is there, but not to be written like this."""
