@@ -52,8 +52,7 @@ class FreePageReporting(Contender):
     def _free_blocks(self, t_ns: int) -> NDArray[np.int64]:
         """Blocks that are backed and have been idle, in ascending order."""
         kvm, shape = self.kvm, (self._blocks, self._block_leaves)
-        for vcpu in kvm.vcpus:
-            vcpu.catch_up(t_ns)
+        kvm.accesses.catch_up(t_ns, 0, kvm.leaves)
         whole = self._blocks * self._block_leaves
         backed = (kvm.host.state[:whole] != 0).reshape(shape).any(axis=1)
         touched = kvm.last_touch_ns[:whole].reshape(shape).max(axis=1)

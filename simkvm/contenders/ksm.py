@@ -65,8 +65,7 @@ class Ksm(Contender):
             due_ns = t_ns + self._spec.sleep
 
     def _scan(self, t_ns: int) -> Steps:
-        for vcpu in self.kvm.vcpus:
-            vcpu.catch_up(t_ns)
+        self.kvm.accesses.catch_up(t_ns, 0, self.kvm.leaves)
         for _ in range(self._spec.pages_to_scan):
             leaf = self._next()
             if leaf is None:

@@ -211,8 +211,8 @@ class AgeingWalk:
             return False
         kvm.host.lock_for_ageing(table, t_ns)
         self.task.cpu.spin(t_ns)
-        for vcpu in kvm.vcpus:
-            vcpu.catch_up(t_ns)
+        first = table * kvm.host.entries
+        kvm.accesses.catch_up(t_ns, first, min(first + kvm.host.entries, kvm.leaves))
         return True
 
     def _huge_leaves(

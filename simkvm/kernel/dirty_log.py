@@ -136,8 +136,7 @@ class DirtyLog:
     def _protect(self, t_ns: int, first: int, last: int) -> int:
         """Take WRITE from a chunk; translations that allow it live to the end of the last one."""
         kvm = self._kvm
-        for vcpu in kvm.vcpus:
-            vcpu.catch_up(t_ns)
+        kvm.accesses.catch_up(t_ns, first, last)
         young = kvm.leaves_change(first, last, WRITE)
         visits, changed = kvm.stage2.write_protect(first, last)
         end_ns = t_ns + visits * kvm.costs.unmap.visit_ns + changed * self._store_ns
@@ -193,8 +192,7 @@ class DirtyLog:
     def _protect_words(self, t_ns: int, part: range) -> tuple[int, int]:
         """The loop over the bitmap: for each word with bits a walk from its first to its last."""
         kvm, costs = self._kvm, self._kvm.costs
-        for vcpu in kvm.vcpus:
-            vcpu.catch_up(t_ns)
+        kvm.accesses.catch_up(t_ns, part.start, part.stop)
         whole = slice(part.start, part.stop)
         self.got[whole] &= self._bitmap[whole]
         bits = part.start + np.flatnonzero(self.got[whole])

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from simpy import Environment, Event
 
+from simkvm.guest.accesses import Accesses, Explicit
 from simkvm.kernel import table_free
 from simkvm.kernel.cacheline import CacheLine, LineCosts
 from simkvm.kernel.cmpxchg_race import CmpxchgRaces, Loads
@@ -126,6 +127,7 @@ class Kvm:
         #: Whether MGLRU walks page tables: on arm64 host and guest have the flag, or neither.
         self.walks_page_tables = machine.hw_af or machine.arch != "arm64"
         self.vcpus: list[Vcpu] = []
+        self.accesses: Accesses = Explicit(self.vcpus)
         self.in_ioctl: list[Event] = []  #: one for the end of each fault that no running vCPU takes
         # Shares of the memory may meet inside a block.
         meeting = self.leaf_pages > 1 or block_bytes is not None or not _apart(guest.access)
@@ -328,8 +330,7 @@ class Kvm:
         """Ageing clears the accessed flags of ``leaves`` (distinct, young) at ``t_ns``."""
         self.stage2.clear_young(leaves)
         if self.software_af and len(leaves):
-            for vcpu in self.vcpus:
-                vcpu.cleared(leaves, t_ns)
+            self.accesses.cleared(leaves, t_ns)
 
     def age_lockless(self, batch: Loads, t_ns: int) -> NDArray[np.int64]:
         """A walk without lock from ``t_ns`` on comes by the leaves of ``batch``.
@@ -365,9 +366,8 @@ class Kvm:
 
     def forget_vmid(self, t_ns: int) -> None:
         """What :meth:`flush_vmid` does to the vCPUs."""
-        for vcpu in self.vcpus:
-            vcpu.catch_up(t_ns)
-            vcpu.flushed(t_ns)
+        self.accesses.catch_up(t_ns, 0, self.leaves)
+        self.accesses.flushed(t_ns, 0, 0)
 
     def leaf_changes(self, leaf: int, t_ns: int) -> None:
         """A fault is going to change ``leaf`` at ``t_ns``, if it is there and young."""
@@ -423,8 +423,7 @@ class Kvm:
 
         Returns when the walk and its invalidation are done.
         """
-        for vcpu in self.vcpus:
-            vcpu.catch_up(t_ns)
+        self.accesses.catch_up(t_ns, first, last)
         young = self.leaves_change(first, last)
         walk, end = unmap_walk(self, first, last, t_ns)
         self.leaves_changed(young, t_ns, walk.elapsed_ns)
@@ -433,8 +432,7 @@ class Kvm:
             self.table_free.unlinked(self, table, t_ns + at_ns, cpu)
         self.unmapped_pages += walk.pages * self.leaf_pages
         if self.deferred_tlbi or walk.leaves or walk.tables:
-            for vcpu in self.vcpus:
-                vcpu.flushed(t_ns)
+            self.accesses.flushed(t_ns, first, last)
         return end
 
     def flush_ns(self, t_ns: int, alone_ns: int | None = None) -> int:
@@ -453,23 +451,19 @@ class Kvm:
     @contextmanager
     def mappings_going(self, t_ns: int) -> Iterator[None]:
         """Around a change that takes rights or mappings away, and translations with them."""
-        for vcpu in self.vcpus:
-            vcpu.catch_up(t_ns)
+        self.accesses.catch_up(t_ns, 0, self.leaves)
         yield
-        for vcpu in self.vcpus:
-            vcpu.flushed(t_ns)
+        self.accesses.flushed(t_ns, 0, self.leaves)
 
     def zap_leaves(self, t_ns: int, first: int, last: int) -> int:
         """Zap the leaves ``first`` up to ``last`` at ``t_ns``; tables stay, nothing is flushed.
 
         Returns how many pages they mapped, in units of a leaf.
         """
-        for vcpu in self.vcpus:
-            vcpu.catch_up(t_ns)
+        self.accesses.catch_up(t_ns, first, last)
         removed = UnmapWalk(self.stage2, first, last, FREE, keep=True).pages
         if removed:
-            for vcpu in self.vcpus:
-                vcpu.unmapped(t_ns)
+            self.accesses.unmapped(t_ns, first, last)
         return removed
 
     def lock_break(self, cpu: Cpu, t_ns: int) -> bool:

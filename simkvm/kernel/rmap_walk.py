@@ -115,8 +115,8 @@ class RmapAgeing:
             t_ns = yield from reach(kvm.env, until_ns)
         kvm.host.lock_for_ageing(table, t_ns)
         self.task.cpu.spin(t_ns)
-        for vcpu in kvm.vcpus:
-            vcpu.catch_up(t_ns)
+        first = table * kvm.host.entries
+        kvm.accesses.catch_up(t_ns, first, min(first + kvm.host.entries, kvm.leaves))
         return t_ns
 
     def faults_until(self, t_ns: int, table: int) -> int:

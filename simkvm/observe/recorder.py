@@ -54,8 +54,7 @@ class Recorder:
     def finish(self, world: World, end_ns: int) -> Record:
         """The record of ``world``, which ended at ``end_ns``."""
         for kvm in world.kvms:
-            for vcpu in kvm.vcpus:
-                vcpu.catch_up(end_ns)
+            kvm.accesses.catch_up(end_ns, 0, kvm.leaves)
         self.absorb(world, everything=True)
         passes = [
             *(world.ageing.passes if world.ageing else []),

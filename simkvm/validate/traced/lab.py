@@ -64,7 +64,8 @@ class Lab:
         self.world = world(guest={"memory": memory, **(guest or {})}, **keys)
         self.env = self.world.env
         self.kvm = self.world.kvms[0]
-        self.vcpus, self.kvm.vcpus = self.kvm.vcpus, []  # those that run are the guest's
+        self.vcpus = list(self.kvm.vcpus)
+        self.kvm.vcpus.clear()  # those that run are the guest's
         self.task = Task("lab", self.world.cpus[-1])
         self.methods: dict[str, AgeingMethod] = {}
         self.t_ns = 0

@@ -1,0 +1,63 @@
+"""What the kernel's side asks of all vCPUs of a guest at once: the two access engines' contract.
+
+Whoever reads accessed flags asks first that they be brought up to date, for the leaves that it is
+about to look at; whoever takes mappings or translations away says so afterwards. *Explicit* vCPUs
+have every touch planned, so each applies its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from simkvm.guest.vcpu import Vcpu
+
+
+class Accesses(Protocol):
+    """An access engine. ``first`` up to ``last`` are leaves of the guest."""
+
+    def catch_up(self, t_ns: int, first: int, last: int) -> None:
+        """Let the accessed flags of these leaves show what was touched before ``t_ns``."""
+        ...
+
+    def cleared(self, leaves: NDArray[np.int64], t_ns: int) -> None:
+        """Ageing cleared the accessed flags of ``leaves`` at ``t_ns``."""
+        ...
+
+    def flushed(self, t_ns: int, first: int, last: int) -> None:
+        """The VM's translations were invalidated at ``t_ns``; mappings in the range may be gone."""
+        ...
+
+    def unmapped(self, t_ns: int, first: int, last: int) -> None:
+        """Mappings in the range may have gone at ``t_ns``; whoever took them flushes later."""
+        ...
+
+
+class Explicit:
+    """Every touch is drawn or replayed, by the vCPU that makes it."""
+
+    def __init__(self, vcpus: list[Vcpu]) -> None:
+        self._vcpus = vcpus
+
+    def catch_up(self, t_ns: int, first: int, last: int) -> None:
+        """All planned touches are applied, whatever the range."""
+        for vcpu in self._vcpus:
+            vcpu.catch_up(t_ns)
+
+    def cleared(self, leaves: NDArray[np.int64], t_ns: int) -> None:
+        """Where software sets the flag a plan may count on it."""
+        for vcpu in self._vcpus:
+            vcpu.cleared(leaves, t_ns)
+
+    def flushed(self, t_ns: int, first: int, last: int) -> None:
+        """Each vCPU's TLB is empty, and its next fault may come earlier."""
+        for vcpu in self._vcpus:
+            vcpu.flushed(t_ns)
+
+    def unmapped(self, t_ns: int, first: int, last: int) -> None:
+        """Each vCPU's next fault may come earlier."""
+        for vcpu in self._vcpus:
+            vcpu.unmapped(t_ns)
