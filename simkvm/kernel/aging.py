@@ -190,15 +190,15 @@ class AgeingWalk:
             return t_ns, 0
         leaves = kvm.host.table_leaves(table)
         if not len(leaves):
-            kvm.host.unlock(t_ns)
+            kvm.host.unlock_table(table, t_ns)
             return t_ns, 0
         if kvm.leaf_pages > 1:
-            kvm.host.unlock(t_ns)
+            kvm.host.unlock_table(table, t_ns)
             return (yield from self._huge_leaves(t_ns, table, leaves, report))
         huge = kvm.huge_page(table)
         if huge is not None:
             if not len(huge):
-                kvm.host.unlock(t_ns)
+                kvm.host.unlock_table(table, t_ns)
                 return t_ns, 0
             return (yield from self._huge_page(t_ns, huge, report))
         return (yield from self._leaves(t_ns, leaves, report))
@@ -206,10 +206,11 @@ class AgeingWalk:
     def _trylock(self, t_ns: int, table: int, report: Pass) -> bool:
         """Take the lock of a host table at ``t_ns``, unless a fault is installing an entry."""
         kvm = self.kvm
-        if any(vcpu.fault.holds_table(table, t_ns) for vcpu in kvm.vcpus):
+        held = table in kvm.host.locked
+        if held or any(vcpu.fault.holds_table(table, t_ns) for vcpu in kvm.vcpus):
             report.skipped_tables += 1
             return False
-        kvm.host.lock_for_ageing(table, t_ns)
+        kvm.host.lock_table(table, t_ns)
         self.task.cpu.spin(t_ns)
         first = table * kvm.host.entries
         kvm.accesses.catch_up(t_ns, first, min(first + kvm.host.entries, kvm.leaves))
@@ -230,7 +231,7 @@ class AgeingWalk:
             bunch = leaves[first : first + PMD_BUNCH]
             bunch = bunch[(self.kvm.host.state[bunch] & OWN) != 0]
             if not len(bunch):
-                self.kvm.host.unlock(t_ns)
+                self.kvm.host.unlock_table(table, t_ns)
                 continue
             t_ns, found = yield from self._leaves(t_ns, bunch, report)
             moved += found
@@ -258,7 +259,7 @@ class AgeingWalk:
         young = young[(kvm.host.state[young] & OWN) != 0]  # an unmap may have come meanwhile
         report.young += len(young)
         moved = kvm.host.lru.promote(young)
-        kvm.host.unlock(t_ns)
+        kvm.host.unlock_table(int(leaves[0]) // kvm.host.entries, t_ns)
         self.task.cpu.enter_kernel(t_ns)
         return t_ns, moved
 
@@ -281,7 +282,7 @@ class AgeingWalk:
             report.young += 1
             own = np.flatnonzero(kvm.host.state[first:last] & OWN)
             moved = kvm.host.lru.promote(first + own)
-        kvm.host.unlock(t_ns)
+        kvm.host.unlock_table(first // kvm.host.entries, t_ns)
         self.task.cpu.enter_kernel(t_ns)
         return t_ns, moved
 

@@ -174,7 +174,7 @@ class FaultPath:
         held = None
         wanted_ns = t_ns - self._costs.ptl_ns
         table = self.ptl_table
-        if host.aged_table == table or host.left.get(table, 0) > wanted_ns:
+        if table in host.locked or host.left.get(table, 0) > wanted_ns:
             held = host.blocked(leaf, wanted_ns)
         if held is None and not self._host_state[leaf]:
             # host.install(), written out for the page that most faults are about.

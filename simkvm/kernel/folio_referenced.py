@@ -78,8 +78,8 @@ class FolioReferenced(RmapAgeing):
 
     def _contended(self, t_ns: int, leaf: int) -> bool:
         """Whether a fault waits for the host table that is locked for ``leaf``."""
-        host = self.kvm.host
-        return host.contended or self.faults_until(t_ns, leaf // host.entries) > 0
+        table = leaf // self.kvm.host.entries
+        return self.kvm.host.contended(table) or self.faults_until(t_ns, table) > 0
 
     def window(self, leaf: int) -> Leaves:
         """The 64 leaves around ``leaf``, within its host table and the guest, without itself."""

@@ -102,18 +102,26 @@ class RmapAgeing:
         if token is not None:
             kvm.notifier.srcu.leave(token, t_ns)
         t_ns = yield from reach(kvm.env, t_ns)
-        kvm.host.unlock(t_ns)
+        kvm.host.unlock_table(table, t_ns)
         cpu.enter_kernel(t_ns)
         kvm.unpin(t_ns)
         return t_ns, young
 
     def _lock(self, t_ns: int, table: int) -> Generator[Event, Any, int]:
-        """Wait for the lock of host table ``table``; a fault may be installing an entry."""
+        """Wait for the lock of host table ``table``: others look too, or a fault installs an entry."""
         kvm = self.kvm
         t_ns = yield from reach(kvm.env, t_ns)
-        while until_ns := self.faults_until(t_ns, table):
-            t_ns = yield from reach(kvm.env, until_ns)
-        kvm.host.lock_for_ageing(table, t_ns)
+        while True:
+            if table in kvm.host.locked:
+                self.task.cpu.spin(t_ns)
+                released: int = yield kvm.host.released(table)
+                t_ns = max(t_ns, released + kvm.costs.line.transfer_ns)
+            elif not (until_ns := self.faults_until(t_ns, table)):
+                break
+            else:
+                t_ns = until_ns
+            t_ns = yield from reach(kvm.env, t_ns)
+        kvm.host.lock_table(table, t_ns)
         self.task.cpu.spin(t_ns)
         first = table * kvm.host.entries
         kvm.accesses.catch_up(t_ns, first, min(first + kvm.host.entries, kvm.leaves))
