@@ -97,6 +97,15 @@ class TakerCosts:
 
 
 @dataclass(frozen=True)
+class ReclaimCosts:
+    """Eviction of one folio, apart from asking, unmapping and writing (mm/vmscan.c)."""
+
+    isolate_ns: int  #: taking it off its list, or sorting it, under the lruvec's lock
+    scan_ns: int  #: looking at it, its lock, and putting it back if it stays
+    free_ns: int  #: taking it out of the swap cache, and freeing its page
+
+
+@dataclass(frozen=True)
 class Costs:
     """All costs of one guest's geometry on one machine."""
 
@@ -109,6 +118,7 @@ class Costs:
     unmap: UnmapStepCosts
     free: FreeCosts
     takers: TakerCosts
+    reclaim: ReclaimCosts
     tlbi_ns: int  #: broadcasts of arm64; 0 where there are none
     tlbi_all_ns: int
     tlbi_service_ns: int
@@ -140,6 +150,7 @@ class Costs:
             unmap=_unmap(machine, leaf_bytes),
             free=_free(machine),
             takers=_takers(machine, leaf_bytes, page_bytes),
+            reclaim=_reclaim(machine),
             split_entry_ns=round(machine["split_entry_ns"]),
             copy_page_ns=round(machine["copy_4k_ns"] * page_bytes / 4096),
             **_tlbi(machine),
@@ -232,6 +243,15 @@ def _takers(machine: Machine, leaf_bytes: int, page_bytes: int) -> TakerCosts:
             machine["migrate_2m_ns"] * (page_bytes * page_bytes // 8) / (2 << 20)
         ),
         isolate_ns=round(machine["compaction_ns"] - machine["migrate_4k_ns"]),
+    )
+
+
+def _reclaim(machine: Machine) -> ReclaimCosts:
+    scan = machine["folio_scan_ns"]
+    return ReclaimCosts(
+        isolate_ns=round(machine["folio_move_ns"]),
+        scan_ns=round(scan),
+        free_ns=round(max(0.0, machine["kswapd_clean_page_ns"] - scan - machine["folio_move_ns"])),
     )
 
 

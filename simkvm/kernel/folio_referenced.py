@@ -45,7 +45,7 @@ class FolioReferenced(RmapAgeing):
         """One pass from ``t_ns`` on."""
         kvm, costs = self.kvm, self.costs
         report = Pass(kvm.name, t_ns)
-        self._promoted.clear()
+        self.begin_batch()
         t_ns = yield from reach(kvm.env, t_ns)
         for table, present in enumerate(kvm.host.present):
             for folio in self.folios(self.leaves(table)) if present and kvm.alive else ():
@@ -62,6 +62,10 @@ class FolioReferenced(RmapAgeing):
                 t_ns += costs.resched_ns
         report.end_ns = yield from reach(kvm.env, t_ns)
         return report
+
+    def begin_batch(self) -> None:
+        """Forget which folios were promoted beside others."""
+        self._promoted.clear()
 
     def at_entry(self, t_ns: int, first: int, last: int, report: Pass) -> Answer:
         """One entry: the host's flag, one call, and perhaps the neighbours."""

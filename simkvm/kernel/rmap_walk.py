@@ -108,7 +108,7 @@ class RmapAgeing:
         return t_ns, young
 
     def _lock(self, t_ns: int, table: int) -> Generator[Event, Any, int]:
-        """Wait for the lock of host table ``table``: others look too, or a fault installs an entry."""
+        """Wait for the lock of host table ``table``: others look, a fault installs an entry."""
         kvm = self.kvm
         t_ns = yield from reach(kvm.env, t_ns)
         while True:

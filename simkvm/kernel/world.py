@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Generator, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,18 @@ from simkvm.kernel import bugs
 from simkvm.kernel.aging import AgeingThread
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dram import Dram
+from simkvm.kernel.kswapd import Kswapd
 from simkvm.kernel.kvm import Kvm
+from simkvm.kernel.lrugen import ANON, ListedLruvec
 from simkvm.kernel.mglru import Lruvec
+from simkvm.kernel.page_alloc import HostPages, Watermarks
+from simkvm.kernel.pgdat import Pgdat
 from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
 from simkvm.kernel.remote_flush import FLUSHES
+from simkvm.kernel.swap import SwapDevice
 from simkvm.kernel.task import Task
 from simkvm.kernel.teardown import Teardown
+from simkvm.kernel.vmscan import Reclaimer
 from simkvm.kernel.zap_roots import teardown_of
 from simkvm.observe.record import Record
 from simkvm.observe.recorder import SAMPLES, Recorder
@@ -65,12 +72,16 @@ class World:
         self.dram = Dram.of(machine)
         self.remote_flush = FLUSHES[kernel["remote_flush"]].of(machine)
         self.guests = virtual_machines(scenario, machine)
+        self.pgdat = self._pgdat()
         self.cpus = self._cpus()
         self.rcu = self._rcu()
         self.teardowns: list[Teardown] = []
         self._free_cpus = iter(self.cpus)
         self.kvms = [self._guest(name, guest) for name, guest in self.guests.items()]
         self._charge(self.guests)
+        for kvm in self.kvms:
+            if self.guests[kvm.name].mapped:
+                kvm.map_all()
         self.selftest: MainThread | None = None
         if scenario.selftest is None:
             for kvm in self.kvms:
@@ -83,6 +94,11 @@ class World:
             task = Task("ageing", next(self._free_cpus))
             self.ageing = AgeingThread(self.kvms, task, scenario.ageing)
         by_name = {kvm.name: kvm for kvm in self.kvms}
+        self.kswapd: Kswapd | None = None
+        if self.pgdat is not None:
+            task = Task("kswapd", next(self._free_cpus), {})
+            self.kswapd = Kswapd(self.pgdat, task, round(machine["wakeup_ns"]))
+            self.pgdat.pages.reclaimer = partial(Reclaimer, self.pgdat)
         self.contenders = [
             contender
             for name, spec in scenario.contenders.items()
@@ -173,7 +189,22 @@ class World:
             break_lock=scenario.host.preemptible or self.kernel["lock_break"] == "build",
             block_bytes=block_bytes(guest, theirs),
             logged=logs_writes(theirs),
+            pgdat=self.pgdat,
         )
+
+    def _pgdat(self) -> Pgdat | None:
+        """The host's memory, if it can run out."""
+        host = self.scenario.host
+        if host.memory is None:
+            return None
+        page_bytes = next(iter(self.guests.values())).page_size
+        total = host.memory.size // page_bytes
+        marks = Watermarks.of(total, page_bytes, host.memory.min_free, host.memory.watermark_scale)
+        swap = None
+        if host.swap is not None:
+            stream = self.stream("swap")
+            swap = SwapDevice.of(self.env, host.swap, self.machine, stream, self.dram, page_bytes)
+        return Pgdat(HostPages(self.env, total, page_bytes, marks), swap)
 
     def _vcpus(self, kvm: Kvm, guest: Guest) -> None:
         name = kvm.name
@@ -194,11 +225,28 @@ class World:
 
     def _charge(self, guests: dict[str, Guest]) -> None:
         """Put guests of one memcg on one lruvec."""
+        if self.pgdat is not None:
+            self._charge_listed(guests, self.pgdat)
+            return
         lruvecs: dict[str, Lruvec] = {}
         for kvm in self.kvms:
             memcg = guests[kvm.name].memcg
             if memcg is not None:
                 lruvecs.setdefault(memcg, kvm.host.lru.lruvec).add(kvm.host.lru)
+
+    def _charge_listed(self, guests: dict[str, Guest], pgdat: Pgdat) -> None:
+        """As :meth:`_charge`, where lruvecs have lists."""
+        memcgs: dict[str, list[Kvm]] = {}  # the order of the first guest of each
+        for kvm in self.kvms:
+            memcgs.setdefault(guests[kvm.name].memcg or f"/{kvm.name}", []).append(kvm)
+        two_step = self.kernel["promotion"] == "two_step"
+        for kvms in memcgs.values():
+            shapes = [(kvm.leaves, ANON) for kvm in kvms]
+            lruvec = ListedLruvec(shapes, two_step, kvms[0].costs.line)
+            for kvm, lru in zip(kvms, lruvec.guests, strict=True):
+                kvm.host.lru = lru
+            pgdat.lruvecs.append(lruvec)
+            pgdat.kvms.append(kvms)
 
     def _contender(self, name: str, spec: Any, kvms: list[Kvm]) -> list[Contender]:
         """A thread: one contender, or one for each guest that it serves in turn."""
@@ -235,6 +283,8 @@ class World:
         if self.ageing is not None:
             self._running += 1
             self._until_done(self.ageing.run(self._vcpus_run))
+        if self.kswapd is not None:
+            env.process(self.kswapd.run())
         for contender in self.contenders:
             env.process(contender.thread())
         env.process(self._samples())

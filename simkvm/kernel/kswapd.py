@@ -1,0 +1,81 @@
+"""kswapd: reclaims in the background, from the low watermark up to the high one.
+
+Source: mm/vmscan.c (``kswapd``, ``balance_pgdat``), v6.12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, Final
+
+from simpy import Event
+
+from simkvm.kernel.page_alloc import MAX_RECLAIM_RETRIES
+from simkvm.kernel.task import Task, reach
+from simkvm.kernel.vmscan import SWAP_CLUSTER_MAX, Reclaimer, ScanControl
+
+if TYPE_CHECKING:
+    from simkvm.kernel.pgdat import Pgdat
+
+Steps = Generator[Event, Any, int]
+NEVER: Final = -1
+
+
+class Kswapd:
+    """The thread. ``busy_ns``: what it has worked."""
+
+    def __init__(self, pgdat: Pgdat, task: Task, wakeup_ns: int) -> None:
+        self._pgdat = pgdat
+        self._task = task
+        self._env = pgdat.pages.env
+        self._wakeup_ns = wakeup_ns
+        self._reclaimer = Reclaimer(pgdat, task)
+        self._failures = 0
+        self._woken: Event | None = None  # while it sleeps
+        self.busy_ns = 0
+        pgdat.pages.wake_kswapd = self.wake
+
+    @property
+    def task(self) -> Task:
+        """Its task, with the time that its functions took."""
+        return self._task
+
+    def wake(self, t_ns: int) -> None:
+        """An allocation at ``t_ns`` found too few pages free (``wakeup_kswapd``)."""
+        woken = self._woken
+        if woken is None or self._failures >= MAX_RECLAIM_RETRIES:
+            return
+        self._woken = None
+        self._pgdat.vmstat.kswapd_wakeups += 1
+        woken._ok = True
+        woken._value = t_ns + self._wakeup_ns
+        self._env.schedule(woken, delay=max(0, woken._value - int(self._env.now)))
+
+    def run(self) -> Generator[Event, Any, None]:
+        """Sleep, balance, sleep..."""
+        cpu = self._task.cpu
+        t_ns = 0
+        while True:
+            cpu.sleep(t_ns)
+            self._woken = Event(self._env)
+            t_ns = yield self._woken
+            cpu.enter_kernel(t_ns)
+            began_ns = t_ns
+            t_ns = yield from self._balance(t_ns)
+            t_ns = yield from reach(self._env, t_ns + cpu.take_stolen())
+            self.busy_ns += t_ns - began_ns
+
+    def _balance(self, t_ns: int) -> Steps:
+        """``balance_pgdat``: rounds of growing effort until the high watermark is reached."""
+        pages = self._pgdat.pages
+        sc = ScanControl(max(pages.marks.high, SWAP_CLUSTER_MAX), kswapd=True)
+        total = 0
+        while sc.priority >= 1 and pages.free < pages.marks.high:
+            sc.reclaimed = 0
+            t_ns = yield from self._reclaimer.shrink_node(sc, t_ns)
+            t_ns = yield from reach(self._env, t_ns)
+            total += sc.reclaimed
+            if sc.scanned < sc.nr_to_reclaim or not sc.reclaimed:
+                sc.priority -= 1
+        self._failures = 0 if total else self._failures + 1
+        return t_ns
