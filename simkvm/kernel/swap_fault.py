@@ -35,6 +35,7 @@ class SwapFaultPath(FaultPath):
         assert kvm.pgdat is not None
         self._host: SwappableMemory = kvm.host
         self._pgdat = kvm.pgdat
+        self._copying = False
 
     def look_up(self, t_ns: int, leaf: int, write: bool) -> int:
         """As :meth:`FaultPath.look_up`; pages for the memory cache are taken here."""
@@ -80,17 +81,24 @@ class SwapFaultPath(FaultPath):
 
     def _settle(self, t_ns: int, state: int) -> Steps:
         """A page that is there, but not to be used like this; or the zero page for a read."""
-        if not state & OWN and self._write:  # a copy of the zero page, or of KSM's
+        host, leaf = self._host, self._leaf
+        self._copying = bool(not state & OWN and self._write)  # the zero page, or KSM's
+        if self._copying:
             t_ns = yield from self._allocate(t_ns)
-        self._host.table_page(self._leaf)
+        host.table_page(leaf)
         t_ns = yield from reach(self._env, t_ns + self._gup_ns(state, self._write))
         self._holds_table_until(t_ns)
         rest = super().install(t_ns)
         if rest is not None:
             t_ns = yield from rest
         if self._write:
-            self._host.written(self._leaf)
+            host.written(leaf)
         return t_ns
+
+    def _map_in_host(self, leaf: int) -> None:
+        if self._copying and self._host.fast[leaf] & OWN:
+            self._pgdat.pages.put(1)  # another fault's copy was quicker
+        super()._map_in_host(leaf)
 
     def _new_page(self, t_ns: int, swap: int) -> Steps:
         """A page from swap, from the swap cache, or a fresh one; its folio is locked."""
