@@ -35,6 +35,7 @@ from simkvm.scenario.fields import (
 from simkvm.scenario.reference import KernelRef, MachineRef
 from simkvm.scenario.selftest import Vm
 from simkvm.scenario.selftests import AnySelftest
+from simkvm.scenario.swap import Swap
 
 BLOCK_BYTES: Mapping[int, tuple[int, ...]] = {
     4 * KIB: (2 * MIB, GIB),
@@ -110,6 +111,11 @@ class Host(Model):
         "Such a CPU is an extended quiescent state for RCU while in the guest.",
     )
     rcu: Rcu = Field(default=Rcu(), description="How RCU is built and booted.")
+    swap: Swap | None = Field(
+        default=None,
+        description="Where anonymous pages go when memory is short: one swap device; null: none, "
+        "and they stay.",
+    )
 
     @property
     def preemptible(self) -> bool:
