@@ -28,6 +28,7 @@ from simkvm.scenario.machine import Machine
 from simkvm.scenario.possible import kernel_problems
 from simkvm.scenario.schema import BLOCK_BYTES, Guest, Scenario
 from simkvm.scenario.selftest import Selftest
+from simkvm.scenario.swap import swap_problems
 from simkvm.units import exact_duration, exact_size
 
 
@@ -61,8 +62,17 @@ def problems(
     for name, contender in scenario.contenders.items():
         yield from _contender(scenario, guests, contender, ("contenders", name))
         yield from _sized(scenario, guests, name, kernel)
+    yield from _swap(scenario, guests, machine)
     yield from _times(scenario)
     yield from _bugs(scenario)
+
+
+def _swap(scenario: Scenario, guests: Mapping[str, Guest], machine: Machine) -> Iterator[Problem]:
+    if scenario.host.swap is None:
+        return
+    pages = {name: guest.page_size for name, guest in guests.items()}
+    for key, message in swap_problems(scenario.host.swap, machine, pages):
+        yield Problem(("host", "swap", *([key] if key else [])), message)
 
 
 def _bugs(scenario: Scenario) -> Iterator[Problem]:

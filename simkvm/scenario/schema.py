@@ -35,6 +35,7 @@ from simkvm.scenario.fields import (
 from simkvm.scenario.reference import KernelRef, MachineRef
 from simkvm.scenario.selftest import Vm
 from simkvm.scenario.selftests import AnySelftest
+from simkvm.scenario.swap import Swap
 
 BLOCK_BYTES: Mapping[int, tuple[int, ...]] = {
     4 * KIB: (2 * MIB, GIB),
@@ -133,6 +134,11 @@ class Host(Model):
     rcu: Rcu = Field(default=Rcu(), description="How RCU is built and booted.")
     memory: HostMemory | None = Field(
         default=None, description="Memory that can run out; null: there is always enough."
+    )
+    swap: Swap | None = Field(
+        default=None,
+        description="Where anonymous pages go when memory is short: one swap device; null: none, "
+        "and they stay.",
     )
 
     @property
