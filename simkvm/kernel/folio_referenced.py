@@ -77,7 +77,9 @@ class FolioReferenced(RmapAgeing):
         around = by_host or (by_guest and kvm.test_clear_young)
         t_ns = yield from reach(kvm.env, t_ns)
         if around and not flush and not self._contended(t_ns, first):
+            began_ns = t_ns
             t_ns = yield from self._look_around(t_ns, first, report)
+            self.task.spend("look_around", t_ns - began_ns)
         return t_ns, by_host or by_guest
 
     def _contended(self, t_ns: int, leaf: int) -> bool:
@@ -103,7 +105,9 @@ class FolioReferenced(RmapAgeing):
         by_host = leaves[(state[leaves] & YOUNG) != 0]
         state[leaves] &= np.uint8(~YOUNG & 0xFF)
         if kvm.notifier.hears(int(leaves[0]), int(leaves[-1]) + 1):
+            began_ns = t_ns
             t_ns, by_guest = yield from self._neighbours.ask(t_ns, leaves, report)
+            self.task.spend("notifier", t_ns - began_ns)
         else:
             t_ns, by_guest = t_ns + len(leaves) * self.costs.scan_ns, leaves[:0]
         young = np.union1d(by_host, by_guest)

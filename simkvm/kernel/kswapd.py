@@ -22,7 +22,7 @@ NEVER: Final = -1
 
 
 class Kswapd:
-    """The thread. ``busy_ns``: what it has worked."""
+    """The thread."""
 
     def __init__(self, pgdat: Pgdat, task: Task, wakeup_ns: int) -> None:
         self._pgdat = pgdat
@@ -32,7 +32,8 @@ class Kswapd:
         self._reclaimer = Reclaimer(pgdat, task)
         self._failures = 0
         self._woken: Event | None = None  # while it sleeps
-        self.busy_ns = 0
+        self._busy_ns = 0
+        self._began_ns = NEVER  #: since when it has worked, if it does
         pgdat.pages.wake_kswapd = self.wake
 
     @property
@@ -40,13 +41,16 @@ class Kswapd:
         """Its task, with the time that its functions took."""
         return self._task
 
+    def busy_until(self, t_ns: int) -> int:
+        """What it has worked until ``t_ns``."""
+        return self._busy_ns + (max(0, t_ns - self._began_ns) if self._began_ns != NEVER else 0)
+
     def wake(self, t_ns: int) -> None:
         """An allocation at ``t_ns`` found too few pages free (``wakeup_kswapd``)."""
         woken = self._woken
         if woken is None or self._failures >= MAX_RECLAIM_RETRIES:
             return
         self._woken = None
-        self._pgdat.vmstat.kswapd_wakeups += 1
         woken._ok = True
         woken._value = t_ns + self._wakeup_ns
         self._env.schedule(woken, delay=max(0, woken._value - int(self._env.now)))
@@ -60,13 +64,15 @@ class Kswapd:
             self._woken = Event(self._env)
             t_ns = yield self._woken
             cpu.enter_kernel(t_ns)
-            began_ns = t_ns
+            self._began_ns = t_ns
             t_ns = yield from self._balance(t_ns)
             t_ns = yield from reach(self._env, t_ns + cpu.take_stolen())
-            self.busy_ns += t_ns - began_ns
+            self._busy_ns += t_ns - self._began_ns
+            self._began_ns = NEVER
 
     def _balance(self, t_ns: int) -> Steps:
         """``balance_pgdat``: rounds of growing effort until the high watermark is reached."""
+        self._pgdat.vmstat.kswapd_wakeups += 1
         pages = self._pgdat.pages
         sc = ScanControl(max(pages.marks.high, SWAP_CLUSTER_MAX), kswapd=True)
         total = 0

@@ -55,8 +55,9 @@ class HostPages:
         self.total = total
         self.page_bytes = page_bytes
         self.marks = marks
-        self.free = total
+        self._unused = total
         self.lowest = total
+        self.pool: Callable[[], int] = lambda: 0  #: pages that compressed swap takes
         self.wake_kswapd: Callable[[int], None] = lambda t_ns: None
         #: Makes the reclaimer of a task that allocates.
         self.reclaimer: Callable[[Task], Reclaimer] | None = None
@@ -65,15 +66,19 @@ class HostPages:
         self.stall_ns = 0
         self._waiting: list[Event] = []
 
+    @property
+    def free(self) -> int:
+        """Free pages."""
+        return self._unused - self.pool()
+
     def take(self, pages: int = 1) -> None:
         """Take pages that nobody can refuse."""
-        self.free -= pages
-        if self.free < self.lowest:
-            self.lowest = self.free
+        self._unused -= pages
+        self.lowest = min(self.lowest, self.free)
 
     def put(self, pages: int) -> None:
         """Pages are free again."""
-        self.free += pages
+        self._unused += pages
 
     def quickly(self, t_ns: int, pages: int = 1) -> bool:
         """Take pages if that needs no reclaim by the caller; may wake kswapd at ``t_ns``."""

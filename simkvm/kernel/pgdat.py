@@ -51,6 +51,11 @@ class Pgdat:
     passes: list[Pass] = field(default_factory=list)  #: of ageing that reclaim asked for
     stalls: list[int] = field(default_factory=list)  #: begin, end, begin, end... of stalled tasks
 
+    def __post_init__(self) -> None:
+        swap = self.swap
+        if swap is not None:
+            self.pages.pool = lambda: swap.pool_pages
+
     def memory(self, lruvec: int, guest: int) -> SwappableMemory:
         """The host's mappings of a guest."""
         return self.kvms[lruvec][guest].host  # type: ignore[return-value]

@@ -62,6 +62,10 @@ class SwapFaultPath(FaultPath):
         state, swap = host.fast[leaf], host.fast_swap[leaf]
         if state & OWN and not (self._write and state & WRPROTECT):
             t_ns += self._hit_ns  # somebody else brought it in
+        elif state & OWN:
+            host.trylock_folio(leaf)  # eviction leaves it alone meanwhile
+            t_ns = yield from self._settle(t_ns, state)
+            host.unlock_folio(leaf, t_ns)
         elif state or not (swap & SLOT or self._write):
             t_ns = yield from self._settle(t_ns, state)
         else:

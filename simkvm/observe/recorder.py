@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simkvm.observe.lock_stat import LockStat
+from simkvm.observe.pressure import pressure_summary
 from simkvm.observe.record import PHASE_COLUMNS, Record, table
 from simkvm.observe.table_memory import time_average
 
@@ -59,6 +60,7 @@ class Recorder:
         passes = [
             *(world.ageing.passes if world.ageing else []),
             *(world.selftest.passes if world.selftest else []),
+            *(world.pgdat.passes if world.pgdat else []),
         ]
         timeline = world.memory.timeline(end_ns)
         timeline["deferred_tables"] = timeline["deferred_bytes"] // min(
@@ -140,6 +142,7 @@ class Recorder:
             "access_faults": sum(vcpu.access_faults for vcpu in vcpus),
             **_passes_summary(passes),
             **_young_summary(world),
+            **pressure_summary(world, end_ns),
             **self._lock_summary(world),
             "grace_periods": len(self.grace_periods),
             "grace_period_p50_ns": int(np.percentile(lengths, 50, method="lower")),
