@@ -149,6 +149,10 @@ class SwappableMemory(HostMemory):
         state, swap = self.state[first:last], self.swap[first:last]
         return int(np.count_nonzero((state & OWN) | (swap & CACHED)))
 
+    def give_all_up(self) -> None:
+        """The owner was killed: nothing of its memory is left."""
+        self.zap(0, len(self.state))
+
     # -- out and in -----------------------------------------------------------------------------
 
     def unmap_to_swap_cache(self, first: int, last: int) -> int:

@@ -24,6 +24,7 @@ from simkvm.kernel.kswapd import Kswapd
 from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.lrugen import ANON, ListedLruvec
 from simkvm.kernel.mglru import Lruvec
+from simkvm.kernel.oom_kill import OomKiller
 from simkvm.kernel.page_alloc import HostPages, Watermarks
 from simkvm.kernel.pgdat import Pgdat
 from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
@@ -99,6 +100,7 @@ class World:
             task = Task("kswapd", next(self._free_cpus), {})
             self.kswapd = Kswapd(self.pgdat, task, round(machine["wakeup_ns"]))
             self.pgdat.pages.reclaimer = partial(Reclaimer, self.pgdat)
+            OomKiller(self.pgdat, self.kvms)
         self.contenders = [
             contender
             for name, spec in scenario.contenders.items()

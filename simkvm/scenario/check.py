@@ -25,6 +25,7 @@ from simkvm.scenario.fields import KIB
 from simkvm.scenario.groups import every_guest, meant, member_names, virtual_machines
 from simkvm.scenario.kernel import KernelVariant
 from simkvm.scenario.machine import Machine
+from simkvm.scenario.memory import memory_problems
 from simkvm.scenario.possible import kernel_problems
 from simkvm.scenario.schema import BLOCK_BYTES, Guest, Scenario
 from simkvm.scenario.selftest import Selftest
@@ -63,6 +64,7 @@ def problems(
         yield from _contender(scenario, guests, contender, ("contenders", name))
         yield from _sized(scenario, guests, name, kernel)
     yield from _swap(scenario, guests, machine)
+    yield from memory_problems(scenario, guests)
     yield from _times(scenario)
     yield from _bugs(scenario)
 
@@ -185,6 +187,7 @@ def _enough(
         (others, "thread of the test"),
         (int(scenario.ageing is not None), "ageing thread"),
         (len(scenario.contenders), "contender"),
+        (int(scenario.host.memory is not None), "kswapd"),
         (sum(map(_closed_apart, scenario.guests.values())), "process that drops a last reference"),
     ]
     needed = sum(count for count, _ in parts)

@@ -32,6 +32,7 @@ from simkvm.scenario.fields import (
     as_tuple,
     refuse,
 )
+from simkvm.scenario.memory import Memory
 from simkvm.scenario.reference import KernelRef, MachineRef
 from simkvm.scenario.selftest import Vm
 from simkvm.scenario.selftests import AnySelftest
@@ -91,27 +92,6 @@ class Rcu(Model):
     )
 
 
-class HostMemory(Model):
-    """The host's memory, if it can run out: then it reclaims, and swaps."""
-
-    size: Size = Field(
-        description="What guests, page tables and caches of the kernel share; the kernel itself "
-        "and all that is not modelled lies outside."
-    )
-    min_free: Size | None = Field(
-        default=None,
-        description="Reserve below which an allocation reclaims by itself (vm.min_free_kbytes); "
-        "null: what the kernel computes of the size, 4 times the root of 16 times the KiB.",
-    )
-    watermark_scale: int = Field(
-        default=10,
-        ge=1,
-        le=3000,
-        description="Distance between the watermarks, in ten-thousandths of the size "
-        "(vm.watermark_scale_factor); a quarter of min_free at least.",
-    )
-
-
 class Host(Model):
     """The host's CPUs and the configuration of its kernel."""
 
@@ -132,7 +112,7 @@ class Host(Model):
         "Such a CPU is an extended quiescent state for RCU while in the guest.",
     )
     rcu: Rcu = Field(default=Rcu(), description="How RCU is built and booted.")
-    memory: HostMemory | None = Field(
+    memory: Memory | None = Field(
         default=None, description="Memory that can run out; null: there is always enough."
     )
     swap: Swap | None = Field(
