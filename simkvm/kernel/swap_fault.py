@@ -123,7 +123,7 @@ class SwapFaultPath(FaultPath):
         if swap & CACHED:
             if self._write:
                 host.written(leaf)
-        elif swap & SLOT:
+        elif host.fast_swap[leaf] & SLOT:  # unless it was given up meanwhile
             host.swapped_in(leaf, self._write)
         if host.fast_swap[leaf] & SLOT and not self._write:
             host.fast[leaf] |= WRPROTECT  # a page in the swap cache is mapped read-only
