@@ -107,11 +107,11 @@ class HostPages:
             if not alive():
                 self.take(pages)
                 break
-            progress, t_ns = yield from reclaimer.direct(t_ns)
-            t_ns = yield from reach(self.env, t_ns)
-            fruitless = 0 if progress else fruitless + 1
             if fruitless >= MAX_RECLAIM_RETRIES:
                 self.out_of_memory(t_ns)
                 fruitless = 0
+            progress, t_ns = yield from reclaimer.direct(t_ns)
+            t_ns = yield from reach(self.env, t_ns)
+            fruitless = 0 if progress else fruitless + 1
         self.stall_ns += t_ns - began_ns
         return t_ns
