@@ -97,7 +97,9 @@ def test_a_full_device_gives_what_is_left() -> None:
     assert [device.allocate(n) for n in (4, 4, 4, 1)] == [4, 4, 2, 0]
     device.free(3)
     assert (device.used, device.free_slots, device.most_used) == (7, 3, 10)
-    assert device.allocate(5) == 3
+    assert device.allocate(2) == 2
+    assert (device.used, device.most_used) == (9, 10)
+    assert device.allocate(5) == 1
 
 
 def test_more_cannot_be_freed_than_is_used() -> None:
@@ -171,6 +173,13 @@ def test_zram_stays_in_the_kernel() -> None:
 def test_a_larger_page_takes_longer_to_compress() -> None:
     small, large = Bench(kind="zram"), Bench(kind="zram", page=16 * KIB)
     assert large.write((0, 1))[0][0] == 4 * small.write((0, 1))[0][0]
+    assert large.read(10**6)[0] - 10**6 == 4 * (small.read(10**6)[0] - 10**6)
+
+
+def test_decompressing_takes_no_less_than_a_copy() -> None:
+    """Whatever the machine says that a whole swap-in takes."""
+    bench = Bench({"zram_in_lz4_ns": 1300}, kind="zram")
+    assert bench.read(0) == [bench.ns("copy_4k_ns")]
 
 
 def test_decompressing_is_bound_by_memory() -> None:
@@ -304,9 +313,17 @@ def test_channels_serve_in_parallel_and_in_turn() -> None:
 
 def test_a_queue_shrinks_when_channels_are_free() -> None:
     media = Media(channels=1)
+    media.serve(0, 100, 1, 10**12)
+    assert media.largest_queue == 0, "it found the channel free"
+    media.serve(10, 100, 1, 10**12)
+    media.serve(100, 100, 1, 10**12)
+    assert media.largest_queue == 1, "the second has just begun"
+    media.serve(100, 100, 1, 10**12)
+    assert media.largest_queue == 2
+
+    media = Media(channels=1)
     for t_ns in (0, 10, 20):
         media.serve(t_ns, 100, 1, 10**12)
-    assert media.largest_queue == 2
     media.serve(150, 100, 1, 10**12)  # the second is being served, the third waits
     assert media.largest_queue == 2
     media.serve(151, 100, 1, 10**12)
@@ -326,6 +343,29 @@ def test_all_channels_together_get_the_bandwidth() -> None:
     media = Media(channels=64)
     ends = [media.serve(0, 10_000, 4096, GB_S) for _ in range(6)]
     assert ends == [10_000, 10_000, 12_288, 16_384, 20_480, 24_576]
+
+
+def test_bandwidth_that_nobody_used_is_lost() -> None:
+    media = Media(channels=64)
+    media.serve(0, 10_000, 4096, GB_S)
+    ends = [media.serve(1_000_000, 1000, 4096, GB_S) for _ in range(2)]
+    assert ends == [1_004_096, 1_008_192]
+
+
+def test_data_move_when_a_channel_has_them() -> None:
+    media = Media(channels=2)
+    assert [media.serve(0, 10_000, 4096, GB_S) for _ in range(2)] == [10_000, 10_000]
+    assert media.serve(0, 500, 4096, GB_S) == 14_096, "not before the channel was free"
+
+
+def test_reads_and_writes_move_at_their_own_pace() -> None:
+    """2 and 1 GB/s, through one server: a page is 2048 ns and 4096 ns of it."""
+    paces = {"read_bandwidth": 2 * GB_S, "write_bandwidth": GB_S}
+    bench = Bench(kind="nvme", channels=1024, **paces, **EXACT)
+    reads = sorted(bench.read(*[0] * 100))
+    assert set(np.diff(reads[50:])) == {2048}
+    writes = sorted(ends_ns[0] for _, ends_ns in bench.write(*[(10**7, 1)] * 100))
+    assert set(np.diff(writes[50:])) == {4096}
 
 
 def test_what_lies_beyond_the_measured_size_takes_its_transfer() -> None:
@@ -369,6 +409,7 @@ def test_reads_are_in_the_account_from_asking_on() -> None:
     began_ns = 1_000_000
     (end_ns,) = bench.read(began_ns)
     assert bench.device.read_ns == bench.device.latencies.total == end_ns - began_ns
+    assert bench.device.latencies.number == 1, "however often one asks"
 
 
 # -- the law of latencies ---------------------------------------------------------------------
