@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
-from heapq import heapreplace
+from heapq import heappop, heappush, heapreplace, nsmallest
 from typing import TYPE_CHECKING, Any, Final
 
 from simpy import Environment, Event
@@ -104,6 +104,31 @@ class Media:
             self.largest_queue = max(self.largest_queue, len(begins))
 
 
+class Tags:
+    """Requests in flight by CPU, at most ``depth`` of each (block/blk-mq-tag.c)."""
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+        # lib/sbitmap.c, sbq_calc_wake_batch(): sleepers are woken by so many tags at once.
+        self._batch = min(max(depth // 8, 1), 8)
+        self._ends_ns: dict[int, list[int]] = {}  # heaps
+        self.sleeps = 0
+
+    def free_ns(self, cpu: int, t_ns: int) -> int:
+        """When ``cpu`` may send a request, ``t_ns`` or later."""
+        ends = self._ends_ns.setdefault(cpu, [])
+        while ends and ends[0] <= t_ns:
+            heappop(ends)
+        if len(ends) < self._depth:
+            return t_ns
+        self.sleeps += 1
+        return nsmallest(self._batch, ends)[-1]
+
+    def take(self, cpu: int, end_ns: int) -> None:
+        """A request of ``cpu`` is in flight until ``end_ns``."""
+        heappush(self._ends_ns[cpu], end_ns)
+
+
 class Drive(SwapDevice):
     """A drive behind the block layer. ``bytes_per_s``: of reads and of writes."""
 
@@ -117,11 +142,13 @@ class Drive(SwapDevice):
         dram: Dram,
         costs: BlockCosts,
         media: Media,
+        tags: Tags,
         latencies: tuple[Latencies, Latencies],
         bytes_per_s: tuple[int, int],
     ) -> None:
         super().__init__(env, capacity, page_bytes)
         self.media = media
+        self.tags = tags
         self._dram = dram
         self._costs = costs
         self._read_latency, self._write_latency = latencies
@@ -157,6 +184,7 @@ class Drive(SwapDevice):
             dram,
             costs,
             Media(spec.parallel(machine)),
+            Tags(spec.queue_depth),
             (read, write),
             (spec.bytes_per_s(machine, "read"), spec.bytes_per_s(machine, "write")),
         )
@@ -165,9 +193,8 @@ class Drive(SwapDevice):
         """Ask the drive for a page and sleep until it is there."""
         costs, began_ns = self._costs, t_ns
         t_ns += costs.cache_ns + costs.bio_ns + costs.request_ns
-        t_ns = yield from reach(self.env, t_ns)
-        end_ns = self.media.serve(
-            t_ns, self._read_latency.next(), self.page_bytes, self._read_bytes_per_s
+        t_ns, end_ns = yield from self._send(
+            task, t_ns, self._read_latency, self.page_bytes, self._read_bytes_per_s
         )
         end_ns = self._dram.write(t_ns, end_ns, self.page_bytes)
         asleep_ns = t_ns + costs.switch_ns
@@ -189,12 +216,26 @@ class Drive(SwapDevice):
         while len(ends_ns) < pages:
             together = min(pages - len(ends_ns), self._plug_pages)
             t_ns += together * page_ns + costs.request_ns
-            t_ns = yield from reach(self.env, t_ns)
             size = together * self.page_bytes
-            end_ns = self.media.serve(
-                t_ns, self._write_latency.next(), size, self._write_bytes_per_s
+            t_ns, end_ns = yield from self._send(
+                task, t_ns, self._write_latency, size, self._write_bytes_per_s
             )
             task.cpu.steal(t_ns, costs.interrupt_ns)
             ends_ns += [end_ns] * together
         self._were_written(began_ns, ends_ns)
         return t_ns, ends_ns
+
+    def _send(
+        self, task: Task, t_ns: int, latency: Latencies, size: int, bytes_per_s: int
+    ) -> Generator[Event, Any, tuple[int, int]]:
+        """A request that is ready at ``t_ns``: when the drive has it, and when it is complete."""
+        cpu, costs = task.cpu, self._costs
+        t_ns = yield from reach(self.env, t_ns)
+        while (free_ns := self.tags.free_ns(cpu.id, t_ns)) > t_ns:
+            cpu.sleep(t_ns)
+            t_ns = free_ns + costs.interrupt_ns + costs.wakeup_ns
+            t_ns = yield from reach(self.env, t_ns)
+            cpu.enter_kernel(t_ns)
+        end_ns = self.media.serve(t_ns, latency.next(), size, bytes_per_s)
+        self.tags.take(cpu.id, end_ns)
+        return t_ns, end_ns

@@ -71,6 +71,13 @@ class Drive(Device):
         description="Requests that the drive works on at once, each of which takes a latency; "
         "null: the machine's nvme_channels or optane_channels.",
     )
+    queue_depth: int = Field(
+        default=1023,
+        ge=1,
+        le=1 << 16,
+        description="Requests that one CPU may have in flight, each CPU having a queue of its own "
+        "(nvme.io_queue_depth=1024, one entry of which stays free); who has one more sleeps.",
+    )
     read_latency: Span | None = Field(
         default=None,
         description="Mean time of a lone 4 KiB read as a program sees it (fio, queue depth 1), the "
