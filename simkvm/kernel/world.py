@@ -13,7 +13,7 @@ from simpy import Environment, Event, Process
 
 from simkvm import contenders, selftests
 from simkvm.contenders.contender import Contender
-from simkvm.guest import patterns
+from simkvm.guest import patterns, workloads
 from simkvm.guest.software_af import vcpu_class
 from simkvm.kernel import bugs
 from simkvm.kernel.aging import AgeingThread
@@ -177,6 +177,10 @@ class World:
 
     def _vcpus(self, kvm: Kvm, guest: Guest) -> None:
         name = kvm.name
+        if workloads.is_workload(guest.access):
+            streams = [self.stream(f"{name}/vcpu{index}") for index in range(guest.vcpus)]
+            workloads.join(kvm, guest, self._free_cpus, streams, self.machine)
+            return
         layout = self.stream(f"{name}/layout")
         for index in range(guest.vcpus):
             chunks = patterns.build(
