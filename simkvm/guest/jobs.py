@@ -31,8 +31,9 @@ class Jobs:
     Job j makes the touches ``offsets[j]`` up to ``offsets[j + 1]``; shape (n + 1,). ``pages``,
     ``writes``: what each touches and how, shape (m,); ``at_ns``: after how much of its job's CPU
     time it begins, ascending within a job. ``total_ns``: CPU time of each job, shape (n,), touches
-    included. ``gap_ns``: how long after the end of each its client asks again, shape (n,). ``work``:
-    what each gets done, in the workload's unit. ``last``: no batch of this stage follows.
+    included. ``gap_ns``: how long after the end of each its client asks again, shape (n,).
+    ``work``: what each gets done, in the workload's unit, shape (n,). ``last``: no batch of this
+    stage follows.
     """
 
     offsets: Int64s
@@ -53,9 +54,9 @@ class Stage:
     """Batches of jobs for the clients of one vCPU.
 
     ``first_ns``: when each client asks first, from the start of the stage on; ``each``: jobs of a
-    client, then it is done. ``extra_ns``: what a client waits beyond the time from the job's arrival
-    to its end. ``requests``: whether somebody waits for the answers, so that latencies are of
-    interest. ``barrier``: the next stage begins when all vCPUs have done this one.
+    client, then it is done. ``extra_ns``: what a client waits beyond the time from its job's
+    arrival to its end. ``requests``: whether somebody waits for the answers, so that latencies are
+    of interest. ``barrier``: the next stage begins when all vCPUs have done this one.
     """
 
     batches: Iterator[Jobs]

@@ -61,7 +61,10 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, access: Memcached) -> Layout:
-        """The layout of ``access``: the table is doubled at 1.5 items a bucket (``assoc_maintenance``)."""
+        """The layout of ``access``.
+
+        The table is doubled at 1.5 items a bucket (``assoc_start_expand``).
+        """
         power = FIRST_HASH_POWER
         while access.keys > 3 * (1 << power) // 2:
             power += 1
@@ -130,29 +133,32 @@ class Server:
             left -= count
             keys = self._keys()
             writes = self.seat.rng.random(BATCH_JOBS) >= access.get_ratio
-            yield self._jobs(keys[:count], writes[:count], self._gaps()[:count], last=left == 0)
+            # From the end of a request to the arrival of its client's next one.
+            gaps = access.network + self._times(access.think, access.think_law)
+            service = self._times(access.service, access.service_law)
+            drawn = (keys, writes, service, gaps)
+            yield self._jobs(*(each[:count] for each in drawn), last=left == 0)
 
-    def _gaps(self) -> Int64s:
-        """From the end of a request to the arrival of its client's next one."""
-        access = self.access
-        gaps = np.full(BATCH_JOBS, access.network + access.think, np.int64)
-        if access.think_law == "exponential" and access.think:
-            drawn = self.seat.rng.exponential(access.think, BATCH_JOBS)
-            gaps = access.network + np.rint(drawn).astype(np.int64)
-        return gaps
+    def _times(self, mean_ns: int, law: str) -> Int64s:
+        """Times of the requests of a batch."""
+        if law == "constant":
+            return np.full(BATCH_JOBS, mean_ns, np.int64)
+        times: Int64s = np.rint(self.seat.rng.exponential(mean_ns, BATCH_JOBS)).astype(np.int64)
+        return times
 
     def _keys(self) -> Int64s:
         access, rng = self.access, self.seat.rng
         if self._cumulative is not None:
             mass = rng.random(BATCH_JOBS) * self._cumulative[-1]
-            return np.searchsorted(self._cumulative[:-1], mass, side="right").astype(np.int64)
+            ranks: Int64s = np.searchsorted(self._cumulative[:-1], mass, side="right")
+            return ranks.astype(np.int64)
         if access.keys_drawn == "gaussian":
             return gaussian(rng, access.keys, access.sd or access.keys / 6, BATCH_JOBS)
         return rng.integers(0, access.keys, BATCH_JOBS, dtype=np.int64)
 
-    def _jobs(self, keys: Int64s, sets: Bools, gaps: Int64s, last: bool) -> Jobs:
+    def _jobs(self, keys: Int64s, sets: Bools, service: Int64s, gaps: Int64s, last: bool) -> Jobs:
         """Bucket, then the item's pages in order."""
-        access, seat, layout = self.access, self.seat, self.layout
+        seat, layout = self.seat, self.layout
         page = seat.page_bytes
         begin = layout.items_at(keys)
         first, final = begin // page, (begin + layout.item - 1) // page
@@ -163,13 +169,13 @@ class Server:
         writes = np.column_stack((sets, sets[:, None] | (item_pages <= header[:, None])))
         kept = np.column_stack((np.ones(len(keys), np.bool_), item_pages <= final[:, None]))
         counts = kept.sum(axis=1)
-        at = access.service // 2 + np.arange(width) * seat.touch_ns
+        at = service[:, None] // 2 + np.arange(width) * seat.touch_ns
         return Jobs(
             offsets=np.concatenate(([0], np.cumsum(counts))),
             pages=pages[kept],
             writes=writes[kept],
-            at_ns=np.broadcast_to(at, kept.shape)[kept],
-            total_ns=access.service + counts * seat.touch_ns,
+            at_ns=at[kept],
+            total_ns=service + counts * seat.touch_ns,
             gap_ns=gaps,
             work=np.ones(len(keys), np.int64),
             last=last,
@@ -188,4 +194,3 @@ def gaussian(rng: np.random.Generator, keys: int, sd: float, count: int) -> Int6
 def touched_bytes(access: Memcached) -> int:
     """Memory that table and items take."""
     return Layout.of(access).end
-

@@ -1,16 +1,19 @@
 """What guests do whose users wait for them: closed-loop workloads, one model each.
 
-Unlike the patterns of :mod:`simkvm.scenario.access`, a vCPU works off jobs (requests, bursts, pieces
-of a scan) that arrive when something else is done.
+Unlike the patterns of :mod:`simkvm.scenario.access`, a vCPU works off jobs (requests, bursts,
+pieces of a scan) that arrive when something else is done.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from simkvm.scenario.fields import MIB, Duration, Model, Size, Span
+
+Law = Literal["constant", "exponential"]
 
 
 class Workload(Model):
@@ -64,13 +67,17 @@ class Memcached(Workload):
     sd: float | None = Field(
         default=None,
         gt=0,
-        description="Of gaussian: standard deviation in keys (memtier: --key-stddev); null: a sixth "
-        "of the keys.",
+        description="Of gaussian: standard deviation in keys (memtier: --key-stddev); null: a "
+        "sixth of the keys.",
     )
     service: Duration = Field(
         default=15_000,
         description="CPU time of a request apart from its touches of table and item, half of it "
         "before them.",
+    )
+    service_law: Law = Field(
+        default="constant",
+        description="Whether `service` is always the same, or the mean of draws.",
     )
     network: Duration = Field(
         default=50_000,
@@ -81,7 +88,7 @@ class Memcached(Workload):
         default=0,
         description="A client's own time between an answer and its next request.",
     )
-    think_law: Literal["constant", "exponential"] = Field(
+    think_law: Law = Field(
         default="constant", description="Whether `think` is always the same, or the mean of draws."
     )
     requests: int | None = Field(
@@ -176,5 +183,5 @@ class Interactive(Workload):
 
 
 AnyWorkload = Memcached | Sort | Chase | Interactive
-ENDLESS = {"memcached": "requests", "chase": "loads", "interactive": "visits"}
+ENDLESS: Mapping[str, str] = {"memcached": "requests", "chase": "loads", "interactive": "visits"}
 """The key of a workload that is null if it never ends."""
