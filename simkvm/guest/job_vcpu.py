@@ -82,6 +82,7 @@ class JobVcpu(Vcpu):
         self._offsets: list[int] = [0]
         self._at: list[int] = []
         self._totals: list[int] = []
+        self._before: list[int] = [0]  #: CPU time of all jobs before each
         self._gaps: list[int] = []
         # Its clients: those without a job under way, by when they ask; how often each has asked.
         self._stage = Stage(iter(()))
@@ -217,10 +218,11 @@ class JobVcpu(Vcpu):
         self._offsets = jobs.offsets.tolist()
         self._leaves = jobs.pages if kvm.leaf_pages == 1 else kvm.stage2.leaves_of(jobs.pages)
         self._needs = np.where(jobs.writes, VALID | WRITE, VALID).astype(np.uint8)
-        self._list = self._leaves.tolist()
-        self._need_list = self._needs.tolist()
-        self._at = jobs.at_ns.tolist()
+        self._list = memoryview(self._leaves)  # type: ignore[arg-type,assignment]  # a buffer
+        self._need_list = memoryview(self._needs)  # type: ignore[arg-type,assignment]
+        self._at = memoryview(np.ascontiguousarray(jobs.at_ns))  # type: ignore[arg-type,assignment]
         self._totals = jobs.total_ns.tolist()
+        self._before = [0, *np.cumsum(jobs.total_ns).tolist()]
         self._gaps = jobs.gap_ns.tolist()
         self._job = self._position = self._run_to = 0
         return True
@@ -290,13 +292,17 @@ class JobVcpu(Vcpu):
         clients, asked, each = self._clients, self._asked, self._stage.each
         job = self._job + len(origins)  # the next to be planned
         stop = min(len(totals), max(self._job + self._jobs_ahead, job))
+        free_ns = origins[-1] + totals[job - 1] if origins else self._free_ns
+        room_ns = self._settle_at_ns - free_ns  # no job begins later than that
+        stop = max(job, bisect_left(self._before, self._before[job] + room_ns, job, stop))
         touch = self._first_fault(position, offsets[stop])
         faults = touch < offsets[stop]
         faulting = bisect_right(offsets, touch) - 1 if faults else stop
         self._ahead = None
-        free_ns = self._free_ns
-        if origins and faulting >= job:  # the job under way has its end now
-            ends[-1] = free_ns = origins[-1] + totals[job - 1]
+        if origins and faulting < job:  # the job under way faults again
+            free_ns = self._free_ns
+        elif origins:
+            ends[-1] = free_ns
             if asked[self._askers[-1]] < each:
                 heappush(clients, (free_ns + gaps[job - 1], self._askers[-1]))
         settle_at_ns, wakeup_ns, debt_ns = self._settle_at_ns, self._wakeup_ns, self._debt_ns

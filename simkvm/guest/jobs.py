@@ -72,7 +72,8 @@ class Stage:
 class Seat:
     """Where a workload runs: on vCPU ``vcpu`` of ``vcpus``, in ``pages`` pages of ``page_bytes``.
 
-    ``rng`` is the vCPU's own. ``touch_ns``: what a touch of a page takes.
+    ``rng`` is the vCPU's own, ``layout_rng`` in the same state for all of the guest's.
+    ``touch_ns``: what a touch of a page takes.
     """
 
     vcpu: int
@@ -80,12 +81,14 @@ class Seat:
     pages: int
     page_bytes: int
     rng: np.random.Generator
+    layout_rng: np.random.Generator
     touch_ns: int
     machine: Machine
 
-    def share(self, pages: int) -> range:
-        """The vCPU's share of ``pages`` pages."""
-        return range(self.vcpu * pages // self.vcpus, (self.vcpu + 1) * pages // self.vcpus)
+
+def share_of(pages: int, which: int, parts: int) -> range:
+    """Part number ``which`` of ``pages`` pages cut into ``parts``, equal but for a page."""
+    return range(which * pages // parts, (which + 1) * pages // parts)
 
 
 def back_to_back(

@@ -136,8 +136,10 @@ class Server:
             # From the end of a request to the arrival of its client's next one.
             gaps = access.network + self._times(access.think, access.think_law)
             service = self._times(access.service, access.service_law)
-            drawn = (keys, writes, service, gaps)
-            yield self._jobs(*(each[:count] for each in drawn), last=left == 0)
+            first = slice(count)
+            yield self._jobs(
+                keys[first], writes[first], service[first], gaps[first], last=left == 0
+            )
 
     def _times(self, mean_ns: int, law: str) -> Int64s:
         """Times of the requests of a batch."""

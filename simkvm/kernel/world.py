@@ -177,11 +177,11 @@ class World:
 
     def _vcpus(self, kvm: Kvm, guest: Guest) -> None:
         name = kvm.name
+        layout = self.stream(f"{name}/layout")
         if workloads.is_workload(guest.access):
             streams = [self.stream(f"{name}/vcpu{index}") for index in range(guest.vcpus)]
-            workloads.join(kvm, guest, self._free_cpus, streams, self.machine)
+            workloads.join(kvm, guest, self._free_cpus, streams, layout, self.machine)
             return
-        layout = self.stream(f"{name}/layout")
         for index in range(guest.vcpus):
             chunks = patterns.build(
                 guest.access,
