@@ -54,6 +54,8 @@ class Explicit:
 
     def flushed(self, t_ns: int, first: int, last: int) -> None:
         """Each vCPU's TLB is empty, and its next fault may come earlier."""
+        if first == last:  # nobody asked for any leaf's flag, but touches so far met a full TLB
+            self.catch_up(t_ns, first, last)
         for vcpu in self._vcpus:
             vcpu.flushed(t_ns)
 

@@ -30,6 +30,7 @@ from simkvm.kernel.task import Task
 
 if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm
+    from simkvm.observe.requests import Answers
 
 DONE: Final = -1
 FEW: Final = 48  #: touches up to which a plain loop is faster than arrays
@@ -42,6 +43,7 @@ class Vcpu:
     A :class:`~simkvm.guest.pause.Pause` among them is what its thread does outside the guest.
     """
 
+    answers: Answers | None = None  #: of one that works off jobs
     lacks_flag = False  #: whether the next fault, as planned, is for want of the accessed flag
 
     def __init__(self, kvm: Kvm, index: int, cpu: Cpu, chunks: Iterator[Chunk | Pause]) -> None:

@@ -387,7 +387,6 @@ class Kvm:
 
     def forget_vmid(self, t_ns: int) -> None:
         """What :meth:`flush_vmid` does to the vCPUs."""
-        self.accesses.catch_up(t_ns, 0, self.leaves)
         self.accesses.flushed(t_ns, 0, 0)
 
     def leaf_changes(self, leaf: int, t_ns: int) -> None:

@@ -14,7 +14,7 @@ from simpy import Environment, Event, Process
 
 from simkvm import contenders, selftests
 from simkvm.contenders.contender import Contender
-from simkvm.guest import patterns
+from simkvm.guest import patterns, workloads
 from simkvm.guest.software_af import vcpu_class
 from simkvm.kernel import bugs
 from simkvm.kernel.aging import AgeingThread
@@ -211,6 +211,10 @@ class World:
     def _vcpus(self, kvm: Kvm, guest: Guest) -> None:
         name = kvm.name
         layout = self.stream(f"{name}/layout")
+        if workloads.is_workload(guest.access):
+            streams = [self.stream(f"{name}/vcpu{index}") for index in range(guest.vcpus)]
+            workloads.join(kvm, guest, self._free_cpus, streams, layout, self.machine)
+            return
         for index in range(guest.vcpus):
             chunks = patterns.build(
                 guest.access,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simkvm.observe import requests
 from simkvm.observe.lock_stat import LockStat
 from simkvm.observe.pressure import pressure_summary
 from simkvm.observe.record import PHASE_COLUMNS, Record, table
@@ -75,7 +76,11 @@ class Recorder:
             summary=self._summary(world, end_ns, passes, timeline),
             locks=table(LOCK_COLUMNS, lock_rows),
             histograms=table(
-                HISTOGRAM_COLUMNS, [row for stat in stats for row in stat.histogram_rows()]
+                HISTOGRAM_COLUMNS,
+                [
+                    *(row for stat in stats for row in stat.histogram_rows()),
+                    *(row for kvm in world.kvms for row in requests.histogram_rows(kvm)),
+                ],
             ),
             timeline={
                 column: timeline[column].tolist()
@@ -140,6 +145,7 @@ class Recorder:
             "fault_retries": sum(vcpu.fault.retries for vcpu in vcpus),
             "user_exits": sum(vcpu.fault.user_exits for vcpu in vcpus),
             "access_faults": sum(vcpu.access_faults for vcpu in vcpus),
+            **requests.summary(world, end_ns),
             **_passes_summary(passes),
             **_young_summary(world),
             **pressure_summary(world, end_ns),
@@ -197,6 +203,8 @@ class Recorder:
             digest.update(self.locks[kvm.name].digest)
             vcpus = [(v.touches, v.fault.faults, v.finished_ns) for v in kvm.vcpus]
             digest.update(np.array(vcpus, "<i8").tobytes())
+            for answers in requests.answers_of(kvm):
+                digest.update(answers.digest)
         ageing = [(p.start_ns, p.end_ns, p.scanned, p.young, p.calls) for p in passes]
         for rows in (self.grace_periods, self.batches, ageing):
             digest.update(np.array(rows, "<i8").tobytes())

@@ -30,6 +30,8 @@ from simkvm.scenario.possible import kernel_problems
 from simkvm.scenario.schema import BLOCK_BYTES, Guest, Scenario
 from simkvm.scenario.selftest import Selftest
 from simkvm.scenario.swap import swap_problems
+from simkvm.scenario.workload_check import workload_problems
+from simkvm.scenario.workloads import ENDLESS, Workload
 from simkvm.units import exact_duration, exact_size
 
 
@@ -51,6 +53,8 @@ def problems(
             yield Problem((*keys, "rmap_chain"), message)
         yield from _addresses(guest, keys)
         yield from _traces(guest, guest.access, (*keys, "access"), traces)
+        if isinstance(guest.access, Workload):
+            yield from workload_problems(scenario, guest, keys, machine)
         yield from _ends(guest.access, (*keys, "access"), scenario.duration)
         yield from _closing(guest, (*keys, "teardown"))
     yield from _names(scenario)
@@ -317,6 +321,10 @@ def _endless(access: Access, keys: Keys) -> Iterator[Keys]:
     if isinstance(access, Phases | Trace):
         if access.repeat is None:
             yield (*keys, "repeat")
+    elif isinstance(access, Workload):
+        key = ENDLESS.get(access.pattern)
+        if key is not None and getattr(access, key) is None:
+            yield (*keys, key)
     elif not isinstance(access, Populate) and access.touches is None:
         yield (*keys, "touches")
 

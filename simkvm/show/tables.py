@@ -34,6 +34,7 @@ from simkvm.units import format_count, format_duration, format_size
 
 WIDTH = 100
 END_OF_VMS = "End of VMs"
+WORK = "Requests and work done"
 TABLES_AND_RCU = "RCU and stage-2 tables"
 CALLBACKS = "What RCU callbacks do"
 MOST_VIOLATIONS = 5
@@ -50,6 +51,7 @@ def run_report(result: ResultLike) -> Group:
         headline(result),
         *printed(result),
         guest_table(result),
+        *work_table(result),
         ageing_table(result),
         *lock_tables(result),
         rcu_table(result),
@@ -146,6 +148,17 @@ def guest_table(result: ResultLike) -> RenderableType:
         ]
     ]
     return titled_table("Guests", headers, [*_rows_by_guest(result), *rows])
+
+
+def work_table(result: ResultLike) -> list[RenderableType]:
+    """What users of the guests saw; nothing if no guest works for any."""
+    columns = SWEEP_TABLES[WORK]
+    shown = [(header, cell(result)) for header, cell in columns]
+    shown = [(header, found) for header, found in shown if found != NOTHING]
+    if not shown:
+        return []
+    headers, row = zip(*shown, strict=True)
+    return [titled_table(WORK, headers, [row], left=0)]
 
 
 def ageing_table(result: ResultLike) -> RenderableType:
@@ -474,6 +487,17 @@ SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("max", _of_passes("ageing_pass_max_ns")),
         ("a page", _of_passes("ageing_ns_per_page")),
         ("safety", _figure("safety", str)),
+    ),
+    WORK: (
+        ("requests", _figure("requests", _count_made)),
+        ("requests/s", _figure("requests_per_s", _count)),
+        ("latency\nmean", _figure("latency_mean_ns", _time)),
+        ("p50", _figure("latency_p50_ns", _time)),
+        ("p99", _figure("latency_p99_ns", _time)),
+        ("p99.9", _figure("latency_p999_ns", _time)),
+        ("max", _figure("latency_max_ns", _time)),
+        ("bytes/s", _figure("bytes_per_s", _size)),
+        ("loads/s", _figure("loads_per_s", _count)),
     ),
     "mmu_lock": (
         ("fault\nwait\np50", _at_site("fault", "wait", "p50")),
