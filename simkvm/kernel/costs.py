@@ -24,6 +24,7 @@ class FaultCosts:
     relax_hit_ns: int  #: the same for a fault that only changes rights
     gup_zero_ns: int  #: installing the zero page for a read
     gup_alloc_ns: int  #: allocating, clearing and installing a host page (or block)
+    gup_swap_ns: int  #: allocating and installing a page that is read instead of cleared
     gup_copy_ns: int  #: replacing the zero page for a write
     gup_cow_ns: int  #: replacing any other shared page for a write: its content has to be copied
     ptl_ns: int  #: how long that holds the host's page-table lock, at its end
@@ -213,6 +214,7 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int, deeper_ns: float)
         ),
         gup_zero_ns=round(gup_hit + zero_page),
         gup_alloc_ns=round(gup_hit + alloc),
+        gup_swap_ns=round(gup_hit + max(0.0, alloc - machine["zero_4k_ns"] * leaf_bytes / 4096)),
         gup_copy_ns=round(gup_hit + alloc),
         gup_cow_ns=round(max(gup_hit, gup_hit + alloc + _copied_not_cleared(machine, leaf_bytes))),
         ptl_ns=round(machine["host_ptl_hold_ns"]),

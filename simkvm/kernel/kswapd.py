@@ -79,7 +79,7 @@ class Kswapd:
         while sc.priority >= 1 and pages.free < pages.marks.high:
             sc.reclaimed = 0
             t_ns = yield from self._reclaimer.shrink_node(sc, t_ns)
-            t_ns = yield from reach(self._env, t_ns)
+            t_ns = yield from reach(self._env, t_ns + self._task.cpu.take_stolen())
             total += sc.reclaimed
             if sc.scanned < sc.nr_to_reclaim or not sc.reclaimed:
                 sc.priority -= 1

@@ -170,6 +170,8 @@ class Kvm:
 
     def map_all(self) -> None:
         """Have all of the memory mapped before the run begins, as far as the host has room."""
+        for vcpu in self.vcpus:
+            vcpu.fault.fill_cache()
         self.host.map_all()
         self.host.huge[:] = self.huge_pages
         tables = self.stage2.map_all(WRITE, self.huge_pages)
@@ -178,6 +180,7 @@ class Kvm:
         if isinstance(self.host, SwappableMemory):
             for first, last in self.host.swapped_out():
                 UnmapWalk(self.stage2, first, last, FREE, keep=True)
+            self.stage2.clear_young(np.arange(self.leaves))
 
     def _take_table_pages(self, pages: int) -> None:
         if self.pgdat is not None:

@@ -299,6 +299,12 @@ class ListedLruGen(LruGen):
         self.sizes[youngest] += len(leaves)
         return len(leaves)
 
+    def all_old(self) -> None:
+        """Ageing came by often enough for all folios to be in the oldest generation."""
+        leaves = np.flatnonzero(self._listed < ISOLATED)
+        self.remove(leaves)
+        self._lists._put(leaves + self.base, self._lists.min_seqs[self.of_type])
+
     def rotate(self, leaf: int) -> None:
         """The page of ``leaf`` is clean at last: eviction shall find it next."""
         if self._fast_listed[leaf] < ISOLATED:

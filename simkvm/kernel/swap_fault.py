@@ -37,6 +37,11 @@ class SwapFaultPath(FaultPath):
         self._pgdat = kvm.pgdat
         self._copying = False
 
+    def fill_cache(self) -> None:
+        """As :meth:`FaultPath.fill_cache`; where memory is short its pages count."""
+        self.cached = CACHE_CAPACITY
+        self._pgdat.pages.take(CACHE_CAPACITY)
+
     def look_up(self, t_ns: int, leaf: int, write: bool) -> int:
         """As :meth:`FaultPath.look_up`; pages for the memory cache are taken here."""
         if self.cached < self.cache_minimum:
@@ -145,7 +150,7 @@ class SwapFaultPath(FaultPath):
         t_ns = yield from device.read(self._task, t_ns)
         self._pgdat.stalled(began_ns, t_ns)
         self._host.lru.refault(self._leaf)  # type: ignore[attr-defined]
-        return t_ns + self._hit_ns
+        return t_ns + self._costs.gup_swap_ns
 
     def _map(self, t_ns: int) -> Steps:
         """The host's own table: its lock, then the entry."""

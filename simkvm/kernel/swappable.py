@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from simpy import Environment, Event
 
 from simkvm.kernel.cacheline import LineCosts
-from simkvm.kernel.host_memory import OWN, PRESENT, HostMemory
+from simkvm.kernel.host_memory import OWN, PRESENT, YOUNG, HostMemory
 from simkvm.kernel.page_alloc import HostPages
 from simkvm.kernel.swap import SwapDevice
 
@@ -100,7 +100,8 @@ class SwappableMemory(HostMemory):
     def map_all(self) -> None:
         """Give every leaf a page, and swap those out that were written first if there are too many.
 
-        What a guest leaves that wrote to all of its memory once, in order of addresses.
+        What a guest leaves that wrote to all of its memory once, in order of addresses, and has
+        been idle since: ageing came by and found nothing young.
         """
         leaves = len(self.state)
         self._tables[:] = True
@@ -116,6 +117,8 @@ class SwappableMemory(HostMemory):
             self.state[:out] = 0
             self.swap[:out] = SLOT
             self._recount()
+        self.state &= np.uint8(~YOUNG & 0xFF)
+        self.lru.all_old()  # type: ignore[attr-defined]
         self.pages.take(leaves - out)
 
     def swapped_out(self) -> list[tuple[int, int]]:

@@ -146,26 +146,48 @@ class Reclaimer:
         self, number: int, lruvec: ListedLruvec, ids: Ids, sc: ScanControl, t_ns: int
     ) -> Steps:
         """Look at isolated folios one after the other, and put back what stays."""
-        active: list[int] = []
-        written: list[int] = []
-        freed = 0
-        for folio in ids.tolist():
-            place = lruvec.guest_of(folio)
-            kvm = self._kvm(number, place)
-            outcome, t_ns = yield from self._shrink_folio(
-                kvm, folio - int(lruvec.bases[place]), t_ns
-            )
-            if outcome == "freed":
-                freed += 1
-            elif outcome == "active":
-                active.append(folio)
-            elif outcome == "writeback":
-                written.append(folio)
+        found: dict[str, list[int]] = {"freed": [], "active": [], "writeback": [], "gone": []}
+        t_ns = yield from self._shrink_each(number, lruvec, ids.tolist(), found, t_ns)
+        # What was written by now has missed its rotation: it is tried again, once.
+        again = [folio for folio in found["writeback"] if self._is_clean(number, lruvec, folio)]
+        found["writeback"] = [folio for folio in found["writeback"] if folio not in again]
+        t_ns = yield from self._shrink_each(number, lruvec, again, found, t_ns)
         t_ns = yield from reach(self._env, t_ns)
-        lruvec.putback(_array(active), lruvec.max_seq)
-        lruvec.putback(_array(written), lruvec.max_seq - 1)
-        self._account(sc, len(ids), freed, len(active))
+        lruvec.putback(_array(found["active"]), lruvec.max_seq)
+        writing = _array(found["writeback"])
+        lruvec.putback(writing, lruvec.max_seq - 1)
+        self._rotate_written(number, lruvec, found["writeback"])
+        self._account(sc, len(ids), len(found["freed"]), len(found["active"]))
         return t_ns
+
+    def _shrink_each(
+        self,
+        number: int,
+        lruvec: ListedLruvec,
+        folios: list[int],
+        found: dict[str, list[int]],
+        t_ns: int,
+    ) -> Steps:
+        """Look at ``folios``, and note in ``found`` what became of each."""
+        for folio in folios:
+            place = lruvec.guest_of(folio)
+            kvm, leaf = self._kvm(number, place), folio - int(lruvec.bases[place])
+            outcome, t_ns = yield from self._shrink_folio(kvm, leaf, t_ns)
+            found[outcome].append(folio)
+        return t_ns
+
+    def _is_clean(self, number: int, lruvec: ListedLruvec, folio: int) -> bool:
+        """Whether a folio that was written is in the swap cache, clean and unmapped."""
+        place = lruvec.guest_of(folio)
+        host, leaf = self._pgdat.memory(number, place), folio - int(lruvec.bases[place])
+        state = host.fast_swap[leaf] & (CACHED | WRITEBACK | DIRTY)
+        return state == CACHED and not host.fast[leaf] & OWN
+
+    def _rotate_written(self, number: int, lruvec: ListedLruvec, folios: list[int]) -> None:
+        """Those whose write ended while they were isolated go where eviction looks next."""
+        for folio in folios:
+            if self._is_clean(number, lruvec, folio):
+                lruvec.owner(folio).rotate(folio - int(lruvec.bases[lruvec.guest_of(folio)]))
 
     def _account(self, sc: ScanControl, scanned: int, freed: int, active: int) -> None:
         sc.scanned += scanned

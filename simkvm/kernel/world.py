@@ -80,9 +80,6 @@ class World:
         self._free_cpus = iter(self.cpus)
         self.kvms = [self._guest(name, guest) for name, guest in self.guests.items()]
         self._charge(self.guests)
-        for kvm in self.kvms:
-            if self.guests[kvm.name].mapped:
-                kvm.map_all()
         self.selftest: MainThread | None = None
         if scenario.selftest is None:
             for kvm in self.kvms:
@@ -90,6 +87,9 @@ class World:
         else:
             self.selftest = selftests.build(self)
             self._free_cpus = self.selftest.spare_cpus
+        for kvm in self.kvms:
+            if self.guests[kvm.name].mapped:
+                kvm.map_all()
         self.ageing: AgeingThread | None = None
         if scenario.ageing is not None:
             task = Task("ageing", next(self._free_cpus))
