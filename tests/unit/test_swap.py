@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from lab import KIB, MIB, events
 from pydantic import TypeAdapter
-from simpy import Environment, Event
+from simpy import Environment, Event, Resource
 
 from simkvm.kernel.cpu import Cpu, CpuState
 from simkvm.kernel.dram import Dram
@@ -410,6 +410,39 @@ def test_reads_are_in_the_account_from_asking_on() -> None:
     (end_ns,) = bench.read(began_ns)
     assert bench.device.read_ns == bench.device.latencies.total == end_ns - began_ns
     assert bench.device.latencies.number == 1, "however often one asks"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_recurrence_is_what_events_say(seed: int) -> None:
+    """Channels as a resource that requests queue for, the data as a server behind it."""
+    rng = np.random.default_rng(seed)
+    channels, number = int(rng.integers(1, 6)), 300
+    arrivals = np.cumsum(rng.integers(0, 2000, number)).tolist()
+    latencies = rng.integers(0, 3000 * channels, number).tolist()
+    sizes = (4096 * rng.choice([1, 1, 1, 32], number)).tolist()
+    paces = rng.choice([GB_S, 5 * GB_S, 100 * GB_S], number).tolist()
+    env, moved_ns, ends = Environment(), 0, [0] * number
+    free = Resource(env, channels)
+
+    def request(at: int) -> Generator[Event, Any, None]:
+        nonlocal moved_ns
+        yield env.timeout(arrivals[at])
+        with free.request() as granted:
+            yield granted
+            begin_ns = int(env.now)
+            move_ns = round(sizes[at] * 10**9 / paces[at])
+            moved_ns = max(moved_ns, begin_ns) + move_ns
+            alone_ns = latencies[at] + round((sizes[at] - 4096) * 10**9 / paces[at])
+            ends[at] = max(begin_ns + alone_ns, moved_ns)
+            yield env.timeout(ends[at] - begin_ns)
+
+    for at in range(number):
+        env.process(request(at))
+    env.run()
+    media = Media(channels)
+    assert [
+        media.serve(*one) for one in zip(arrivals, latencies, sizes, paces, strict=True)
+    ] == ends
 
 
 # -- requests in flight -----------------------------------------------------------------------
