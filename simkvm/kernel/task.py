@@ -17,10 +17,16 @@ from simkvm.kernel.cpu import Cpu
 
 @dataclass(eq=False)
 class Task:
-    """An actor: its name for people, and the CPU that it runs on."""
+    """An actor: its name for people, and the CPU that it runs on, or ran on last.
+
+    ``on_cpu``: it has the CPU; ``need_resched``: it has to give it up at its next checkpoint. Both
+    are the scheduler's to change (:mod:`simkvm.kernel.sched`).
+    """
 
     name: str
     cpu: Cpu
+    on_cpu: bool = True
+    need_resched: bool = False
 
 
 def reach(env: Environment, t_ns: int) -> Generator[Event, Any, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Generator, Iterator
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.mglru import Lruvec
 from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
 from simkvm.kernel.remote_flush import FLUSHES
+from simkvm.kernel.sched import FairScheduler, OwnCpus
 from simkvm.kernel.task import Task
 from simkvm.kernel.teardown import Teardown
 from simkvm.kernel.zap_roots import teardown_of
@@ -68,7 +69,9 @@ class World:
         self.cpus = self._cpus()
         self.rcu = self._rcu()
         self.teardowns: list[Teardown] = []
-        self._free_cpus = iter(self.cpus)
+        self.sched = self._scheduler()
+        shared = isinstance(self.sched, FairScheduler)
+        self._free_cpus: Iterator[Cpu] = cycle(self.cpus) if shared else iter(self.cpus)
         self.kvms = [self._guest(name, guest) for name, guest in self.guests.items()]
         self._charge(self.guests)
         self.selftest: MainThread | None = None
@@ -98,6 +101,7 @@ class World:
         ]
         self._running = sum(len(kvm.vcpus) for kvm in self.kvms) + len(self.teardowns)
         self._over = Event(self.env)
+        self._meet()
         bugs.put_back(self, scenario.bugs)
 
     @property
@@ -152,6 +156,26 @@ class World:
             on_batch=self.recorder.batch,
         )
 
+    def _scheduler(self) -> OwnCpus | FairScheduler:
+        if self.scenario.host.scheduler == "none":
+            return OwnCpus()
+        switch_ns = round(self.machine["context_switch_ns"])
+        return FairScheduler(self.env, self.cpus, switch_ns, self.rcu.tick_after)
+
+    def _meet(self) -> None:
+        """Tell the scheduler of every thread; none has a CPU before it asks for one."""
+        for kvm in self.kvms:
+            for vcpu in kvm.vcpus:
+                self.sched.add(vcpu.task, vcpu)
+        for task in self._other_tasks():
+            self.sched.add(task)
+
+    def _other_tasks(self) -> Iterator[Task]:
+        if self.ageing is not None:
+            yield self.ageing.task
+        yield from (contender.task for contender in self.contenders)
+        yield from (teardown.task for teardown in self.teardowns)
+
     def _grace_period(self, number: int, start_ns: int, end_ns: int, scans: int) -> None:
         self.recorder.grace_period(number, start_ns, end_ns, scans)
         for kvm in self.kvms:
@@ -160,7 +184,7 @@ class World:
     def _guest(self, name: str, guest: Guest) -> Kvm:
         scenario = self.scenario
         theirs = workers(scenario, name)
-        return Kvm(
+        made = Kvm(
             name,
             guest,
             self.env,
@@ -174,6 +198,8 @@ class World:
             block_bytes=block_bytes(guest, theirs),
             logged=logs_writes(theirs),
         )
+        made.sched = self.sched
+        return made
 
     def _vcpus(self, kvm: Kvm, guest: Guest) -> None:
         name = kvm.name
