@@ -157,11 +157,11 @@ class FairScheduler:
         queue.remove(thread, t_ns)
         queue.left_ns = t_ns
         task.on_cpu = task.need_resched = False
-        if self._longest() is None:
-            queue.cpu.sleep(t_ns)
-        else:
+        if any(other.waiting for other in self.queues):
             queue.cpu.context_switch(t_ns)
             self._leave(queue)
+        else:
+            queue.cpu.sleep(t_ns)
 
     def exit(self, task: Task, t_ns: int) -> None:
         """See :class:`Scheduler`."""
