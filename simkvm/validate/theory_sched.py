@@ -101,10 +101,11 @@ class Host:
         self.sched = FairScheduler(self.env, self.cpus, switch_ns, config.tick_after)
         self.threads: list[Computing] = []
 
-    def thread(self) -> Computing:
-        """Another thread; they prefer CPUs in turn."""
+    def thread(self, cpu: int | None = None) -> Computing:
+        """Another thread, which ran on ``cpu`` before; without that they have CPUs in turn."""
         number = len(self.threads)
-        task = Task(f"thread{number}", self.cpus[number % len(self.cpus)])
+        before = self.cpus[number % len(self.cpus) if cpu is None else cpu]
+        task = Task(f"thread{number}", before)
         self.threads.append(Computing(self.env, self.sched, task))
         return self.threads[-1]
 
