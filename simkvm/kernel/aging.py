@@ -66,7 +66,7 @@ class AgeingThread:
             by_memcg.setdefault(kvm.host.lru.lruvec, []).append(method(kvm, task))
         self._memcgs = list(by_memcg.values())
         self._kvms = kvms
-        self._task = task
+        self.task = task
         self._ageing = ageing
         self.passes: list[Pass] = []
 
@@ -76,7 +76,7 @@ class AgeingThread:
         A pass is finished once begun, but none begins any more when nobody ``wanted`` it: the
         selftest's thread looks for the end of the vCPUs between two commands.
         """
-        env, cpu, ageing = self._kvms[0].env, self._task.cpu, self._ageing
+        env, sched, task, ageing = self._kvms[0].env, self._kvms[0].sched, self.task, self._ageing
         costs = self._kvms[0].costs
         t_ns = ageing.start
         rounds = 0
@@ -84,19 +84,19 @@ class AgeingThread:
             t_ns = yield from reach(env, t_ns)
             if not wanted():
                 break
-            cpu.enter_kernel(t_ns)
+            t_ns = yield from sched.wake(task, t_ns)
             for walks in self._memcgs:
                 t_ns = yield from self._command(t_ns, walks)
-            t_ns += cpu.take_stolen()
+            t_ns += task.cpu.take_stolen()
             rounds += 1
             if ageing.interval:
-                cpu.sleep(t_ns)
+                sched.sleep(task, t_ns)
                 t_ns += ageing.interval + costs.wakeup_ns
             else:
                 # Back in user space for the next command: about one switch's worth of work.
-                cpu.enter_user(t_ns, t_ns + costs.switch_ns)
+                task.cpu.enter_user(t_ns, t_ns + costs.switch_ns)
                 t_ns += costs.switch_ns
-        cpu.sleep(t_ns)
+        sched.sleep(task, t_ns)
 
     def _command(self, t_ns: int, walks: list[AgeingMethod]) -> Steps:
         """One ageing command (``run_aging``) for the memcg of ``walks``; returns its end."""
@@ -172,15 +172,19 @@ class AgeingWalk:
         return (yield from reach(self.env, t_ns + moved * self._costs.folio_move_ns))
 
     def _resched(self, t_ns: int, flush: bool) -> Steps:
-        """Between upper entries: give ``mmap_lock`` back if enough was promoted."""
-        costs = self._costs
-        if not flush:
+        """Between upper entries: give ``mmap_lock`` back if enough was promoted, or to reschedule.
+
+        (``walk_pud_range``, which has ``walk_page_range`` return for either.)
+        """
+        costs, kvm, task = self._costs, self.kvm, self.task
+        if not flush and not task.need_resched:
             return t_ns
-        kvm, cpu = self.kvm, self.task.cpu
-        kvm.host.mmap_lock.post(cpu.id, t_ns)
-        cpu.enter_kernel(t_ns)
+        kvm.host.mmap_lock.post(task.cpu.id, t_ns)
+        task.cpu.enter_kernel(t_ns)
         t_ns = yield from reach(self.env, t_ns + costs.lru_lock_ns + costs.resched_ns)
-        return (yield from reach(self.env, kvm.host.mmap_lock.visit(cpu.id, t_ns, mmap_lock.LOCK)))
+        t_ns = yield from kvm.sched.checkpoint(task, t_ns)
+        t_ns = kvm.host.mmap_lock.visit(task.cpu.id, t_ns, mmap_lock.LOCK)
+        return (yield from reach(self.env, t_ns))
 
     def _table(self, t_ns: int, table: int, report: Pass) -> Generator[Event, Any, tuple[int, int]]:
         """One host page table, under its lock."""

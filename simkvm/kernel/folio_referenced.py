@@ -59,7 +59,7 @@ class FolioReferenced(RmapAgeing):
                     report.young += min(len(there), entries)
                     kvm.host.lru.promote(there)
                     t_ns += costs.promote_ns
-                t_ns += costs.resched_ns
+                t_ns = yield from self.cond_resched(t_ns)
         report.end_ns = yield from reach(kvm.env, t_ns)
         return report
 

@@ -29,6 +29,7 @@ from simkvm.kernel.qrwlock import QueuedRwlock
 from simkvm.kernel.rcu import Rcu
 from simkvm.kernel.remote_flush import Ipi
 from simkvm.kernel.rmap import RmapLocks
+from simkvm.kernel.sched import OwnCpus, Scheduler
 from simkvm.kernel.split_cache import SplitCache
 from simkvm.kernel.stage2 import AF, BLOCK, VALID, WRITE, Stage2, TableId
 from simkvm.kernel.swappable import SwappableMemory
@@ -136,6 +137,8 @@ class Kvm:
         self.walks_page_tables = machine.hw_af or machine.arch != "arm64"
         self.vcpus: list[Vcpu] = []
         self.accesses: Accesses = Explicit(self.vcpus)
+        self.sched: Scheduler = OwnCpus()
+        self.last_ran: dict[int, int] = {}  #: where CPUs are shared: which vCPU ran on each last
         self.in_ioctl: list[Event] = []  #: one for the end of each fault that no running vCPU takes
         # Shares of the memory may meet inside a block.
         meeting = self.leaf_pages > 1 or block_bytes is not None or not _apart(guest.access)

@@ -53,7 +53,7 @@ class Ipi:
         """Flush all vCPUs of ``kvm`` at ``t_ns``, not later than now; returns when that is done."""
         running = 0
         for vcpu in kvm.vcpus:
-            inside = vcpu.cpu.state(t_ns) is GUEST
+            inside = vcpu.task.on_cpu and vcpu.cpu.state(t_ns) is GUEST
             vcpu.catch_up(t_ns)
             vcpu.interrupted(t_ns, self._exit_ns if inside else 0)
             running += inside

@@ -108,7 +108,7 @@ class RmapAgeing:
         return t_ns, young
 
     def _lock(self, t_ns: int, table: int) -> Generator[Event, Any, int]:
-        """Wait for the lock of host table ``table``: others look, a fault installs an entry."""
+        """Wait for the lock of host table ``table``: others look too, or a fault installs."""
         kvm = self.kvm
         t_ns = yield from reach(kvm.env, t_ns)
         while True:
@@ -126,6 +126,11 @@ class RmapAgeing:
         first = table * kvm.host.entries
         kvm.accesses.catch_up(t_ns, first, min(first + kvm.host.entries, kvm.leaves))
         return t_ns
+
+    def cond_resched(self, t_ns: int) -> Generator[Event, Any, int]:
+        """Between two folios another thread may run; returns when this one goes on."""
+        t_ns += self.costs.resched_ns
+        return (yield from self.kvm.sched.checkpoint(self.task, t_ns))
 
     def faults_until(self, t_ns: int, table: int) -> int:
         """When the last of the faults that want or have host table ``table`` now is done; or 0."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Generator, Iterator
 from functools import partial
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from simkvm.kernel.page_alloc import HostPages, Watermarks
 from simkvm.kernel.pgdat import Pgdat
 from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
 from simkvm.kernel.remote_flush import FLUSHES
+from simkvm.kernel.sched import FairScheduler, OwnCpus
 from simkvm.kernel.swap import SwapDevice
 from simkvm.kernel.task import Task
 from simkvm.kernel.teardown import Teardown
@@ -77,7 +78,9 @@ class World:
         self.cpus = self._cpus()
         self.rcu = self._rcu()
         self.teardowns: list[Teardown] = []
-        self._free_cpus = iter(self.cpus)
+        self.sched = self._scheduler()
+        shared = isinstance(self.sched, FairScheduler)
+        self._free_cpus: Iterator[Cpu] = cycle(self.cpus) if shared else iter(self.cpus)
         self.kvms = [self._guest(name, guest) for name, guest in self.guests.items()]
         self._charge(self.guests)
         self.selftest: MainThread | None = None
@@ -116,6 +119,7 @@ class World:
         ]
         self._running = sum(len(kvm.vcpus) for kvm in self.kvms) + len(self.teardowns)
         self._over = Event(self.env)
+        self._meet()
         bugs.put_back(self, scenario.bugs)
 
     @property
@@ -170,6 +174,26 @@ class World:
             on_batch=self.recorder.batch,
         )
 
+    def _scheduler(self) -> OwnCpus | FairScheduler:
+        if self.scenario.host.scheduler == "none":
+            return OwnCpus()
+        switch_ns = round(self.machine["context_switch_ns"])
+        return FairScheduler(self.env, self.cpus, switch_ns, self.rcu.tick_after)
+
+    def _meet(self) -> None:
+        """Tell the scheduler of every thread; none has a CPU before it asks for one."""
+        for kvm in self.kvms:
+            for vcpu in kvm.vcpus:
+                self.sched.add(vcpu.task, vcpu)
+        for task in self._other_tasks():
+            self.sched.add(task)
+
+    def _other_tasks(self) -> Iterator[Task]:
+        if self.ageing is not None:
+            yield self.ageing.task
+        yield from (contender.task for contender in self.contenders)
+        yield from (teardown.task for teardown in self.teardowns)
+
     def _grace_period(self, number: int, start_ns: int, end_ns: int, scans: int) -> None:
         self.recorder.grace_period(number, start_ns, end_ns, scans)
         for kvm in self.kvms:
@@ -178,7 +202,7 @@ class World:
     def _guest(self, name: str, guest: Guest) -> Kvm:
         scenario = self.scenario
         theirs = workers(scenario, name)
-        return Kvm(
+        made = Kvm(
             name,
             guest,
             self.env,
@@ -193,6 +217,8 @@ class World:
             logged=logs_writes(theirs),
             pgdat=self.pgdat,
         )
+        made.sched = self.sched
+        return made
 
     def _pgdat(self) -> Pgdat | None:
         """The host's memory, if it can run out."""

@@ -150,6 +150,7 @@ class Recorder:
             **_young_summary(world),
             **pressure_summary(world, end_ns),
             **self._lock_summary(world),
+            **world.sched.summary(end_ns),
             "grace_periods": len(self.grace_periods),
             "grace_period_p50_ns": int(np.percentile(lengths, 50, method="lower")),
             "grace_period_p99_ns": int(np.percentile(lengths, 99, method="lower")),

@@ -131,7 +131,10 @@ def _host(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Iterat
     if cpus > machine.cores:
         message = f"{cpus} CPUs are more than the {machine.cores} cores of {machine.name}"
         yield Problem(("host", "cpus"), message)
-    if scenario.guests:
+    if scenario.host.scheduler == "fair" and scenario.selftest is not None:
+        message = "a selftest's threads have a CPU each"
+        yield Problem(("host", "scheduler"), message, "none")
+    elif scenario.guests and scenario.host.scheduler == "none":
         yield from _threads(scenario, cpus)
 
 

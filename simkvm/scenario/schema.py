@@ -98,6 +98,11 @@ class Host(Model):
     cpus: int | None = Field(
         default=None, ge=1, description="CPUs in use; default: every core of the machine."
     )
+    scheduler: Literal["none", "fair"] = Field(
+        default="none",
+        description="Who shares CPUs: with none every vCPU and every other thread has one to "
+        "itself; fair: they share them after EEVDF (kernel/sched/fair.c), and there may be fewer.",
+    )
     hz: Literal[100, 250, 300, 1000] = Field(
         default=250, description="Timer ticks a second (CONFIG_HZ); grace periods last whole ticks."
     )

@@ -30,6 +30,7 @@ def closed_forms() -> list[ClosedForm]:
         theory_locks,
         theory_rcu,
         theory_rounds,
+        theory_sched,
         theory_swap,
         theory_tables,
         theory_young,
@@ -43,5 +44,6 @@ def closed_forms() -> list[ClosedForm]:
         theory_young,
         theory_tables,
         theory_swap,
+        theory_sched,
     )
     return [form for subject in subjects for form in subject.closed_forms()]

@@ -16,6 +16,8 @@ from simkvm.kernel.drive import Media
 from simkvm.kernel.geometry import Geometry
 from simkvm.kernel.qrwlock import QueuedRwlock, Section
 from simkvm.kernel.rcu import Rcu, RcuConfig
+from simkvm.kernel.run_queue import RunQueue, Thread
+from simkvm.kernel.sched import FairScheduler
 from simkvm.kernel.stage2 import AF
 from simkvm.kernel.tlb import TlbiPath
 from simkvm.kernel.unmap import UnmapWalk
@@ -192,9 +194,38 @@ def decompressing_is_free_of_memory(patch: Patch) -> None:
     patch.setattr(Dram, "write", lambda dram, t_ns, end_ns, size: end_ns)
 
 
+def a_thread_runs_to_its_end(patch: Patch) -> None:
+    """First come, first served."""
+    pick = RunQueue.pick
+    patch.setattr(RunQueue, "pick", lambda queue: queue.current or pick(queue))
+
+
+def the_latest_slice_comes_first(patch: Patch) -> None:
+    """Whoever is there already waits for those who come."""
+
+    def pick(queue: RunQueue) -> Thread:
+        threads = [*queue.waiting, *([queue.current] if queue.current else [])]
+        return max(threads, key=lambda thread: thread.deadline)
+
+    patch.setattr(RunQueue, "pick", pick)
+
+
+def idle_cpus_pull_nobody(patch: Patch) -> None:
+    patch.setattr(FairScheduler, "_longest", lambda _: None)
+
+
+def turns_are_of_three_slices(patch: Patch) -> None:
+    made = RunQueue.__init__
+    patch.setattr(RunQueue, "__init__", lambda q, cpu, slice_ns, *a: made(q, cpu, 3 * slice_ns, *a))
+
+
 @pytest.mark.parametrize(
     ("mistake", "seen_by"),
     [
+        (a_thread_runs_to_its_end, ["sched/in-turn/*", "sched/m-g-1-ps", "sched/closed/*"]),
+        (the_latest_slice_comes_first, ["sched/m-g-1-ps"]),
+        (idle_cpus_pull_nobody, ["sched/work-conserved/3"]),
+        (turns_are_of_three_slices, ["sched/in-turn/*"]),
         (holds_are_longer, ["lock/m-d-1/0.5/[bw]*", "lock/repair/constant/8/*"]),
         (holds_are_longer, ["lock/in-turn/*", "lock/rounds/*"]),
         (readers_hold_exclusively, ["lock/rounds/3-1", "lock/batch/*"]),
