@@ -57,16 +57,16 @@ class Kswapd:
 
     def run(self) -> Generator[Event, Any, None]:
         """Sleep, balance, sleep..."""
-        cpu = self._task.cpu
-        t_ns = 0
+        sched, task = self._pgdat.sched, self._task
+        t_ns = yield from sched.checkpoint(task, 0)
         while True:
-            cpu.sleep(t_ns)
+            sched.sleep(task, t_ns)
             self._woken = Event(self._env)
             t_ns = yield self._woken
-            cpu.enter_kernel(t_ns)
+            t_ns = yield from sched.wake(task, t_ns)
             self._began_ns = t_ns
             t_ns = yield from self._balance(t_ns)
-            t_ns = yield from reach(self._env, t_ns + cpu.take_stolen())
+            t_ns = yield from reach(self._env, t_ns + task.cpu.take_stolen())
             self._busy_ns += t_ns - self._began_ns
             self._began_ns = NEVER
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from simkvm.kernel.lrugen import ListedLruvec
 from simkvm.kernel.page_alloc import HostPages
+from simkvm.kernel.sched import Scheduler
 from simkvm.kernel.swap import SwapDevice
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Pgdat:
 
     pages: HostPages
     swap: SwapDevice | None
+    sched: Scheduler
     vmstat: Vmstat = field(default_factory=Vmstat)
     lruvecs: list[ListedLruvec] = field(default_factory=list)
     kvms: list[list[Kvm]] = field(default_factory=list)
@@ -54,6 +56,7 @@ class Pgdat:
     def __post_init__(self) -> None:
         swap = self.swap
         if swap is not None:
+            swap.sched = self.sched
             self.pages.pool = lambda: swap.pool_pages
 
     def memory(self, lruvec: int, guest: int) -> SwappableMemory:

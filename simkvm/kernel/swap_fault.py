@@ -81,12 +81,14 @@ class SwapFaultPath(FaultPath):
 
     def _wait_for_folio(self, t_ns: int) -> Steps:
         """Somebody reads the page in, or is about to evict it: sleep until the folio is free."""
-        self._task.cpu.sleep(t_ns)
+        sched = self._kvm.sched
+        sched.sleep(self._task, t_ns)
         at_ns: int = yield self._host.folio_unlocked(self._leaf)
         woken_ns = max(t_ns, at_ns + self._kvm.costs.wakeup_ns)
+        woken_ns = yield from reach(self._env, woken_ns)
+        woken_ns = yield from sched.wake(self._task, woken_ns)
         self._pgdat.stalled(t_ns, woken_ns)
-        self._task.cpu.enter_kernel(woken_ns)
-        return (yield from reach(self._env, woken_ns))
+        return woken_ns
 
     def _settle(self, t_ns: int, state: int) -> Steps:
         """A page that is there, but not to be used like this; or the zero page for a read."""

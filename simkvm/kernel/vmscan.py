@@ -110,6 +110,7 @@ class Reclaimer:
             if not delta or scanned >= target or self._should_abort(sc):
                 return t_ns
             t_ns += self._kvm(number, 0).costs.ageing.resched_ns
+            t_ns = yield from self._pgdat.sched.checkpoint(self._task, t_ns)
 
     def _age(self, number: int, lruvec: ListedLruvec, t_ns: int) -> Steps:
         """``try_to_inc_max_seq``: walk the memcg's page tables, and open a generation."""

@@ -74,11 +74,11 @@ class World:
         self.dram = Dram.of(machine)
         self.remote_flush = FLUSHES[kernel["remote_flush"]].of(machine)
         self.guests = virtual_machines(scenario, machine)
-        self.pgdat = self._pgdat()
         self.cpus = self._cpus()
         self.rcu = self._rcu()
         self.teardowns: list[Teardown] = []
         self.sched = self._scheduler()
+        self.pgdat = self._pgdat()
         shared = isinstance(self.sched, FairScheduler)
         self._free_cpus: Iterator[Cpu] = cycle(self.cpus) if shared else iter(self.cpus)
         self.kvms = [self._guest(name, guest) for name, guest in self.guests.items()]
@@ -191,6 +191,8 @@ class World:
     def _other_tasks(self) -> Iterator[Task]:
         if self.ageing is not None:
             yield self.ageing.task
+        if self.kswapd is not None:
+            yield self.kswapd.task
         yield from (contender.task for contender in self.contenders)
         yield from (teardown.task for teardown in self.teardowns)
 
@@ -232,7 +234,7 @@ class World:
         if host.swap is not None:
             stream = self.stream("swap")
             swap = SwapDevice.of(self.env, host.swap, self.machine, stream, self.dram, page_bytes)
-        return Pgdat(HostPages(self.env, total, page_bytes, marks), swap)
+        return Pgdat(HostPages(self.env, total, page_bytes, marks), swap, self.sched)
 
     def _vcpus(self, kvm: Kvm, guest: Guest) -> None:
         name = kvm.name
