@@ -14,6 +14,7 @@ from simpy import Environment, Event, Process
 from simkvm import contenders, selftests
 from simkvm.contenders.contender import Contender
 from simkvm.guest import patterns
+from simkvm.guest.lazy import Lazy
 from simkvm.guest.software_af import vcpu_class
 from simkvm.kernel import bugs
 from simkvm.kernel.aging import AgeingThread
@@ -178,6 +179,11 @@ class World:
     def _vcpus(self, kvm: Kvm, guest: Guest) -> None:
         name = kvm.name
         layout = self.stream(f"{name}/layout")
+        if guest.engine == "lazy":
+            engine = Lazy(kvm, guest.access, layout, self.stream(f"{name}/accesses"))
+            kvm.accesses = engine
+            kvm.vcpus += [engine.add(n, next(self._free_cpus)) for n in range(guest.vcpus)]
+            return
         for index in range(guest.vcpus):
             chunks = patterns.build(
                 guest.access,
