@@ -393,6 +393,7 @@ class Kvm:
 
     def forget_vmid(self, t_ns: int) -> None:
         """What :meth:`flush_vmid` does to the vCPUs."""
+        self.accesses.going(t_ns, 0, 0)
         self.accesses.flushed(t_ns, 0, 0)
 
     def leaf_changes(self, leaf: int, t_ns: int) -> None:
@@ -449,7 +450,7 @@ class Kvm:
 
         Returns when the walk and its invalidation are done.
         """
-        self.accesses.catch_up(t_ns, first, last)
+        self.accesses.going(t_ns, first, last)
         young = self.leaves_change(first, last)
         walk, end = unmap_walk(self, first, last, t_ns)
         self.leaves_changed(young, t_ns, walk.elapsed_ns)
@@ -477,7 +478,7 @@ class Kvm:
     @contextmanager
     def mappings_going(self, t_ns: int) -> Iterator[None]:
         """Around a change that takes rights or mappings away, and translations with them."""
-        self.accesses.catch_up(t_ns, 0, self.leaves)
+        self.accesses.going(t_ns, 0, self.leaves)
         yield
         self.accesses.flushed(t_ns, 0, self.leaves)
 
@@ -486,7 +487,7 @@ class Kvm:
 
         Returns how many pages they mapped, in units of a leaf.
         """
-        self.accesses.catch_up(t_ns, first, last)
+        self.accesses.going(t_ns, first, last)
         removed = UnmapWalk(self.stage2, first, last, FREE, keep=True).pages
         if removed:
             self.accesses.unmapped(t_ns, first, last)

@@ -15,6 +15,7 @@ from simpy import Environment, Event, Process
 from simkvm import contenders, selftests
 from simkvm.contenders.contender import Contender
 from simkvm.guest import patterns, workloads
+from simkvm.guest.lazy import Lazy
 from simkvm.guest.software_af import vcpu_class
 from simkvm.kernel import bugs
 from simkvm.kernel.aging import AgeingThread
@@ -242,6 +243,11 @@ class World:
         if workloads.is_workload(guest.access):
             streams = [self.stream(f"{name}/vcpu{index}") for index in range(guest.vcpus)]
             workloads.join(kvm, guest, self._free_cpus, streams, layout, self.machine)
+            return
+        if guest.engine == "lazy":
+            engine = Lazy(kvm, guest.access, layout, self.stream(f"{name}/accesses"))
+            kvm.accesses = engine
+            kvm.vcpus += [engine.add(n, next(self._free_cpus)) for n in range(guest.vcpus)]
             return
         for index in range(guest.vcpus):
             chunks = patterns.build(

@@ -234,6 +234,13 @@ class Guest(Model):
         "reverse-map chain (x86's shadow MMU only).",
     )
     access: Access = Field(description="What each vCPU touches.")
+    engine: Literal["explicit", "lazy"] = Field(
+        default="explicit",
+        description="How touches are followed: one by one, or (lazy) counted, with accessed flags "
+        "and faults drawn when somebody could tell, so that a run costs what its faults and scans "
+        "cost however much is touched. lazy is for uniform, zipf and hot_cold, and gives the same "
+        "in distribution, not touch for touch.",
+    )
     mapped: bool = Field(
         default=False,
         description="Whether all of the memory is mapped, in the host and in stage 2, when the "
