@@ -60,15 +60,22 @@ class Kswapd:
         sched, task = self._pgdat.sched, self._task
         t_ns = yield from sched.checkpoint(task, 0)
         while True:
-            sched.sleep(task, t_ns)
-            self._woken = Event(self._env)
-            t_ns = yield self._woken
-            t_ns = yield from sched.wake(task, t_ns)
+            if self._may_sleep():
+                sched.sleep(task, t_ns)
+                self._woken = Event(self._env)
+                t_ns = yield self._woken
+                t_ns = yield from sched.wake(task, t_ns)
             self._began_ns = t_ns
             t_ns = yield from self._balance(t_ns)
             t_ns = yield from reach(self._env, t_ns + task.cpu.take_stolen())
+            t_ns = yield from sched.checkpoint(task, t_ns)
             self._busy_ns += t_ns - self._began_ns
             self._began_ns = NEVER
+
+    def _may_sleep(self) -> bool:
+        """Whether the node is balanced, or hopeless (``prepare_kswapd_sleep``)."""
+        pages = self._pgdat.pages
+        return pages.free >= pages.marks.high or self._failures >= MAX_RECLAIM_RETRIES
 
     def _balance(self, t_ns: int) -> Steps:
         """``balance_pgdat``: rounds of growing effort until the high watermark is reached."""
