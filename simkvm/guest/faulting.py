@@ -2,8 +2,8 @@
 
 Two sets: leaves that are not mapped, on which every touch faults, and leaves mapped without the
 right to write, on which a write does. Each keeps the summed weight of 64 leaves at a time in a
-binary indexed tree (Fenwick, Software: Practice and Experience 24 (1994), 327-336), so that a change
-and a draw take a step a level; a range takes one pass over it.
+binary indexed tree (Fenwick, Software: Practice and Experience 24 (1994), 327-336), so that a
+change and a draw take a step a level; a range takes one pass over it.
 
 What is known here may be behind what stage 2 maps, never ahead: who draws looks whether the leaf
 still faults, and if not the touch was an ordinary one.
@@ -51,7 +51,7 @@ class FaultingLeaves:
         return (missing + self._write_ratio * read_only) / self._weights.total
 
     def refresh(self, first: int, last: int) -> bool:
-        """Take over what is mapped of ``first`` up to ``last``; returns whether anything changed."""
+        """Take over what is mapped of ``first`` up to ``last``; returns whether that changed."""
         if last - first == 1:
             return self._refresh_one(first)
         changed = False

@@ -146,12 +146,13 @@ class Lazy:
         self._past(int(self._env.now))
         if self._faulting.refresh(leaf, leaf + 1):
             self._left = None
+        self.flags.mapped(leaf, self._order.made)
         self.touched(vcpu, leaf)
 
     def touched(self, vcpu: LazyVcpu, leaf: int) -> None:
         """The last touch that ``vcpu`` made was of ``leaf``; this one was not drawn here."""
         self._order.made += 1
-        self.flags.faulted(vcpu.index, leaf, vcpu.touches)
+        self.flags.touched(vcpu.index, leaf, vcpu.touches)
 
     def start(self, vcpu: LazyVcpu, t_ns: int) -> None:
         """``vcpu`` touches from ``t_ns`` on."""

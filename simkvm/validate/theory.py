@@ -27,6 +27,7 @@ def closed_forms() -> list[ClosedForm]:
     """All of them, in the order in which they are shown; nothing is run yet."""
     from simkvm.validate import (
         theory_deferred,
+        theory_lazy,
         theory_locks,
         theory_rcu,
         theory_rounds,
@@ -42,6 +43,7 @@ def closed_forms() -> list[ClosedForm]:
         theory_rcu,
         theory_deferred,
         theory_young,
+        theory_lazy,
         theory_tables,
         theory_swap,
         theory_sched,
