@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from simpy import Event
-from worlds import MIB, MS, world
+from worlds import MIB, MS, acquisitions, world
 
 from simkvm.guest.vcpu import Vcpu
 from simkvm.kernel.cpu import GUEST, IDLE, KERNEL, Cpu
@@ -469,3 +469,35 @@ def test_a_guest_that_does_nothing_but_fault_is_preempted_too() -> None:
     assert computing.stretches[-1].end_ns < 25 * MS
     turns = [end - begin for _, begin, end in computing.stretches]
     assert max(turns) <= TICK
+
+
+@pytest.mark.parametrize("preemption", ["none", "full"])
+def test_a_reschedule_that_is_due_breaks_mmu_lock(preemption: str) -> None:
+    """__cond_resched_rwlock_write(): between two chunks, whatever the preemption model."""
+    made = world(
+        host={"scheduler": "fair", "cpus": 1, "hz": 1000, "preemption": preemption},
+        guest={"memory": 4096 * MIB, "mapping": 4096, "access": {"pattern": "populate"}},
+    )
+    (kvm,) = made.kvms
+    task = Task("unmaps", made.cpus[0])
+    computing = compute(made, 200 * MS)
+    sparse = range(0, kvm.leaves, 512)  # a table each
+    for leaf in sparse:
+        kvm.tables_linked(kvm.stage2.map_leaf(leaf, 1), 0)
+        kvm.host.install(leaf, True)
+
+    def unmap() -> Generator[Event, Any, None]:
+        t_ns = yield from made.sched.wake(task, 0)
+        t_ns = yield from kvm.notifier.invalidate(task, t_ns, 0, kvm.leaves)
+        made.sched.sleep(task, t_ns)
+
+    made.env.run(made.env.process(unmap()))
+    rows = [row for row in acquisitions(kvm.mmu_lock.rows) if row.mode]
+    starts = rows[:-1]  # the last is the end of the range
+    assert 2 <= len(starts) <= 4, "three offers between four chunks of 1 GiB"
+    held = [(row.entry, row.release) for row in starts]
+    for _, begin, end in computing.stretches:
+        assert not any(begin < until and since < end for since, until in held)
+    between = [(a.release, b.entry) for a, b in pairwise(starts)]
+    for since, until in between:
+        assert any(since <= begin and end <= until for _, begin, end in computing.stretches)
