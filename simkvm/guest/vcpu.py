@@ -100,7 +100,7 @@ class Vcpu:
         kvm, host = self.kvm, self.kvm.host
         next_ns = yield from self._proceed((yield from kvm.sched.checkpoint(task, 0)))
         while self._list and self.kvm.alive:
-            if task.need_resched:
+            if self._left_ns != IN:
                 next_ns = yield from self._give_way()
                 continue
             while next_ns > env._now and queue and next_ns >= queue[0][0]:
@@ -177,15 +177,16 @@ class Vcpu:
         self.cpu = cpu
 
     def _leave_guest(self, t_ns: int) -> None:
-        """The touches up to ``t`` are applied; what is computed until the next one is left."""
+        """Out of the guest at ``t``, with the touches up to then applied.
+
+        What it computes until the next one is left.
+        """
         self._left_ns = max(0, self._run_from_ns - t_ns)
         self._running = False
         self.next_ns = t_ns
 
     def _give_way(self) -> Generator[Event, Any, int]:
         """Let another thread run; returns when the host is needed next, as :meth:`enter`."""
-        if self._running:  # about to enter
-            self._leave_guest(self._entry_ns)
         t_ns = yield from self.kvm.sched.checkpoint(self.task, self.next_ns)
         left_ns, self._left_ns = self._left_ns, IN
         reenter_ns, self._reenter_ns = self._reenter_ns, 0
@@ -272,7 +273,7 @@ class Vcpu:
         busy_ns = costs[position + 1] - costs[position]
         self._position = position = position + 1
         cpu = self.cpu
-        if cpu.stolen_ns or self._flushes or position == len(self._list):
+        if cpu.stolen_ns or self._flushes or position == len(self._list) or self.task.need_resched:
             return self.enter(t_ns, busy_ns)
         need = self._need_list[position]
         if self._entries[self._list[position]] & need == need:
@@ -297,7 +298,8 @@ class Vcpu:
     def enter(self, t_ns: int, busy_ns: int = 0) -> int:
         """The guest runs from ``t_ns`` on, the first ``busy_ns`` without a touch.
 
-        Returns when it needs the host: at its next fault, or at the end of the chunk.
+        Returns when it needs the host: at its next fault, or at the end of the chunk; at once if
+        another thread is to have the CPU (xfer_to_guest_mode_handle_work, kernel/entry/kvm.c).
         """
         if not self.kvm.alive:
             return t_ns
@@ -307,8 +309,11 @@ class Vcpu:
             start += cpu.take_stolen()
         if self._flushes:
             start += self._refill_ns()
-        self._running = True
         self._run_from_ns = start
+        if self.task.need_resched:
+            self._leave_guest(t_ns)
+            return t_ns
+        self._running = True
         self._entry_ns = t_ns
         self.next_ns = next_ns = self._plan(start)
         cpu.enter_guest(t_ns, self._exit_ns)

@@ -284,11 +284,11 @@ class UnmapChunks:
             if number + 1 == len(parts):
                 break
             t_ns = yield from reach(kvm.env, t_ns)
-            if blockable and high not in ends and kvm.lock_break(task.cpu, t_ns):
+            if blockable and high not in ends and kvm.lock_break(task, t_ns):
                 kvm.mmu_lock.release(t_ns)
                 task.cpu.context_switch(t_ns)
-                t_ns = yield from self._lock(task, t_ns + kvm.costs.ageing.resched_ns)
-                entry_ns = t_ns
+                t_ns = yield from kvm.let_others_run(task, t_ns)
+                t_ns = entry_ns = yield from self._lock(task, t_ns)
         return t_ns
 
 

@@ -222,8 +222,8 @@ class FairScheduler:
         before = thread.queue
         if before.idle(t_ns):
             return before
-        first, node = before.cpu.id + 1, before.cpu.node
-        around = self.queues[first:] + self.queues[: first - 1]
+        first, node = before.cpu.id, before.cpu.node
+        around = self.queues[first:] + self.queues[:first]
         idle = [queue for queue in around if queue.idle(t_ns)]
         near = [queue for queue in idle if queue.cpu.node == node]
         return (near or idle or [before])[0]
