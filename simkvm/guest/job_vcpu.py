@@ -99,7 +99,7 @@ class JobVcpu(Vcpu):
         self._free_ns = 0  #: when the vCPU is done with the plan, but for a job that faults
         self._idle_from_ns = 0  #: when it was done with all jobs that are not in the plan any more
         self.due_ns = FAR
-        self._ahead: set[int] | None = None
+        self.planned: set[int] | None = None  #: see :meth:`look_ahead`
         # Accounts: of invalidations and interrupts, paid by later jobs.
         self._settle_at_ns = SETTLE_NS
         self._hot = min(access.hot_pages, kvm.costs.tlb_entries)
@@ -298,7 +298,7 @@ class JobVcpu(Vcpu):
         touch = self._first_fault(position, offsets[stop])
         faults = touch < offsets[stop]
         faulting = bisect_right(offsets, touch) - 1 if faults else stop
-        self._ahead = None
+        self.planned = None
         if origins and faulting < job:  # the job under way faults again
             free_ns = self._free_ns
         elif origins:
@@ -498,11 +498,10 @@ class JobVcpu(Vcpu):
             due_ns = min(due_ns, self._origins[job] + self._at[position])
         self.due_ns = due_ns
 
-    def ahead(self) -> set[int]:
+    def look_ahead(self) -> set[int]:
         """The leaves that the plan touches, and perhaps some that it touched lately."""
-        if self._ahead is None:
-            self._ahead = set(self._list[self._position : self._run_to])
-        return self._ahead
+        self.planned = planned = set(self._list[self._position : self._run_to])
+        return planned
 
     def halted(self, t_ns: int) -> bool:
         """Whether the vCPU waits for a job at ``t_ns``, not later than now."""

@@ -29,6 +29,7 @@ def closed_forms() -> list[ClosedForm]:
         theory_deferred,
         theory_locks,
         theory_rcu,
+        theory_requests,
         theory_rounds,
         theory_tables,
         theory_young,
@@ -41,5 +42,6 @@ def closed_forms() -> list[ClosedForm]:
         theory_deferred,
         theory_young,
         theory_tables,
+        theory_requests,
     )
     return [form for subject in subjects for form in subject.closed_forms()]
