@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simkvm.observe.histogram import Histogram
 
@@ -31,7 +30,7 @@ class Answers:
     def __init__(self, unit: str, warmup_ns: int) -> None:
         self.unit = unit
         self.warmup_ns = warmup_ns
-        self.done = 0  #: units of work
+        self.done = 0  #: units of work, added up by the vCPU
         self._latency = Histogram(SUB_BITS)
         self._digest = hashlib.blake2b(digest_size=16)
         self._ends = array("q")  # of answers that are not in the histogram yet,
@@ -43,13 +42,6 @@ class Answers:
         self._waited.extend(latencies_ns)
         if len(self._ends) > KEEP:
             self._fold()
-
-    def work(self, ends_ns: Sequence[int], units: NDArray[np.int64]) -> None:
-        """Jobs that ended at ``ends_ns``, in order, got ``units`` done."""
-        if ends_ns[0] >= self.warmup_ns:
-            self.done += int(units.sum())
-        elif ends_ns[-1] >= self.warmup_ns:
-            self.done += int(units[np.array(ends_ns) >= self.warmup_ns].sum())
 
     @property
     def latency(self) -> Histogram:
