@@ -21,10 +21,14 @@ FEW: int = 16  #: leaves up to which looking each of them up is cheaper than loo
 
 
 class JobAccesses:
-    """``flushes``: invalidations of all of the guest's translations so far."""
+    """Of ``vcpus``, whose translations go by broadcast, or each by an interrupt of its own.
 
-    def __init__(self, vcpus: list[JobVcpu]) -> None:
+    ``flushes``: broadcasts so far that emptied all TLBs.
+    """
+
+    def __init__(self, vcpus: list[JobVcpu], broadcast: bool) -> None:
         self._vcpus = vcpus
+        self._broadcast = broadcast
         self.flushes = 0
 
     def catch_up(self, t_ns: int, first: int, last: int) -> None:
@@ -36,7 +40,7 @@ class JobAccesses:
             return
         leaves = range(first, last)
         for vcpu in self._vcpus:
-            if vcpu.due_ns < t_ns and not vcpu.ahead().isdisjoint(leaves):
+            if vcpu.due_ns < t_ns and not (vcpu.planned or vcpu.look_ahead()).isdisjoint(leaves):
                 vcpu.catch_up(t_ns)
 
     def going(self, t_ns: int, first: int, last: int) -> None:
@@ -57,7 +61,7 @@ class JobAccesses:
 
     def flushed(self, t_ns: int, first: int, last: int) -> None:
         """All TLBs are empty; plans change only for what was mapped in the range."""
-        self.flushes += 1
+        self.flushes += self._broadcast
         if first < last:
             self.unmapped(t_ns, first, last)
 
@@ -69,5 +73,5 @@ class JobAccesses:
             return
         leaves = range(first, last)
         for vcpu in self._vcpus:
-            if not vcpu.ahead().isdisjoint(leaves):
+            if not (vcpu.planned or vcpu.look_ahead()).isdisjoint(leaves):
                 vcpu.unmapped(t_ns)

@@ -22,8 +22,8 @@ import numpy as np
 from simpy import Event
 from simpy.events import NORMAL
 
-from simkvm.guest.jobs import Jobs, Stage
-from simkvm.guest.vcpu import Vcpu
+from simkvm.guest.jobs import Stage
+from simkvm.guest.vcpu import Vcpu, certain
 from simkvm.kernel.cpu import NEVER, Cpu
 from simkvm.kernel.stage2 import AF, VALID, WRITE
 from simkvm.observe.requests import Answers
@@ -39,17 +39,6 @@ JOBS_AHEAD: Final = 64  #: planned at once, at most
 FEW: Final = 4  #: touches up to which a loop finds a fault faster than an array
 WINDOW: Final = 64  #: touches looked at once then, doubled while none of them faults
 FAR: Final = NEVER
-
-_NO_NUMBERS: Final = np.zeros(0, np.int64)
-_NOTHING: Final = Jobs(
-    np.zeros(1, np.int64),
-    _NO_NUMBERS,
-    np.zeros(0, np.bool_),
-    _NO_NUMBERS,
-    _NO_NUMBERS,
-    _NO_NUMBERS,
-    _NO_NUMBERS,
-)
 
 
 class JobVcpu(Vcpu):
@@ -75,14 +64,16 @@ class JobVcpu(Vcpu):
         self._barrier = barrier
         self._jobs_ahead = jobs_ahead
         self._wakeup_ns = kvm.costs.wakeup_ns
+        self._arrival = certain(kvm.env)
         self.answers: Answers = Answers(access.unit, access.warmup)
         cpu.halted = self.halted
         # The batch being worked on.
-        self._jobs = _NOTHING
+        self._last_batch = False
         self._offsets: list[int] = [0]
         self._at: list[int] = []
         self._totals: list[int] = []
         self._before: list[int] = [0]  #: CPU time of all jobs before each
+        self._work_before: list[int] = [0]
         self._gaps: list[int] = []
         # Its clients: those without a job under way, by when they ask; how often each has asked.
         self._stage = Stage(iter(()))
@@ -99,7 +90,7 @@ class JobVcpu(Vcpu):
         self._free_ns = 0  #: when the vCPU is done with the plan, but for a job that faults
         self._idle_from_ns = 0  #: when it was done with all jobs that are not in the plan any more
         self.due_ns = FAR
-        self._ahead: set[int] | None = None
+        self.planned: set[int] | None = None  #: see :meth:`look_ahead`
         # Accounts: of invalidations and interrupts, paid by later jobs.
         self._settle_at_ns = SETTLE_NS
         self._hot = min(access.hot_pages, kvm.costs.tlb_entries)
@@ -174,8 +165,12 @@ class JobVcpu(Vcpu):
             if refused:
                 return next_ns
         t_ns = fault.look_up(next_ns, leaf, write)
-        if env._queue and t_ns >= env._queue[0][0]:
-            yield env.timeout(max(0, t_ns - int(env.now)))
+        queue = env._queue
+        if queue and t_ns >= queue[0][0]:
+            arrival = self._arrival  # nobody else ever sees it: the same one every time
+            arrival.callbacks = []
+            heappush(queue, (t_ns, NORMAL, next(env._eid), arrival))
+            yield arrival
         if fault.lacking:
             rest = fault.install(t_ns)
             if rest is not None:
@@ -214,7 +209,7 @@ class JobVcpu(Vcpu):
         if jobs is None or not len(jobs):
             return False
         kvm = self.kvm
-        self._jobs = jobs
+        self._last_batch = jobs.last
         self._offsets = jobs.offsets.tolist()
         self._leaves = jobs.pages if kvm.leaf_pages == 1 else kvm.stage2.leaves_of(jobs.pages)
         self._needs = np.where(jobs.writes, VALID | WRITE, VALID).astype(np.uint8)
@@ -223,6 +218,7 @@ class JobVcpu(Vcpu):
         self._at = memoryview(np.ascontiguousarray(jobs.at_ns))  # type: ignore[arg-type,assignment]
         self._totals = jobs.total_ns.tolist()
         self._before = [0, *np.cumsum(jobs.total_ns).tolist()]
+        self._work_before = [0, *np.cumsum(jobs.work).tolist()]
         self._gaps = jobs.gap_ns.tolist()
         self._job = self._position = self._run_to = 0
         return True
@@ -267,14 +263,26 @@ class JobVcpu(Vcpu):
         done_ns = self._at[self._position]
         self._busy_ns += done_ns - self._counted_ns
         self._counted_ns = done_ns
-        stolen_ns = self._settle(t_ns)
+        stolen_ns = 0
+        owes = self._accesses.flushes + self._own_flushes != self._seen
+        if owes or self._lost_ns or self.cpu.stolen_ns:
+            stolen_ns = self._settle(t_ns)
         self._origins[0] = t_ns + stolen_ns - done_ns
         self._position = position
         self._running = True
         self._entry_ns = t_ns
-        self.next_ns = next_ns = self._plan_jobs(position)
+        self.next_ns = next_ns = self._next_fault(position)
         self.cpu.enter_guest(t_ns, self._exit_ns)
         return next_ns
+
+    def _next_fault(self, position: int) -> int:
+        """As :meth:`_plan_jobs`, in one go if the job faults at its very next touch again."""
+        if position < self._offsets[self._job + 1]:
+            need = self._need_list[position]
+            if self._entries[self._list[position]] & need != need:
+                self._run_to = position
+                return self._fault_at(position)
+        return self._plan_jobs(position)
 
     def pass_over(self) -> None:
         """Nobody skips touches of a job."""
@@ -298,7 +306,7 @@ class JobVcpu(Vcpu):
         touch = self._first_fault(position, offsets[stop])
         faults = touch < offsets[stop]
         faulting = bisect_right(offsets, touch) - 1 if faults else stop
-        self._ahead = None
+        self.planned = None
         if origins and faulting < job:  # the job under way faults again
             free_ns = self._free_ns
         elif origins:
@@ -340,7 +348,7 @@ class JobVcpu(Vcpu):
         if self._faults:
             return self._fault_at(touch)
         self._exit_ns = FAR
-        over = not clients or (job == len(totals) and self._jobs.last)
+        over = not clients or (job == len(totals) and self._last_batch)
         return free_ns if over else begin_ns
 
     def _fault_at(self, touch: int) -> int:
@@ -478,8 +486,9 @@ class JobVcpu(Vcpu):
             ]
             self.answers.add(ends[:count], latencies)
         if stage.counts:
-            self.answers.work(ends[:count], self._jobs.work[job : job + count])
-        self._busy_ns += sum(self._totals[job : job + count]) - self._counted_ns
+            late = bisect_left(ends, self.answers.warmup_ns, 0, count)
+            self.answers.done += self._work_before[job + count] - self._work_before[job + late]
+        self._busy_ns += self._before[job + count] - self._before[job] - self._counted_ns
         self._counted_ns = 0
         self._ended += count
         for planned in (self._origins, ends, self._arrivals, self._askers, self._shares):
@@ -498,11 +507,10 @@ class JobVcpu(Vcpu):
             due_ns = min(due_ns, self._origins[job] + self._at[position])
         self.due_ns = due_ns
 
-    def ahead(self) -> set[int]:
+    def look_ahead(self) -> set[int]:
         """The leaves that the plan touches, and perhaps some that it touched lately."""
-        if self._ahead is None:
-            self._ahead = set(self._list[self._position : self._run_to])
-        return self._ahead
+        self.planned = planned = set(self._list[self._position : self._run_to])
+        return planned
 
     def halted(self, t_ns: int) -> bool:
         """Whether the vCPU waits for a job at ``t_ns``, not later than now."""

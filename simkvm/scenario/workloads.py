@@ -117,7 +117,7 @@ class Sort(Workload):
     data: Size = Field(description="Bytes to sort, a multiple of the page size.")
     block: Size = Field(default=MIB, description="Bytes that a shuffle reads in order.")
     page_cpu: Duration = Field(
-        default=2_000, description="CPU time for each page read, apart from the touches."
+        default=20_000, description="CPU time for each page read, apart from the touches."
     )
     rounds: int = Field(default=1, ge=1, description="Times that both stages are gone through.")
     load: bool = Field(

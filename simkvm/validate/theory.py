@@ -30,6 +30,7 @@ def closed_forms() -> list[ClosedForm]:
         theory_lazy,
         theory_locks,
         theory_rcu,
+        theory_requests,
         theory_rounds,
         theory_sched,
         theory_swap,
@@ -47,5 +48,6 @@ def closed_forms() -> list[ClosedForm]:
         theory_tables,
         theory_swap,
         theory_sched,
+        theory_requests,
     )
     return [form for subject in subjects for form in subject.closed_forms()]
