@@ -12,7 +12,7 @@ from simpy import Event
 from worlds import MIB, MS, acquisitions, world
 
 from simkvm.guest.vcpu import Vcpu
-from simkvm.kernel.cpu import IDLE, KERNEL, Cpu
+from simkvm.kernel.cpu import GUEST, IDLE, KERNEL, Cpu
 from simkvm.kernel.run_queue import RunQueue, Thread
 from simkvm.kernel.sched import FairScheduler
 from simkvm.kernel.task import Task, reach
