@@ -14,9 +14,10 @@ from worlds import MIB, MS, acquisitions, world
 from simkvm.guest.vcpu import Vcpu
 from simkvm.kernel.cpu import GUEST, IDLE, KERNEL, Cpu
 from simkvm.kernel.run_queue import RunQueue, Thread
-from simkvm.kernel.sched import FairScheduler
+from simkvm.kernel.sched import FairScheduler, OwnCpus
 from simkvm.kernel.task import Task, reach
 from simkvm.kernel.world import World
+from simkvm.scenario.errors import InputError
 from simkvm.validate.theory_sched import Computing, Host
 
 TICK = 4 * MS  #: at 250 Hz
