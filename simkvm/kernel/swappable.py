@@ -110,16 +110,33 @@ class SwappableMemory(HostMemory):
         out = max(0, leaves - room)
         super().map_all()
         if out:
-            gone = np.arange(out)
-            assert self.device is not None, "checked before: there is swap for what does not fit"
-            self.device.allocate(out)
-            self.lru.remove(gone)
-            self.state[:out] = 0
-            self.swap[:out] = SLOT
-            self._recount()
+            self._swap_out(np.arange(out))
         self.state &= np.uint8(~YOUNG & 0xFF)
         self.lru.all_old()  # type: ignore[attr-defined]
         self.pages.take(leaves - out)
+
+    def populate(self, first: int, last: int, huge: bool) -> int:
+        """As :meth:`HostMemory.populate`, before the run begins: what is too much is swapped out.
+
+        As eviction would: what was written first goes first.
+        """
+        before = self.page_count_of(first, last)
+        lacking = super().populate(first, last, huge)
+        self._tables[first // self.entries : -(-last // self.entries)] = True
+        self.pages.take(self.page_count_of(first, last) - before + len(self.present))
+        out = self.pages.marks.high - self.pages.free
+        if out > 0:
+            self._swap_out(first + np.arange(out))
+            self.pages.put(out)
+        return lacking
+
+    def _swap_out(self, leaves: NDArray[np.int64]) -> None:
+        assert self.device is not None, "checked before: there is swap for what does not fit"
+        self.device.allocate(len(leaves))
+        self.lru.remove(leaves)
+        self.state[leaves] = 0
+        self.swap[leaves] = SLOT
+        self._recount()
 
     def swapped_out(self) -> list[tuple[int, int]]:
         """Ranges of leaves whose content is in swap alone."""
