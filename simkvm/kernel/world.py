@@ -272,13 +272,16 @@ class World:
         for kvm in self.kvms:
             memcgs.setdefault(guests[kvm.name].memcg or f"/{kvm.name}", []).append(kvm)
         two_step = self.kernel["promotion"] == "two_step"
+        lruvecs: list[ListedLruvec] = []
         for kvms in memcgs.values():
             shapes = [(kvm.leaves, ANON) for kvm in kvms]
-            lruvec = ListedLruvec(shapes, two_step, kvms[0].costs.line)
-            for kvm, lru in zip(kvms, lruvec.guests, strict=True):
+            line, now = kvms[0].costs.line, lambda: int(self.env.now)
+            lruvecs.append(ListedLruvec(shapes, two_step, line, now, pgdat.vmstat))
+            for kvm, lru in zip(kvms, lruvecs[-1].listed_guests, strict=True):
                 kvm.host.lru = lru
-            pgdat.lruvecs.append(lruvec)
+                lru.pages = pgdat.memory_of(kvm)
             pgdat.kvms.append(kvms)
+        pgdat.charge(lruvecs, self.stream("memcg_lru"))
 
     def _contender(self, name: str, spec: Any, kvms: list[Kvm]) -> list[Contender]:
         """A thread: one contender, or one for each guest that it serves in turn."""
