@@ -36,6 +36,7 @@ class Pgdat:
     lruvecs: list[ListedLruvec] = field(default_factory=list)
     kvms: list[list[Kvm]] = field(default_factory=list)
     passes: list[Pass] = field(default_factory=list)  #: of ageing that reclaim asked for
+    paths: list[str] = field(default_factory=list)  #: of memcgs
     lru_gen: int = LRU_GEN_ALL  #: its capabilities (/sys/kernel/mm/lru_gen/enabled)
     swappiness: int = DEFAULT_SWAPPINESS
     min_ttl_ns: int = 0  #: what may not be evicted for that long (min_ttl_ms); 0: no matter

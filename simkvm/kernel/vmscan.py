@@ -1,13 +1,14 @@
 """Reclaim: taking folios that look cold off the LRU, and their pages back.
 
 Source: mm/vmscan.c (``shrink_folio_list``, ``do_try_to_free_pages``), v6.12. Which folios are
-looked at is the LRU's to say: the multi-gen one's (:mod:`simkvm.kernel.lru_gen`). Each is then looked
-at by itself: was it used after all (``folio_referenced``), else it is unmapped, one notifier range
-a page, written to swap if its slot has no copy of it, and freed.
+looked at is the LRU's to say (:mod:`simkvm.kernel.lru_gen`). Each is then looked at by itself: was
+it used after all (``folio_referenced``), else it is unmapped, one notifier range a page, written to
+swap if its slot has no copy of it, and freed.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -19,7 +20,8 @@ from simkvm.kernel.folio_list import NOBODY, Ids
 from simkvm.kernel.folio_referenced import EvictionCheck
 from simkvm.kernel.host_memory import OWN
 from simkvm.kernel.lru_gen import MultiGen
-from simkvm.kernel.lrugen import ListedLruGen, ListedLruvec
+from simkvm.kernel.lrugen import DEFAULT_SWAPPINESS, ListedLruGen, ListedLruvec
+from simkvm.kernel.mglru import MAX_LRU_BATCH, MAX_NR_GENS, MIN_NR_GENS
 from simkvm.kernel.scan_control import DEF_PRIORITY, SWAP_CLUSTER_MAX, ScanControl
 from simkvm.kernel.swappable import CACHED, DIRTY, SLOT, WRITEBACK, SwappableMemory
 from simkvm.kernel.task import Task, reach
@@ -81,6 +83,50 @@ class Reclaimer:
     def cond_resched(self, number: int, t_ns: int) -> Steps:
         """A place where the task may lose its CPU."""
         return self._kvm(number, 0).sched.checkpoint(self._task, t_ns)
+
+    # -- on command -----------------------------------------------------------------------------
+
+    def age_on_command(
+        self, lruvec: ListedLruvec, seq: int, t_ns: int, swappiness: int, forced: bool = True
+    ) -> Generator[Event, Any, tuple[int, int]]:
+        """``run_aging``: returns 0 or the number of an error, and when it is done."""
+        if seq < lruvec.max_seq:
+            return 0, t_ns
+        if seq > lruvec.max_seq:
+            return errno.EINVAL, t_ns
+        if not forced and lruvec.oldest(swappiness) + MAX_NR_GENS - 1 <= lruvec.max_seq:
+            return errno.ERANGE, t_ns
+        number = self._pgdat.lruvecs.index(lruvec)
+        _, t_ns = yield from self.lru_gen.ageing.try_to_inc_max_seq(
+            number, seq, swappiness, forced, t_ns
+        )
+        return 0, t_ns
+
+    def evict_on_command(
+        self,
+        lruvec: ListedLruvec,
+        min_seq: int,
+        nr: int,
+        t_ns: int,
+        swappiness: int = DEFAULT_SWAPPINESS,
+    ) -> Generator[Event, Any, tuple[int, int]]:
+        """``run_eviction``: evict generations up to ``min_seq``, ``nr`` pages at most.
+
+        Batches are not cut short. Returns 0 or the number of an error, and when it is done.
+        """
+        if min_seq + MIN_NR_GENS > lruvec.max_seq:
+            return errno.EINVAL, t_ns
+        number = self._pgdat.lruvecs.index(lruvec)
+        sc = ScanControl(SWAP_CLUSTER_MAX, kswapd=False)
+        while min_seq >= lruvec.oldest(swappiness) and sc.reclaimed < nr:
+            scanned, t_ns = yield from self.lru_gen.evict_folios(
+                number, sc, swappiness, MAX_LRU_BATCH, t_ns
+            )
+            if not scanned:
+                break
+            costs = self._kvm(number, 0).costs.ageing
+            t_ns = yield from self.cond_resched(number, t_ns + costs.resched_ns)
+        return 0, t_ns
 
     # -- one batch ------------------------------------------------------------------------------
 
