@@ -37,7 +37,7 @@ def _table(rule: Callable[[int], int]) -> Table:
 
 def _order(n: int) -> int:
     """``order_base_2``: the least power of two that is not below ``n``."""
-    return max(0, (n - 1).bit_length())
+    return max(0, n - 1).bit_length()
 
 
 @dataclass(frozen=True)
