@@ -36,6 +36,8 @@ class SwapFaultPath(FaultPath):
         self._host: SwappableMemory = kvm.host
         self._pgdat = kvm.pgdat
         self._copying = False
+        #: GUP marks it once, and so does arm64 (kvm_set_pfn_accessed()).
+        self._marks = 2 if kvm.kernel.arch == "arm64" else 1
 
     def fill_cache(self) -> None:
         """As :meth:`FaultPath.fill_cache`; where memory is short its pages count."""
@@ -58,6 +60,11 @@ class SwapFaultPath(FaultPath):
     def install(self, t_ns: int) -> Generator[Event, Any, int] | None:
         """From the look-up of the VMA to a host page that is mapped."""
         return self._bring_in(t_ns)
+
+    def locked(self, entry_ns: int) -> tuple[int, int]:
+        """As :meth:`FaultPath.locked`: GUP and KVM have marked the page accessed by then."""
+        self._host.lru.accessed(self._leaf, self._marks)  # type: ignore[attr-defined]
+        return super().locked(entry_ns)
 
     def _bring_in(self, t_ns: int) -> Steps:
         host, leaf = self._host, self._leaf
@@ -165,7 +172,10 @@ class SwapFaultPath(FaultPath):
             freed: int = held if isinstance(held, int) else (yield held)
             t_ns = max(t_ns, freed + costs.line.transfer_ns + costs.fault.ptl_ns)
             t_ns = yield from reach(self._env, t_ns)
-        host.install(leaf, own=True)
+        if host.fast[leaf] & OWN:
+            self._pgdat.pages.put(1)  # a copy of the zero page was quicker
+        else:
+            host.install(leaf, own=True)
         return t_ns
 
     def _holds_table_until(self, t_ns: int) -> None:

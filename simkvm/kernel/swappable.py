@@ -78,6 +78,13 @@ class SwappableMemory(HostMemory):
             event._value = t_ns
             self._env.schedule(event, delay=max(0, t_ns - int(self._env.now)))
 
+    def waiting(self, leaves: NDArray[np.int64], file: bool) -> NDArray[np.bool_]:
+        """Which of ``leaves`` eviction passes by: locked, or under writeback."""
+        found: NDArray[np.bool_] = (self.swap[leaves] & WRITEBACK) != 0
+        if self._folio_locks:
+            found |= np.isin(leaves, list(self._folio_locks))
+        return found
+
     # -- pages that come and go -----------------------------------------------------------------
 
     def table_page(self, leaf: int) -> None:
