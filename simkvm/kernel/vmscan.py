@@ -124,52 +124,6 @@ class Reclaimer:
             )
             if not scanned:
                 break
-        return t_ns
-
-    def _set_initial_priority(self, sc: ScanControl) -> None:
-        """Kswapd starts at the priority at which one go should do (``set_initial_priority``)."""
-        if sc.priority != DEF_PRIORITY or sc.nr_to_reclaim < MIN_LRU_BATCH:
-            return
-        reclaimable = sum(sum(lruvec.sizes) for lruvec in self._pgdat.lruvecs)
-        found = reclaimable.bit_length() - 1 - (sc.nr_to_reclaim - 1).bit_length()
-        sc.priority = min(max(found, DEF_PRIORITY // 2), DEF_PRIORITY)
-
-    def _should_abort(self, sc: ScanControl) -> bool:
-        """Whether enough was reclaimed, by whatever measure (``should_abort_scan``)."""
-        if sc.reclaimed >= sc.nr_to_reclaim:
-            return True
-        return sc.kswapd and self._pgdat.pages.free >= self._pgdat.pages.marks.high
-
-    def _shrink_lruvec(
-        self, number: int, lruvec: ListedLruvec, sc: ScanControl, t_ns: int
-    ) -> Steps:
-        scanned = 0
-        while True:
-            wanted, total = lruvec.should_run_aging()
-            if wanted and sc.priority != DEF_PRIORITY:
-                return (yield from self._age(number, lruvec, t_ns))
-            target = total >> sc.priority
-            if target <= 0:
-                return t_ns
-            delta, t_ns = yield from self._evict(number, lruvec, sc, t_ns)
-            scanned += delta
-            if not delta or scanned >= target or self._should_abort(sc):
-                return t_ns
-            t_ns += self._kvm(number, 0).costs.ageing.resched_ns
-            t_ns = yield from self._pgdat.sched.checkpoint(self._task, t_ns)
-
-    def _age(self, number: int, lruvec: ListedLruvec, t_ns: int) -> Steps:
-        """``try_to_inc_max_seq``: walk the memcg's page tables, and open a generation."""
-        kvms = self._pgdat.kvms[number]
-        began_ns = t_ns
-        for place, kvm in enumerate(kvms):
-            if kvm.name not in self._walks:
-                self._walks[kvm.name] = AgeingWalk(kvm, self._task)
-            done = yield from self._walks[kvm.name].run(t_ns, opens=place + 1 == len(kvms))
-            self._pgdat.passes.append(done)
-            t_ns = done.end_ns
-        self._task.spend("ageing", t_ns - began_ns)
-        return t_ns
             costs = self._kvm(number, 0).costs.ageing
             t_ns = yield from self.cond_resched(number, t_ns + costs.resched_ns)
         return 0, t_ns

@@ -243,10 +243,10 @@ class World:
         if host.swap is not None:
             stream = self.stream("swap")
             swap = SwapDevice.of(self.env, host.swap, self.machine, stream, self.dram, page_bytes)
-        return Pgdat(HostPages(self.env, total, page_bytes, marks), swap, self.sched)
         return Pgdat(
             HostPages(self.env, total, page_bytes, marks),
             swap,
+            self.sched,
             lru_gen=host.memory.lru_gen,
             swappiness=host.memory.swappiness,
             min_ttl_ns=host.memory.min_ttl,
