@@ -47,7 +47,7 @@ class SwapFaultPath(FaultPath):
     def look_up(self, t_ns: int, leaf: int, write: bool) -> int:
         """As :meth:`FaultPath.look_up`; pages for the memory cache are taken here."""
         if self.cached < self.cache_minimum:
-            self._pgdat.pages.take(CACHE_CAPACITY - self.cached)
+            self._pgdat.pages.take_and_wake(t_ns, CACHE_CAPACITY - self.cached)
         t_ns = super().look_up(t_ns, leaf, write)
         if self.lacking:
             self.ptl_table = -1  # not before the page is there

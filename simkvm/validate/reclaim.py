@@ -207,7 +207,7 @@ class MaxGuestMemory:
         if figure.unit == "percent":
             return 100 * float(result.summary[self.columns[figure.metric]])
         phases = result.phases
-        run2 = phases[phases["name"] == "run 2"]
+        run2 = phases[phases["name"] == "run2"]
         return float((run2["end_ns"] - run2["begin_ns"]).sum()) / scale / NS[figure.unit]
 
 
