@@ -30,6 +30,7 @@ from simkvm.kernel.task import Task
 
 if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm
+    from simkvm.observe.requests import Answers
 
 DONE: Final = -1
 IN: Final = -1  #: not preempted
@@ -43,6 +44,7 @@ class Vcpu:
     A :class:`~simkvm.guest.pause.Pause` among them is what its thread does outside the guest.
     """
 
+    answers: Answers | None = None  #: of one that works off jobs
     lacks_flag = False  #: whether the next fault, as planned, is for want of the accessed flag
 
     def __init__(self, kvm: Kvm, index: int, cpu: Cpu, chunks: Iterator[Chunk | Pause]) -> None:
@@ -81,7 +83,7 @@ class Vcpu:
         self._reenter_ns = 0
         self.next_ns = 0  #: when the host is needed next, as planned
         self.alarm: Event | None = None  #: the event that wakes the thread then
-        self._sleeper = _certain(self._env)
+        self._sleeper = certain(self._env)
         self.process: Process | None = None
         self.touches = 0
         self.access_faults = 0  #: access-flag faults: with a hardware flag there are none
@@ -94,7 +96,7 @@ class Vcpu:
         env, fault, task = self._env, self.fault, self.task
         queue, numbers = env._queue, env._eid
         take = fault.take
-        arrival = _certain(env)
+        arrival = certain(env)
         kvm, host = self.kvm, self.kvm.host
         next_ns = yield from self._proceed((yield from kvm.sched.checkpoint(task, 0)))
         while self._list and self.kvm.alive:
@@ -506,7 +508,7 @@ class Vcpu:
         """Move the alarm to an earlier time."""
         late = self.alarm
         if late is self._sleeper:
-            self._sleeper = _certain(self._env)  # the old one still lies in the calendar
+            self._sleeper = certain(self._env)  # the old one still lies in the calendar
         assert late is not None
         assert late.callbacks is not None
         early = self._env.timeout(max(0, t_ns - int(self._env.now)))
@@ -516,7 +518,7 @@ class Vcpu:
         self.alarm = early
 
 
-def _certain(env: Environment) -> Event:
+def certain(env: Environment) -> Event:
     """An event that cannot fail, to be planned by hand, again and again: cheaper than timeouts."""
     event = Event(env)
     event._ok = True

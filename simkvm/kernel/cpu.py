@@ -13,6 +13,7 @@ short.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Final
 
@@ -45,11 +46,12 @@ class Cpu:
     invoke its RCU callbacks (rcu_nocbs=); those of a nohz_full CPU always are
     (rcu_init_nohz() in kernel/rcu/tree_nocb.h, v6.12).
     ``stolen_ns``: softirq time not yet collected by the actor that it was taken from.
+    ``halted``: whether a guest that runs here waits (WFI) at a moment, if it is one that may.
     """
 
     __slots__ = (
         *("_extended", "_quiet", "_told"),
-        *("id", "node", "nohz_full", "offloaded", "stolen_ns"),
+        *("halted", "id", "node", "nohz_full", "offloaded", "stolen_ns"),
     )
 
     def __init__(
@@ -60,6 +62,7 @@ class Cpu:
         self.nohz_full = nohz_full
         self.offloaded = offloaded or nohz_full
         self.stolen_ns = 0
+        self.halted: Callable[[int], bool] | None = None
         self._told: deque[tuple[int, int, CpuState]] = deque(maxlen=DEPTH)  # (from, until, state)
         self._quiet: deque[int] = deque(maxlen=MOMENTS)  # context switches and guest entries
         self._extended: deque[int] = deque(maxlen=MOMENTS)  # entries to an extended quiescent state
@@ -71,6 +74,11 @@ class Cpu:
         self._told.append((t_ns, until_ns, GUEST))  # a quiescent moment by itself
         if self.nohz_full:
             self._extended.append(t_ns)
+
+    def leave_guest_at(self, until_ns: int) -> None:
+        """The guest that was told last runs until then, not until what was told with it."""
+        since_ns, _, _ = self._told.pop()
+        self._told.append((since_ns, until_ns, GUEST))
 
     def enter_user(self, t_ns: int, until_ns: int) -> None:
         """User mode in [t, until), then the kernel."""
@@ -142,6 +150,8 @@ class Cpu:
         """What the CPU does at ``t``."""
         for since, until, state in reversed(self._told):
             if since <= t_ns:
+                if state is GUEST and self.halted is not None and self.halted(t_ns):
+                    return IDLE
                 return state if t_ns < until else KERNEL
         return IDLE if len(self._told) < DEPTH else ATOMIC
 

@@ -80,6 +80,9 @@ class FaultPath:
         self.retries = 0
         self.user_exits = 0  #: faults that only user space could resolve
 
+    def fill_cache(self) -> None:
+        """The guest has run before: its vCPUs have their memory caches."""
+
     def arrival_ns(self, exit_ns: int) -> int:
         """When a guest that exits at ``exit_ns`` comes to ``mmap_lock``, its cache topped up."""
         if self.cached < self.cache_minimum:

@@ -45,7 +45,7 @@ class FolioReferenced(RmapAgeing):
         """One pass from ``t_ns`` on."""
         kvm, costs = self.kvm, self.costs
         report = Pass(kvm.name, t_ns)
-        self._promoted.clear()
+        self.begin_batch()
         t_ns = yield from reach(kvm.env, t_ns)
         for table, present in enumerate(kvm.host.present):
             for folio in self.folios(self.leaves(table)) if present and kvm.alive else ():
@@ -63,6 +63,10 @@ class FolioReferenced(RmapAgeing):
         report.end_ns = yield from reach(kvm.env, t_ns)
         return report
 
+    def begin_batch(self) -> None:
+        """Forget which folios were promoted beside others."""
+        self._promoted.clear()
+
     def at_entry(self, t_ns: int, first: int, last: int, report: Pass) -> Answer:
         """One entry: the host's flag, one call, and perhaps the neighbours."""
         kvm = self.kvm
@@ -73,7 +77,9 @@ class FolioReferenced(RmapAgeing):
         around = by_host or (by_guest and kvm.test_clear_young)
         t_ns = yield from reach(kvm.env, t_ns)
         if around and not flush and not self._contended(t_ns, first):
+            began_ns = t_ns
             t_ns = yield from self._look_around(t_ns, first, report)
+            self.task.spend("look_around", t_ns - began_ns)
         return t_ns, by_host or by_guest
 
     def _contended(self, t_ns: int, leaf: int) -> bool:
@@ -99,7 +105,9 @@ class FolioReferenced(RmapAgeing):
         by_host = leaves[(state[leaves] & YOUNG) != 0]
         state[leaves] &= np.uint8(~YOUNG & 0xFF)
         if kvm.notifier.hears(int(leaves[0]), int(leaves[-1]) + 1):
+            began_ns = t_ns
             t_ns, by_guest = yield from self._neighbours.ask(t_ns, leaves, report)
+            self.task.spend("notifier", t_ns - began_ns)
         else:
             t_ns, by_guest = t_ns + len(leaves) * self.costs.scan_ns, leaves[:0]
         young = np.union1d(by_host, by_guest)

@@ -31,6 +31,7 @@ from simkvm.kernel.rmap import RmapLocks
 from simkvm.kernel.sched import OwnCpus, Scheduler
 from simkvm.kernel.split_cache import SplitCache
 from simkvm.kernel.stage2 import AF, BLOCK, VALID, WRITE, Stage2, TableId
+from simkvm.kernel.swappable import SwappableMemory
 from simkvm.kernel.task import Task
 from simkvm.kernel.tlb import TlbiPath
 from simkvm.kernel.unmap import UnmapCosts, UnmapWalk
@@ -44,6 +45,7 @@ from simkvm.scenario.schema import Guest
 
 if TYPE_CHECKING:
     from simkvm.guest.vcpu import Vcpu
+    from simkvm.kernel.pgdat import Pgdat
 
 
 NOTHING: NDArray[np.int64] = np.empty(0, np.int64)
@@ -67,9 +69,10 @@ class Kvm:
         break_lock: bool,
         block_bytes: int | None = None,
         logged: bool = False,
+        pgdat: Pgdat | None = None,
     ) -> None:
         """``block_bytes``: the size of blocks, if the guest may have them and pages as well;
-        ``logged``: whether its writes may be logged.
+        ``logged``: whether its writes may be logged. ``pgdat``: the host's memory, if it is short.
         """
         memory_bytes = guest.memory or guest.vcpus * (guest.memory_per_vcpu or 0)
         leaf_bytes = guest.mapping if block_bytes is None else guest.page_size
@@ -95,15 +98,20 @@ class Kvm:
         self.block_faults = blocks.fault
         self._block_unmap_ns = blocks.unmap.leaf_ns
         sized = logged or block_bytes is not None
+        self.pgdat = pgdat
         self.fault_path = self.mmu.sized_fault if sized else self.mmu.fault
+        if pgdat is not None:
+            self.fault_path = self.mmu.swap_fault
         self.huge_pages = block_bytes == guest.mapping  #: the host backs it with huge pages
         self.stage2 = Stage2(geometry, guest.ipa_base, self.pages, leaf_bytes, block_bytes)
         self.mmu_lock = QueuedRwlock(
             env, self.costs.line, self.costs.handoff_ns, self.costs.next_ns
         )
-        self.host = HostMemory(
-            env, self.leaves, geometry.entries, self.costs.line, kernel["promotion"] == "two_step"
-        )
+        memory_of = (env, self.leaves, geometry.entries, self.costs.line)
+        two_step = kernel["promotion"] == "two_step"
+        self.host = HostMemory(*memory_of, two_step)
+        if pgdat is not None:
+            self.host = SwappableMemory(*memory_of, two_step, pgdat.pages, pgdat.swap)
         self.notifier = MmuNotifier(self, Srcu(env, self.costs.wakeup_ns))
         self.rmap = RmapLocks()
         self.oracle = Oracle(name)
@@ -161,10 +169,25 @@ class Kvm:
         self._pins = 0
         self._unpinned: Event | None = None
         memory.root(geometry.root_pages * self.table_bytes)
-        if guest.mapped:
-            self.host.map_all()
-            self.host.huge[:] = self.huge_pages
-            self.tables_linked(self.stage2.map_all(WRITE, self.huge_pages), 0)
+        self._take_table_pages(geometry.root_pages)
+
+    def map_all(self) -> None:
+        """Have all of the memory mapped before the run begins, as far as the host has room."""
+        for vcpu in self.vcpus:
+            vcpu.fault.fill_cache()
+        self.host.map_all()
+        self.host.huge[:] = self.huge_pages
+        tables = self.stage2.map_all(WRITE, self.huge_pages)
+        self._take_table_pages(len(tables))
+        self.tables_linked(tables, 0)
+        if isinstance(self.host, SwappableMemory):
+            for first, last in self.host.swapped_out():
+                UnmapWalk(self.stage2, first, last, FREE, keep=True)
+            self.stage2.clear_young(np.arange(self.leaves))
+
+    def _take_table_pages(self, pages: int) -> None:
+        if self.pgdat is not None:
+            self.pgdat.pages.take(pages)
 
     @property
     def tlbi(self) -> TlbiPath:
@@ -205,6 +228,7 @@ class Kvm:
     def table_freed(self, table: TableId, t_ns: int, deferred: bool) -> None:
         """The page of ``table`` went back to the allocator at ``t_ns``."""
         self.tables_freed += 1
+        self._take_table_pages(-1)
         self.memory.freed(t_ns, self.table_bytes, deferred)
         self.oracle.freed(table, t_ns, deferred)
 
@@ -369,7 +393,7 @@ class Kvm:
 
     def forget_vmid(self, t_ns: int) -> None:
         """What :meth:`flush_vmid` does to the vCPUs."""
-        self.accesses.catch_up(t_ns, 0, self.leaves)
+        self.accesses.going(t_ns, 0, 0)
         self.accesses.flushed(t_ns, 0, 0)
 
     def leaf_changes(self, leaf: int, t_ns: int) -> None:
@@ -426,7 +450,7 @@ class Kvm:
 
         Returns when the walk and its invalidation are done.
         """
-        self.accesses.catch_up(t_ns, first, last)
+        self.accesses.going(t_ns, first, last)
         young = self.leaves_change(first, last)
         walk, end = unmap_walk(self, first, last, t_ns)
         self.leaves_changed(young, t_ns, walk.elapsed_ns)
@@ -454,7 +478,7 @@ class Kvm:
     @contextmanager
     def mappings_going(self, t_ns: int) -> Iterator[None]:
         """Around a change that takes rights or mappings away, and translations with them."""
-        self.accesses.catch_up(t_ns, 0, self.leaves)
+        self.accesses.going(t_ns, 0, self.leaves)
         yield
         self.accesses.flushed(t_ns, 0, self.leaves)
 
@@ -463,7 +487,7 @@ class Kvm:
 
         Returns how many pages they mapped, in units of a leaf.
         """
-        self.accesses.catch_up(t_ns, first, last)
+        self.accesses.going(t_ns, first, last)
         removed = UnmapWalk(self.stage2, first, last, FREE, keep=True).pages
         if removed:
             self.accesses.unmapped(t_ns, first, last)

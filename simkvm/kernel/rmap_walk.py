@@ -142,5 +142,7 @@ class RmapAgeing:
         if not self.kvm.notifier.hears(first, last):
             return t_ns, False
         report.calls += 1
+        began_ns = t_ns
         t_ns, young = yield from self.notifier.clear(t_ns, first, last, flush)
+        self.task.spend("notifier", t_ns - began_ns)
         return t_ns, bool(len(young))

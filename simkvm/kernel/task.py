@@ -25,8 +25,15 @@ class Task:
 
     name: str
     cpu: Cpu
+    #: What functions took of its time, for those that are accounted; names as a profile has them.
+    functions: dict[str, int] | None = None
     on_cpu: bool = True
     need_resched: bool = False
+
+    def spend(self, function: str, ns: int) -> None:
+        """``function`` took ``ns`` of this task's time, what it called included."""
+        if self.functions is not None:
+            self.functions[function] = self.functions.get(function, 0) + ns
 
 
 def reach(env: Environment, t_ns: int) -> Generator[Event, Any, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Generator, Iterator
+from functools import partial
 from itertools import count, cycle
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,27 @@ from simpy import Environment, Event, Process
 
 from simkvm import contenders, selftests
 from simkvm.contenders.contender import Contender
-from simkvm.guest import patterns
+from simkvm.guest import patterns, workloads
+from simkvm.guest.lazy import Lazy
 from simkvm.guest.software_af import vcpu_class
 from simkvm.kernel import bugs
 from simkvm.kernel.aging import AgeingThread
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dram import Dram
+from simkvm.kernel.kswapd import Kswapd
 from simkvm.kernel.kvm import Kvm
+from simkvm.kernel.lrugen import ANON, ListedLruvec
 from simkvm.kernel.mglru import Lruvec
+from simkvm.kernel.oom_kill import OomKiller
+from simkvm.kernel.page_alloc import HostPages, Watermarks
+from simkvm.kernel.pgdat import Pgdat
 from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
 from simkvm.kernel.remote_flush import FLUSHES
 from simkvm.kernel.sched import FairScheduler, OwnCpus
+from simkvm.kernel.swap import SwapDevice
 from simkvm.kernel.task import Task
 from simkvm.kernel.teardown import Teardown
+from simkvm.kernel.vmscan import Reclaimer
 from simkvm.kernel.zap_roots import teardown_of
 from simkvm.observe.record import Record
 from simkvm.observe.recorder import SAMPLES, Recorder
@@ -70,6 +79,7 @@ class World:
         self.rcu = self._rcu()
         self.teardowns: list[Teardown] = []
         self.sched = self._scheduler()
+        self.pgdat = self._pgdat()
         shared = isinstance(self.sched, FairScheduler)
         self._free_cpus: Iterator[Cpu] = cycle(self.cpus) if shared else iter(self.cpus)
         self.kvms = [self._guest(name, guest) for name, guest in self.guests.items()]
@@ -81,11 +91,20 @@ class World:
         else:
             self.selftest = selftests.build(self)
             self._free_cpus = self.selftest.spare_cpus
+        for kvm in self.kvms:
+            if self.guests[kvm.name].mapped:
+                kvm.map_all()
         self.ageing: AgeingThread | None = None
         if scenario.ageing is not None:
             task = Task("ageing", next(self._free_cpus))
             self.ageing = AgeingThread(self.kvms, task, scenario.ageing)
         by_name = {kvm.name: kvm for kvm in self.kvms}
+        self.kswapd: Kswapd | None = None
+        if self.pgdat is not None:
+            task = Task("kswapd", next(self._free_cpus), {})
+            self.kswapd = Kswapd(self.pgdat, task, round(machine["wakeup_ns"]))
+            self.pgdat.pages.reclaimer = partial(Reclaimer, self.pgdat)
+            OomKiller(self.pgdat, self.kvms)
         self.contenders = [
             contender
             for name, spec in scenario.contenders.items()
@@ -173,6 +192,8 @@ class World:
     def _other_tasks(self) -> Iterator[Task]:
         if self.ageing is not None:
             yield self.ageing.task
+        if self.kswapd is not None:
+            yield self.kswapd.task
         yield from (contender.task for contender in self.contenders)
         yield from (teardown.task for teardown in self.teardowns)
 
@@ -197,13 +218,37 @@ class World:
             break_lock=scenario.host.preemptible or self.kernel["lock_break"] == "build",
             block_bytes=block_bytes(guest, theirs),
             logged=logs_writes(theirs),
+            pgdat=self.pgdat,
         )
         made.sched = self.sched
         return made
 
+    def _pgdat(self) -> Pgdat | None:
+        """The host's memory, if it can run out."""
+        host = self.scenario.host
+        if host.memory is None:
+            return None
+        page_bytes = next(iter(self.guests.values())).page_size
+        total = host.memory.size // page_bytes
+        marks = Watermarks.of(total, page_bytes, host.memory.min_free, host.memory.watermark_scale)
+        swap = None
+        if host.swap is not None:
+            stream = self.stream("swap")
+            swap = SwapDevice.of(self.env, host.swap, self.machine, stream, self.dram, page_bytes)
+        return Pgdat(HostPages(self.env, total, page_bytes, marks), swap, self.sched)
+
     def _vcpus(self, kvm: Kvm, guest: Guest) -> None:
         name = kvm.name
         layout = self.stream(f"{name}/layout")
+        if workloads.is_workload(guest.access):
+            streams = [self.stream(f"{name}/vcpu{index}") for index in range(guest.vcpus)]
+            workloads.join(kvm, guest, self._free_cpus, streams, layout, self.machine)
+            return
+        if guest.engine == "lazy":
+            engine = Lazy(kvm, guest.access, layout, self.stream(f"{name}/accesses"))
+            kvm.accesses = engine
+            kvm.vcpus += [engine.add(n, next(self._free_cpus)) for n in range(guest.vcpus)]
+            return
         for index in range(guest.vcpus):
             chunks = patterns.build(
                 guest.access,
@@ -220,11 +265,28 @@ class World:
 
     def _charge(self, guests: dict[str, Guest]) -> None:
         """Put guests of one memcg on one lruvec."""
+        if self.pgdat is not None:
+            self._charge_listed(guests, self.pgdat)
+            return
         lruvecs: dict[str, Lruvec] = {}
         for kvm in self.kvms:
             memcg = guests[kvm.name].memcg
             if memcg is not None:
                 lruvecs.setdefault(memcg, kvm.host.lru.lruvec).add(kvm.host.lru)
+
+    def _charge_listed(self, guests: dict[str, Guest], pgdat: Pgdat) -> None:
+        """As :meth:`_charge`, where lruvecs have lists."""
+        memcgs: dict[str, list[Kvm]] = {}  # the order of the first guest of each
+        for kvm in self.kvms:
+            memcgs.setdefault(guests[kvm.name].memcg or f"/{kvm.name}", []).append(kvm)
+        two_step = self.kernel["promotion"] == "two_step"
+        for kvms in memcgs.values():
+            shapes = [(kvm.leaves, ANON) for kvm in kvms]
+            lruvec = ListedLruvec(shapes, two_step, kvms[0].costs.line)
+            for kvm, lru in zip(kvms, lruvec.guests, strict=True):
+                kvm.host.lru = lru
+            pgdat.lruvecs.append(lruvec)
+            pgdat.kvms.append(kvms)
 
     def _contender(self, name: str, spec: Any, kvms: list[Kvm]) -> list[Contender]:
         """A thread: one contender, or one for each guest that it serves in turn."""
@@ -261,6 +323,8 @@ class World:
         if self.ageing is not None:
             self._running += 1
             self._until_done(self.ageing.run(self._vcpus_run))
+        if self.kswapd is not None:
+            env.process(self.kswapd.run())
         for contender in self.contenders:
             env.process(contender.thread())
         env.process(self._samples())

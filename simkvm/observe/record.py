@@ -20,7 +20,8 @@ class Record:
     """Results of one run; units are in the names of columns and keys.
 
     ``fingerprint`` is a digest over every lock acquisition, grace period, batch of callbacks,
-    ageing pass and phase of a selftest, in order: two runs with the same one did the same.
+    ageing pass, answered request and phase of a selftest, in order: two runs with the same one did
+    the same.
     """
 
     summary: dict[str, int | float | str]

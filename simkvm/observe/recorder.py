@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simkvm.observe import requests
 from simkvm.observe.lock_stat import LockStat
+from simkvm.observe.pressure import pressure_summary
 from simkvm.observe.record import PHASE_COLUMNS, Record, table
 from simkvm.observe.table_memory import time_average
 
@@ -54,11 +56,12 @@ class Recorder:
     def finish(self, world: World, end_ns: int) -> Record:
         """The record of ``world``, which ended at ``end_ns``."""
         for kvm in world.kvms:
-            kvm.accesses.catch_up(end_ns, 0, kvm.leaves)
+            kvm.accesses.catch_up(end_ns, 0, 0)
         self.absorb(world, everything=True)
         passes = [
             *(world.ageing.passes if world.ageing else []),
             *(world.selftest.passes if world.selftest else []),
+            *(world.pgdat.passes if world.pgdat else []),
         ]
         timeline = world.memory.timeline(end_ns)
         timeline["deferred_tables"] = timeline["deferred_bytes"] // min(
@@ -73,7 +76,11 @@ class Recorder:
             summary=self._summary(world, end_ns, passes, timeline),
             locks=table(LOCK_COLUMNS, lock_rows),
             histograms=table(
-                HISTOGRAM_COLUMNS, [row for stat in stats for row in stat.histogram_rows()]
+                HISTOGRAM_COLUMNS,
+                [
+                    *(row for stat in stats for row in stat.histogram_rows()),
+                    *(row for kvm in world.kvms for row in requests.histogram_rows(kvm)),
+                ],
             ),
             timeline={
                 column: timeline[column].tolist()
@@ -138,8 +145,10 @@ class Recorder:
             "fault_retries": sum(vcpu.fault.retries for vcpu in vcpus),
             "user_exits": sum(vcpu.fault.user_exits for vcpu in vcpus),
             "access_faults": sum(vcpu.access_faults for vcpu in vcpus),
+            **requests.summary(world, end_ns),
             **_passes_summary(passes),
             **_young_summary(world),
+            **pressure_summary(world, end_ns),
             **self._lock_summary(world),
             **world.sched.summary(end_ns),
             "grace_periods": len(self.grace_periods),
@@ -195,6 +204,8 @@ class Recorder:
             digest.update(self.locks[kvm.name].digest)
             vcpus = [(v.touches, v.fault.faults, v.finished_ns) for v in kvm.vcpus]
             digest.update(np.array(vcpus, "<i8").tobytes())
+            for answers in requests.answers_of(kvm):
+                digest.update(answers.digest)
         ageing = [(p.start_ns, p.end_ns, p.scanned, p.young, p.calls) for p in passes]
         for rows in (self.grace_periods, self.batches, ageing):
             digest.update(np.array(rows, "<i8").tobytes())

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from simkvm.scenario.fields import Duration, Model, as_tuple
+from simkvm.scenario.workloads import AnyWorkload
 
 Touches = Annotated[
     int | None,
@@ -80,7 +81,7 @@ class Phases(Model):
     """One pattern after another, each to its end; vCPUs do not wait for one another."""
 
     pattern: Literal["phases"] = "phases"
-    phases: Annotated[tuple[Access, ...], BeforeValidator(as_tuple)] = Field(
+    phases: Annotated[tuple[Phase, ...], BeforeValidator(as_tuple)] = Field(
         min_length=1, description="The patterns, in order."
     )
     repeat: Repeat = 1
@@ -107,7 +108,7 @@ class Trace(Model):
     think: Think = 0
 
 
-Access = Annotated[
-    Populate | Uniform | Zipf | HotCold | Phases | Trace, Field(discriminator="pattern")
-]
+Touching = Populate | Uniform | Zipf | HotCold | Phases | Trace
+Phase = Annotated[Touching, Field(discriminator="pattern")]
+Access = Annotated[Touching | AnyWorkload, Field(discriminator="pattern")]
 Phases.model_rebuild()
