@@ -137,16 +137,15 @@ class JobVcpu(Vcpu):
             self.alarm = None
             if not kvm.alive:
                 break  # type: ignore[unreachable]  # a teardown may have come meanwhile
-            self._apply(self._run_to)
             if self._faults:
+                self._apply(self._run_to)
                 self._commit(len(self._origins) - 1)
                 next_ns = yield from self._fault(next_ns)
                 continue
-            self._commit(len(self._origins))
-            if self._job == len(self._totals) and not self._next_batch():
+            if not self._go_on(next_ns):
                 self._running = False
                 break
-            next_ns = self._go_on(next_ns)
+            next_ns = self.next_ns
         self.due_ns = FAR
         return next_ns
 
@@ -232,13 +231,24 @@ class JobVcpu(Vcpu):
         self.cpu.enter_guest(t_ns, self._exit_ns)
         return next_ns
 
-    def _go_on(self, t_ns: int) -> int:
-        """The plan is worked off, without a fault: a job begins at ``t_ns``. Plan again."""
-        if t_ns >= self._settle_at_ns:
+    def _go_on(self, t_ns: int) -> bool:
+        """The plan is worked off, without a fault: a job begins at ``t_ns``. Plan on.
+
+        Returns whether there is one. Flags of what was touched wait for somebody to look, or for
+        the next settlement, so that they do not hang on how far is planned ahead.
+        """
+        settles = t_ns >= self._settle_at_ns
+        over = self._job + len(self._origins) == len(self._totals) or not self._clients
+        if settles or over:
+            self._apply(self._run_to)
+            self._commit(len(self._origins))
+        if over and not self._next_batch():
+            return False
+        if settles:
             self._settle(t_ns)
-        self.next_ns = next_ns = self._plan_jobs(self._position)
+        self.next_ns = self._plan_jobs(self._run_to)
         self.cpu.leave_guest_at(self._exit_ns)
-        return next_ns
+        return True
 
     # -- entering after a fault ---------------------------------------------------------------
 
@@ -293,23 +303,24 @@ class JobVcpu(Vcpu):
     def _plan_jobs(self, position: int) -> int:
         """Plan on, touches from ``position`` on; returns when the host, or a new plan, is due.
 
-        The plan has no job, or its last one is under way: it was about to fault.
+        If the last job of the plan has no end, it was about to fault.
         """
         offsets, totals, gaps = self._offsets, self._totals, self._gaps
         origins, ends = self._origins, self._ends
         clients, asked, each = self._clients, self._asked, self._stage.each
         job = self._job + len(origins)  # the next to be planned
-        stop = min(len(totals), max(self._job + self._jobs_ahead, job))
-        free_ns = origins[-1] + totals[job - 1] if origins else self._free_ns
+        stop = min(len(totals), job + self._jobs_ahead)
+        under_way = bool(ends) and ends[-1] == FAR
+        free_ns = origins[-1] + totals[job - 1] if under_way else self._free_ns
         room_ns = self._settle_at_ns - free_ns  # no job begins later than that
         stop = max(job, bisect_left(self._before, self._before[job] + room_ns, job, stop))
         touch = self._first_fault(position, offsets[stop])
         faults = touch < offsets[stop]
         faulting = bisect_right(offsets, touch) - 1 if faults else stop
         self.planned = None
-        if origins and faulting < job:  # the job under way faults again
+        if under_way and faulting < job:  # it faults again
             free_ns = self._free_ns
-        elif origins:
+        elif under_way:
             ends[-1] = free_ns
             if asked[self._askers[-1]] < each:
                 heappush(clients, (free_ns + gaps[job - 1], self._askers[-1]))
