@@ -31,7 +31,7 @@ time first; what is told of a time to come (a thread sleeps from then on) is act
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 from simpy import Environment, Event
 
@@ -46,7 +46,12 @@ BASE_SLICE_NS: Final = 750_000  #: sysctl_sched_base_slice, for one CPU
 
 
 class Scheduler(Protocol):
-    """What threads ask of it; ``t_ns`` may be ahead of the clock."""
+    """What threads ask of it; ``t_ns`` may be ahead of the clock.
+
+    ``shares``: whether a thread that has nothing to do should say so at once.
+    """
+
+    shares: ClassVar[bool]
 
     def add(self, task: Task, preemptible: Preemptible | None = None) -> None:
         """Make ``task`` known before it runs, with who is to be told when it has to go."""
@@ -74,6 +79,8 @@ class Scheduler(Protocol):
 
 class OwnCpus:
     """Every thread has a CPU to itself: nobody waits, and only the states of CPUs are told."""
+
+    shares: ClassVar[bool] = False
 
     def add(self, task: Task, preemptible: Preemptible | None = None) -> None:
         """It will never have to go."""
@@ -103,6 +110,8 @@ class OwnCpus:
 
 class FairScheduler:
     """Threads share ``cpus``. ``tick_after``: the first timer tick later than a time."""
+
+    shares: ClassVar[bool] = True
 
     def __init__(
         self,
