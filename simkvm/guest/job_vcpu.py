@@ -23,7 +23,7 @@ from simpy import Event
 from simpy.events import NORMAL
 
 from simkvm.guest.jobs import Stage
-from simkvm.guest.vcpu import Vcpu, certain
+from simkvm.guest.vcpu import IN, Vcpu, certain
 from simkvm.kernel.cpu import NEVER, Cpu
 from simkvm.kernel.stage2 import AF, VALID, WRITE
 from simkvm.observe.requests import Answers
@@ -104,12 +104,20 @@ class JobVcpu(Vcpu):
         self._ended = 0  #: jobs since then
         self._debt_ns = 0
         self._share_ns = 0
+        # Where CPUs are shared.
+        self._halts = False  #: whether its thread gives its CPU up when there is no job
+        self._halts_until_ns = 0  #: the plan ends with that, up to then
+        self._halted = False
+        self._into_ns = 0  #: preempted: how far the job under way had come
 
     # -- the process --------------------------------------------------------------------------
 
     def run(self) -> Generator[Event, Any, None]:
         """The vCPU thread: stage after stage until there is none or the VM dies."""
-        t_ns = 0
+        sched = self.kvm.sched
+        if sched.shares:
+            self._halts, self.cpu.halted = True, None
+        t_ns = yield from sched.checkpoint(self.task, 0)
         for stage in self._stages:
             t_ns = yield from self._work(stage, t_ns)
             if not self.kvm.alive:
@@ -117,7 +125,7 @@ class JobVcpu(Vcpu):
             if stage.barrier:
                 t_ns = yield from self._meet(t_ns)
         self.finished_ns = t_ns
-        self.cpu.sleep(t_ns)
+        sched.sleep(self.task, t_ns)
 
     def _work(self, stage: Stage, t_ns: int) -> Generator[Event, Any, int]:
         """Go through ``stage`` from ``t_ns`` on; returns when that is done."""
@@ -128,6 +136,9 @@ class JobVcpu(Vcpu):
             return t_ns
         next_ns = self._start(t_ns)
         while kvm.alive:
+            if self._left_ns != IN:
+                next_ns = yield from self._give_way()
+                continue
             while next_ns > env._now and queue and next_ns >= queue[0][0]:
                 self.alarm = alarm = self._sleeper
                 alarm.callbacks = []
@@ -137,16 +148,21 @@ class JobVcpu(Vcpu):
             self.alarm = None
             if not kvm.alive:
                 break  # type: ignore[unreachable]  # a teardown may have come meanwhile
-            self._apply(self._run_to)
+            if self._left_ns != IN:
+                continue
             if self._faults:
+                self._apply(self._run_to)
                 self._commit(len(self._origins) - 1)
                 next_ns = yield from self._fault(next_ns)
                 continue
-            self._commit(len(self._origins))
-            if self._job == len(self._totals) and not self._next_batch():
+            if self._halts_until_ns:
+                next_ns = yield from self._halt(next_ns)
+                if not kvm.alive:
+                    break  # type: ignore[unreachable]  # it may have come meanwhile, too
+            if not self._go_on(next_ns):
                 self._running = False
                 break
-            next_ns = self._go_on(next_ns)
+            next_ns = self.next_ns
         self.due_ns = FAR
         return next_ns
 
@@ -189,11 +205,84 @@ class JobVcpu(Vcpu):
         met = self._barrier.arrive(t_ns)
         if isinstance(met, int):
             return met
-        self.cpu.sleep(t_ns)
+        self.kvm.sched.sleep(self.task, t_ns)
         self._pausing = True
         all_ns: int = yield met
+        t_ns = yield from self.kvm.sched.checkpoint(self.task, all_ns + self._wakeup_ns)
         self._pausing = False
-        return all_ns + self._wakeup_ns
+        return t_ns
+
+    # -- sharing a CPU ------------------------------------------------------------------------
+
+    def _halt(self, t_ns: int) -> Generator[Event, Any, int]:
+        """Without a job from ``t_ns`` on; returns when the vCPU runs again."""
+        env, queue = self._env, self._env._queue
+        self._apply(self._run_to)
+        self._commit(len(self._origins))
+        self._running, self._halted, self._pausing = False, True, True
+        self.due_ns = FAR
+        self.next_ns, self._halts_until_ns = self._halts_until_ns, 0
+        self.kvm.sched.sleep(self.task, t_ns)
+        if self.next_ns > env.now and queue and self.next_ns >= queue[0][0]:
+            self.alarm = alarm = self._sleeper
+            alarm.callbacks = []
+            heappush(queue, (self.next_ns, NORMAL, next(env._eid), alarm))
+            yield alarm
+            self.alarm = None
+        self._halted = False
+        t_ns = yield from self.kvm.sched.wake(self.task, self.next_ns)
+        self._pausing = False
+        self._free_ns = self._entry_ns = t_ns
+        self._running = True
+        self.cpu.enter_guest(t_ns, FAR)
+        return t_ns
+
+    def preempted(self, t_ns: int) -> None:
+        """Leave the guest at ``t`` for another thread; in the kernel, on the way back to it."""
+        if not self._running or self.alarm is None:
+            return
+        self.catch_up(t_ns)
+        if self._faults and t_ns > self._exit_ns - self._touch_ns:
+            return  # on its way out already
+        inside = t_ns > self._entry_ns
+        self._leave_guest(t_ns if inside else self._entry_ns)
+        self._reenter_ns = self.kvm.costs.fault.enter_ns if inside else 0
+        self._wake_at(self.next_ns)
+
+    def _leave_guest(self, t_ns: int) -> None:
+        """Out of the guest at ``t``, with what lies before then applied.
+
+        Of the plan only the job under way stays, if there is one.
+        """
+        self._commit(bisect_right(self._ends, t_ns))
+        origins = self._origins
+        begun = self._position > self._offsets[self._job]
+        kept = bool(origins) and (begun or origins[0] < t_ns)
+        self._unplan(int(kept))
+        self._into_ns = t_ns - origins[0] if kept else 0
+        self._left_ns = 0
+        self._running = self._faults = False
+        self._halts_until_ns = 0
+        self._run_to = self._position
+        self.due_ns = FAR
+        self.next_ns = t_ns
+
+    def _go_in(self, t_ns: int) -> int:
+        self._left_ns = IN
+        if not self.kvm.alive:
+            return t_ns
+        stolen_ns = 0
+        if self.cpu.stolen_ns or t_ns >= self._settle_at_ns:
+            stolen_ns = self._settle(t_ns)
+        if self._origins:
+            self._origins[0] = t_ns + stolen_ns - self._into_ns
+        else:
+            self._free_ns = t_ns + stolen_ns
+        self._running = True
+        self._entry_ns = t_ns
+        self.next_ns = next_ns = self._plan_jobs(self._position)
+        self.cpu.enter_guest(t_ns, self._exit_ns)
+        return next_ns
 
     # -- stages and batches -------------------------------------------------------------------
 
@@ -232,13 +321,24 @@ class JobVcpu(Vcpu):
         self.cpu.enter_guest(t_ns, self._exit_ns)
         return next_ns
 
-    def _go_on(self, t_ns: int) -> int:
-        """The plan is worked off, without a fault: a job begins at ``t_ns``. Plan again."""
-        if t_ns >= self._settle_at_ns:
+    def _go_on(self, t_ns: int) -> bool:
+        """The plan is worked off, without a fault: a job begins at ``t_ns``. Plan on.
+
+        Returns whether there is one. Flags of what was touched wait for somebody to look, or for
+        the next settlement, so that they do not hang on how far is planned ahead.
+        """
+        settles = t_ns >= self._settle_at_ns
+        over = self._job + len(self._origins) == len(self._totals) or not self._clients
+        if settles or over:
+            self._apply(self._run_to)
+            self._commit(len(self._origins))
+        if over and not self._next_batch():
+            return False
+        if settles:
             self._settle(t_ns)
-        self.next_ns = next_ns = self._plan_jobs(self._position)
+        self.next_ns = self._plan_jobs(self._run_to)
         self.cpu.leave_guest_at(self._exit_ns)
-        return next_ns
+        return True
 
     # -- entering after a fault ---------------------------------------------------------------
 
@@ -269,6 +369,9 @@ class JobVcpu(Vcpu):
             stolen_ns = self._settle(t_ns)
         self._origins[0] = t_ns + stolen_ns - done_ns
         self._position = position
+        if self.task.need_resched:
+            self._leave_guest(t_ns)
+            return t_ns
         self._running = True
         self._entry_ns = t_ns
         self.next_ns = next_ns = self._next_fault(position)
@@ -293,32 +396,33 @@ class JobVcpu(Vcpu):
     def _plan_jobs(self, position: int) -> int:
         """Plan on, touches from ``position`` on; returns when the host, or a new plan, is due.
 
-        The plan has no job, or its last one is under way: it was about to fault.
+        If the last job of the plan has no end, it was about to fault.
         """
         offsets, totals, gaps = self._offsets, self._totals, self._gaps
         origins, ends = self._origins, self._ends
         clients, asked, each = self._clients, self._asked, self._stage.each
         job = self._job + len(origins)  # the next to be planned
-        stop = min(len(totals), max(self._job + self._jobs_ahead, job))
-        free_ns = origins[-1] + totals[job - 1] if origins else self._free_ns
+        stop = min(len(totals), job + self._jobs_ahead)
+        under_way = bool(ends) and ends[-1] == FAR
+        free_ns = origins[-1] + totals[job - 1] if under_way else self._free_ns
         room_ns = self._settle_at_ns - free_ns  # no job begins later than that
         stop = max(job, bisect_left(self._before, self._before[job] + room_ns, job, stop))
         touch = self._first_fault(position, offsets[stop])
         faults = touch < offsets[stop]
         faulting = bisect_right(offsets, touch) - 1 if faults else stop
         self.planned = None
-        if origins and faulting < job:  # the job under way faults again
+        if under_way and faulting < job:  # it faults again
             free_ns = self._free_ns
-        elif origins:
+        elif under_way:
             ends[-1] = free_ns
             if asked[self._askers[-1]] < each:
                 heappush(clients, (free_ns + gaps[job - 1], self._askers[-1]))
         settle_at_ns, wakeup_ns, debt_ns = self._settle_at_ns, self._wakeup_ns, self._debt_ns
-        begin_ns = FAR
+        begin_ns, halts = FAR, self._halts
         while job <= faulting and clients:
             arrival_ns, client = clients[0]
             begin_ns = free_ns if arrival_ns <= free_ns else arrival_ns + wakeup_ns
-            if begin_ns >= settle_at_ns or job == stop:
+            if begin_ns >= settle_at_ns or job == stop or (halts and begin_ns > free_ns):
                 break
             share_ns = 0
             if debt_ns:
@@ -349,7 +453,8 @@ class JobVcpu(Vcpu):
             return self._fault_at(touch)
         self._exit_ns = FAR
         over = not clients or (job == len(totals) and self._last_batch)
-        return free_ns if over else begin_ns
+        self._halts_until_ns = begin_ns if halts and begin_ns > free_ns and not over else 0
+        return free_ns if over or self._halts_until_ns else begin_ns
 
     def _fault_at(self, touch: int) -> int:
         """The plan ends with a fault at ``touch``: returns when it comes to the host."""
@@ -382,23 +487,28 @@ class JobVcpu(Vcpu):
 
     def _cut(self, touch: int) -> int:
         """The plan ends with a fault at ``touch``; the jobs behind go back to their clients."""
-        kept = bisect_right(self._offsets, touch) - 1 - self._job
-        askers, arrivals, asked = self._askers, self._arrivals, self._asked
-        asking = {client: at for at, client in self._clients}
-        for job in range(len(askers) - 1, kept, -1):
-            asking[askers[job]] = arrivals[job]
-            asked[askers[job]] -= 1
-            self._debt_ns += self._shares[job]
-        asking.pop(askers[kept], None)
-        self._clients = [(at, client) for client, at in asking.items()]
-        heapify(self._clients)
-        for planned in (self._origins, self._ends, arrivals, askers, self._shares):
-            del planned[kept + 1 :]
-        self._ends[kept] = FAR
+        self._unplan(bisect_right(self._offsets, touch) - self._job)
         self._faults = True
+        self._halts_until_ns = 0
         self._run_to = touch
         self._due()
         return self._fault_at(touch)
+
+    def _unplan(self, count: int) -> None:
+        """The first ``count`` jobs of the plan stay, the last of them without an end."""
+        askers, arrivals, asked = self._askers, self._arrivals, self._asked
+        asking = {client: at for at, client in self._clients}
+        for job in range(len(askers) - 1, count - 1, -1):
+            asking[askers[job]] = arrivals[job]
+            asked[askers[job]] -= 1
+            self._debt_ns += self._shares[job]
+        for planned in (self._origins, self._ends, arrivals, askers, self._shares):
+            del planned[count:]
+        if count:
+            asking.pop(askers[-1], None)
+            self._ends[-1] = FAR
+        self._clients = [(at, client) for client, at in asking.items()]
+        heapify(self._clients)
 
     # -- settling -----------------------------------------------------------------------------
 
@@ -566,3 +676,6 @@ class JobVcpu(Vcpu):
         """The VM dies at ``t_ns``: leave the guest; a fault in flight is handled to its end."""
         self._barrier.abandon(t_ns)
         super().stop(t_ns)
+        if self._halted and self.alarm is not None and t_ns < self.next_ns:
+            self.next_ns = t_ns
+            self._wake_at(t_ns)

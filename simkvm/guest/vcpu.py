@@ -188,9 +188,13 @@ class Vcpu:
     def _give_way(self) -> Generator[Event, Any, int]:
         """Let another thread run; returns when the host is needed next, as :meth:`enter`."""
         t_ns = yield from self.kvm.sched.checkpoint(self.task, self.next_ns)
-        left_ns, self._left_ns = self._left_ns, IN
         reenter_ns, self._reenter_ns = self._reenter_ns, 0
-        return self.enter(t_ns + reenter_ns, left_ns)
+        return self._go_in(t_ns + reenter_ns)
+
+    def _go_in(self, t_ns: int) -> int:
+        """The guest goes on at ``t``, where it was when it left; returns as :meth:`enter`."""
+        left_ns, self._left_ns = self._left_ns, IN
+        return self.enter(t_ns, left_ns)
 
     # -- the process: its steps ---------------------------------------------------------------
 

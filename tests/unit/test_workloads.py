@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simpy import Event
+from simpy import Environment, Event
 from worlds import MIB, MS, US, run, scenario, world
 
 from simkvm.guest import job_vcpu, workloads
+from simkvm.guest.barrier import Barrier
 from simkvm.guest.interactive import Browser
 from simkvm.guest.jobs import Jobs, Seat, Stage
 from simkvm.guest.memcached import Layout, Server, chunk_bytes, gaussian, item_bytes
 from simkvm.guest.sort import Executor
+from simkvm.kernel.stage2 import AF
 from simkvm.kernel.world import World
 from simkvm.observe.record import Record
 from simkvm.scenario.errors import InputError
@@ -33,7 +35,7 @@ FOUR_KIB = 4096
 # -- given by hand ---------------------------------------------------------------------------------
 
 
-def jobs(*each: tuple[list[int], int, int]) -> Jobs:
+def jobs(*each: tuple[list[int], int, int], step: int = US) -> Jobs:
     """Jobs of (pages, CPU time, gap), each touching its pages, for write, from its start on."""
     counts = [len(pages) for pages, _, _ in each]
     pages = [page for pages, _, _ in each for page in pages]
@@ -41,7 +43,7 @@ def jobs(*each: tuple[list[int], int, int]) -> Jobs:
         offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
         pages=np.array(pages, np.int64),
         writes=np.ones(len(pages), np.bool_),
-        at_ns=np.concatenate([np.arange(count) * US for count in counts]).astype(np.int64),
+        at_ns=np.concatenate([np.arange(count) * step for count in counts]).astype(np.int64),
         total_ns=np.array([total for _, total, _ in each], np.int64),
         gap_ns=np.array([gap for _, _, gap in each], np.int64),
         work=np.ones(len(each), np.int64),
@@ -63,6 +65,14 @@ def given(patch: pytest.MonkeyPatch, *stages: list[Stage], warmup: int = 0, **gu
     access = {"pattern": "memcached", "keys": 10, "requests": 1, "warmup": warmup}
     keys = {"vcpus": len(stages), "memory": 8 * MIB, "mapped": True, "access": access, **guest}
     return world(guest=keys)
+
+
+def unmap(made: World, *pages: int) -> None:
+    """Have nothing mapped at ``pages`` when the run begins."""
+    kvm = made.kvms[0]
+    for page in pages:
+        kvm.host.zap(page, page + 1)
+        kvm.stage2.leaf.entries[page] = 0
 
 
 def answered(made: World, vcpu: int = 0) -> list[tuple[int, int]]:
@@ -183,6 +193,150 @@ def test_invalidations_cost_the_hot_pages_used_since(
     assert end_ns == number * 100 * US + refills * REFILL_NS
 
 
+def test_hot_pages_are_counted_once_if_a_fault_lies_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first job faults half-way: 50 us of it come before that settlement, 50 us after it."""
+
+    def end_ns(flushes: int) -> int:
+        first, rest = ([0, 1], 100 * US, 0), ([0], 100 * US, 0)
+        work = jobs(first, *[rest] * 99, step=50 * US)
+        made = given(monkeypatch, [Stage(iter([work]), each=100)])
+        kvm = made.kvms[0]
+        unmap(made, 1)
+
+        def flush() -> Generator[Event, Any, None]:
+            for t_ns in (10 * US, 90 * US):
+                yield made.env.timeout(t_ns - int(made.env.now))
+                for _ in range(flushes):
+                    kvm.accesses.flushed(t_ns, 0, 0)
+
+        made.env.process(flush())
+        made.run()
+        assert kvm.vcpus[0].fault.faults == 1
+        return kvm.vcpus[0].finished_ns
+
+    # Then 9 jobs before the one that begins after 1 ms, and 8 hot pages a microsecond.
+    assert end_ns(1000) - end_ns(0) == (8 * 50 + 8 * (50 + 900)) * REFILL_NS
+
+
+def test_what_softirqs_took_is_lost_at_the_next_settlement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def steal_at(t_ns: int, fault: bool) -> int:
+        first = ([0, 1], 100 * US, 0)
+        work = jobs(first, *[([0], 100 * US, 0)] * 19, step=50 * US)
+        stage = Stage(iter([work]), each=20, requests=True)
+        made = given(monkeypatch, [stage])
+        cpu = made.kvms[0].vcpus[0].cpu
+        if fault:
+            unmap(made, 1)
+
+        def steal() -> Generator[Event, Any, None]:
+            yield made.env.timeout(t_ns)
+            cpu.steal(t_ns, 7 * US)
+
+        made.env.process(steal())
+        found = answered(made)
+        late = [end - 100 * US * (number + 1) for number, (end, _) in enumerate(found)]
+        assert late[-1] == late[10]
+        return late[-1] - late[9] if t_ns > 100 * US else late[0]
+
+    assert steal_at(420 * US, fault=False) == 7 * US, "by the first job that begins after 1 ms"
+    # Nothing but the fault, or the fault and that.
+    late = steal_at(101 * US, fault=True)
+    assert late == 7 * US
+    assert steal_at(20 * US, fault=True) == 7 * US + steal_at(99 * US, fault=True)
+
+
+def test_a_job_goes_on_where_it_faulted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end_ns(*missing: int) -> int:
+        made = given(monkeypatch, [Stage(iter([jobs(([0, 1, 2], 10 * US, 0))]), each=1)])
+        unmap(made, *missing)
+        made.run()
+        return made.kvms[0].vcpus[0].finished_ns
+
+    assert end_ns() == 10 * US
+    one = end_ns(0) - 10 * US
+    assert one > US
+    assert end_ns(1) == end_ns(2) == 10 * US + one
+    # The memory cache of the vCPU is filled once.
+    assert end_ns(0, 1) - end_ns(0) == end_ns(0, 1, 2) - end_ns(0, 1) <= one
+
+
+def test_no_touch_behind_a_fault_is_made_before_it_is_handled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    work = jobs(([0, 1, 2], 10 * US, 0), step=100)
+    made = given(monkeypatch, [Stage(iter([work]), each=1)])
+    kvm = made.kvms[0]
+    unmap(made, 1)
+    kvm.stage2.leaf.entries[:3] &= np.uint8(~AF & 0xFF)
+    seen = []
+
+    def look() -> Generator[Event, Any, None]:
+        yield made.env.timeout(250)
+        assert kvm.vcpus[0].touches_by(250) == 1
+        kvm.accesses.catch_up(250, 0, kvm.leaves)
+        seen.extend(bool(entry & AF) for entry in kvm.stage2.leaf.entries[:3])
+
+    made.env.process(look())
+    made.run()
+    assert seen == [True, False, False]
+    assert kvm.vcpus[0].touches == 3
+
+
+@pytest.mark.parametrize(("later_ns", "faults"), [(500, 2), (50 * US, 1)])
+def test_two_vcpus_meet_on_a_page(
+    monkeypatch: pytest.MonkeyPatch, later_ns: int, faults: int
+) -> None:
+    """Who touches it before the other has mapped it faults too; who comes later does not."""
+    stages = [
+        [Stage(iter([jobs(([0], 10 * US, 0))]), first_ns=(at,), each=1)] for at in (0, later_ns)
+    ]
+    made = given(monkeypatch, *stages)
+    unmap(made, 0)
+    made.run()
+    kvm = made.kvms[0]
+    assert sum(vcpu.fault.faults for vcpu in kvm.vcpus) == faults
+    on_time = later_ns + WAKEUP_NS + 10 * US
+    assert (kvm.vcpus[1].finished_ns == on_time) == (faults == 1)
+
+
+def test_a_barrier_is_left_when_the_last_one_came_whoever_tells_last() -> None:
+    env = Environment()
+    barrier = Barrier(env, 2)
+    met = barrier.arrive(50)
+    assert isinstance(met, Event)
+    assert barrier.arrive(30) == 50
+    assert env.run(met) == env.now == 50
+
+
+def test_who_waits_at_a_barrier_is_in_no_fault_and_dies_with_the_vm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stages(time: int) -> list[Stage]:
+        return [Stage(iter([jobs(([0], time, 0))]), each=1, barrier=True)]
+
+    made = given(
+        monkeypatch,
+        stages(10 * US),
+        stages(30 * MS),
+        teardown={"at": 2 * MS, "order": "close_vm"},
+    )
+    waiting, busy = made.kvms[0].vcpus
+    seen = []
+
+    def look() -> Generator[Event, Any, None]:
+        yield made.env.timeout(MS)
+        seen.append((waiting.faulting, waiting.cpu.state(MS).name, busy.cpu.state(MS).name))
+
+    made.env.process(look())
+    made.run()
+    assert seen == [(False, "IDLE", "GUEST")]
+    assert all(2 * MS <= vcpu.finished_ns < 3 * MS for vcpu in made.kvms[0].vcpus)
+
+
 # -- plans -----------------------------------------------------------------------------------------
 
 SERVER: dict[str, Any] = {
@@ -230,9 +384,10 @@ def test_how_far_is_planned_ahead_changes_nothing(program: str, mapped: bool) ->
         "rate": 20_000.0,
         "order": "random",
     }
-    keys = {"guest": {"mapped": mapped}, "contenders": {"vmm": taker}}
+    keys = {"guest": {"mapped": mapped}, "contenders": {"vmm": taker}, "ageing": {"interval": MS}}
     one, few, many = (planned(limit, PROGRAMS[program], **keys) for limit in (1, 3, 64))
     assert one.summary["faults"], "plans are cut"
+    assert "age" in one.locks["site"]
     for other in (few, many):
         assert other.fingerprint == one.fingerprint
         same = {**other.summary, "events": one.summary["events"]}
@@ -241,6 +396,7 @@ def test_how_far_is_planned_ahead_changes_nothing(program: str, mapped: bool) ->
 
 
 def test_ranges_taken_back_cut_plans_alike() -> None:
+    """By x86's flushes too, which interrupt vCPUs, and with ageing that takes no lock."""
     taker = {
         "kind": "madvise_dontneed",
         "guest": "vm0",
@@ -248,10 +404,16 @@ def test_ranges_taken_back_cut_plans_alike() -> None:
         "rate": 3000.0,
         "order": "random",
     }
-    keys = {"guest": {"mapped": True}, "contenders": {"vmm": taker}}
-    one, many = (planned(limit, SERVER, **keys) for limit in (1, 64))
-    assert int(one.summary["faults"]) > 100
-    assert many.fingerprint == one.fingerprint
+    keys = {"guest": {"mapped": True}, "contenders": {"vmm": taker}, "ageing": {"interval": MS}}
+    for kernel, machine in (
+        ("linux-7.1-lockless", "ampere-altra-80c"),
+        ("linux-6.12-x86", "x86-icelake-64c"),
+    ):
+        one, many = (
+            planned(limit, SERVER, kernel=kernel, machine=machine, **keys) for limit in (1, 64)
+        )
+        assert int(one.summary["faults"]) > 100
+        assert many.fingerprint == one.fingerprint
 
 
 def unmapped_at(t_ns: int, page: int) -> tuple[str, list[tuple[int, int]], int]:
@@ -272,8 +434,7 @@ def unmapped_at(t_ns: int, page: int) -> tuple[str, list[tuple[int, int]], int]:
 
     def take() -> None:
         kvm.accesses.catch_up(t_ns, page, page + 1)
-        kvm.host.zap(page, page + 1)
-        kvm.stage2.leaf.entries[page] = 0
+        unmap(made, page)
         kvm.accesses.unmapped(t_ns, page, page + 1)
 
     def later() -> Generator[Event, Any, None]:
