@@ -30,7 +30,7 @@ class JobAccesses:
         self.flushes = 0
 
     def catch_up(self, t_ns: int, first: int, last: int) -> None:
-        """For few leaves, only by the vCPUs that have one of them in their plans."""
+        """For few leaves, only by the vCPUs that have touched one of them lately."""
         if last - first > FEW:
             for vcpu in self._vcpus:
                 if vcpu.due_ns < t_ns:
@@ -38,7 +38,9 @@ class JobAccesses:
             return
         leaves = range(first, last)
         for vcpu in self._vcpus:
-            if vcpu.due_ns < t_ns and not (vcpu.planned or vcpu.look_ahead()).isdisjoint(leaves):
+            if vcpu.due_ns >= t_ns or (vcpu.planned or vcpu.look_ahead()).isdisjoint(leaves):
+                continue
+            if vcpu.has_touched(leaves, t_ns):
                 vcpu.catch_up(t_ns)
 
     def cleared(self, leaves: NDArray[np.int64], t_ns: int) -> None:

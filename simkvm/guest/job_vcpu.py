@@ -523,6 +523,11 @@ class JobVcpu(Vcpu):
         self.planned = planned = set(self._list[self._position : self._run_to])
         return planned
 
+    def has_touched(self, leaves: range, t_ns: int) -> bool:
+        """Whether a touch planned before ``t_ns``, and not applied yet, is of one of ``leaves``."""
+        made = self._list[self._position : self._reached(t_ns)]
+        return any(leaf in leaves for leaf in made)
+
     def halted(self, t_ns: int) -> bool:
         """Whether the vCPU waits for a job at ``t_ns``, not later than now."""
         begun = bisect_right(self._origins, t_ns)

@@ -74,6 +74,7 @@ def join(
             layout_rng=deepcopy(layout),
             touch_ns=kvm.costs.touch_ns,
             machine=machine,
+            mapped=guest.mapped,
         )
         stages = PROGRAMS[access.pattern](access, seat).stages()
         vcpus.append(JobVcpu(kvm, index, next(cpus), stages, access, accesses, barrier))
