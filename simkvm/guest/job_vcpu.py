@@ -65,7 +65,8 @@ class JobVcpu(Vcpu):
         self._jobs_ahead = jobs_ahead
         self._wakeup_ns = kvm.costs.wakeup_ns
         self._arrival = certain(kvm.env)
-        self.answers: Answers = Answers(access.unit, access.warmup)
+        self.answers: Answers = Answers(access.unit)
+        self._warmup_ns = access.warmup
         cpu.halted = self.halted
         # The batch being worked on.
         self._last_batch = False
@@ -76,7 +77,7 @@ class JobVcpu(Vcpu):
         self._work_before: list[int] = [0]
         self._gaps: list[int] = []
         # Its clients: those without a job under way, by when they ask; how often each has asked.
-        self._stage = Stage(iter(()))
+        self._stage = Stage(iter(()), counts=False)
         self._clients: list[tuple[int, int]] = []
         self._asked: list[int] = []
         # The plan: jobs ``_job``, ``_job + 1``... of the batch, touches up to ``_run_to``.
@@ -197,6 +198,8 @@ class JobVcpu(Vcpu):
     # -- stages and batches -------------------------------------------------------------------
 
     def _begin(self, stage: Stage, t_ns: int) -> None:
+        if stage.counts and not self._stage.counts:
+            self.answers.begin_ns = t_ns + self._warmup_ns
         self._stage = stage
         self._clients = sorted((t_ns + at, client) for client, at in enumerate(stage.first_ns))
         self._asked = [0] * len(self._clients)
@@ -497,7 +500,7 @@ class JobVcpu(Vcpu):
             ]
             self.answers.add(ends[:count], latencies)
         if stage.counts:
-            late = bisect_left(ends, self.answers.warmup_ns, 0, count)
+            late = bisect_left(ends, self.answers.begin_ns, 0, count)
             self.answers.done += self._work_before[job + count] - self._work_before[job + late]
         self._busy_ns += self._before[job + count] - self._before[job] - self._counted_ns
         self._counted_ns = 0

@@ -22,7 +22,7 @@ class Workload(Model):
     unit: ClassVar[str] = "requests"
     warmup: Duration = Field(
         default=0,
-        description="What is answered or done before this time of the run does not count in the "
+        description="Time from the end of `load` on whose answers and work do not count in the "
         "results.",
     )
     hot_pages: int = Field(

@@ -12,6 +12,7 @@ import pytest
 from simpy import Environment, Event
 from worlds import MIB, MS, US, run, scenario, world
 
+from simkvm import api
 from simkvm.guest import job_vcpu, workloads
 from simkvm.guest.barrier import Barrier
 from simkvm.guest.interactive import Browser
@@ -25,6 +26,9 @@ from simkvm.scenario.errors import InputError
 from simkvm.scenario.load import load
 from simkvm.scenario.machine import load_machine
 from simkvm.scenario.workloads import Interactive, Memcached, Sort
+from simkvm.show.tables import run_report
+from simkvm.show.text import render
+from simkvm.units import format_count, format_duration
 
 MACHINE = load_machine("ampere-altra-80c")
 WAKEUP_NS = round(MACHINE["wakeup_ns"])
@@ -760,3 +764,49 @@ def test_software_accessed_flags_are_refused() -> None:
     machine = {"base": "ampere-altra-80c", "set": {"hw_af": False}}
     with pytest.raises(InputError, match="no hardware accessed flag"):
         scenario(guest={"memory": 64 * MIB, "access": SERVER}, machine=machine, duration=MS)
+
+
+# -- what is shown ---------------------------------------------------------------------------------
+
+
+def test_a_report_says_what_clients_saw_and_only_if_there_are_any(tmp_path: Path) -> None:
+    path = tmp_path / "server.yaml"
+    path.write_text(FILE.format(line="keys: 20000"))
+    result = api.run(path)
+    summary = result.summary
+    text = render(run_report(result))
+    (row,) = (
+        line.split() for line in text.splitlines() if format_count(summary["requests"]) in line
+    )
+    assert "Requests and work done" in text
+    assert format_duration(int(summary["latency_p999_ns"])) in " ".join(row)
+    histograms = result.histograms
+    ours = histograms[histograms["site"] == "request"]
+    assert ours["count"].sum() == summary["requests"] > 1000
+    assert set(ours["quantity"]) == {"latency"}
+
+    path.write_text(QUIET)
+    quiet = api.run(path)
+    assert "Requests" not in render(run_report(quiet))
+    assert quiet.summary["requests"] == 0
+    assert np.isnan(quiet.summary["latency_p99_ns"])
+    assert np.isnan(quiet.summary["requests_per_s"])
+
+
+QUIET = """\
+name: quiet
+machine: ampere-altra-80c
+kernel: linux-6.12
+guests:
+  vm0: {memory: 1 MiB, access: {pattern: populate}}
+"""
+
+
+def test_loading_does_not_count() -> None:
+    access = {**SERVER, "requests": 20, "think_law": "constant"}
+    guest = {"vcpus": 1, "memory": 32 * MIB, "access": access}
+    loaded = run(guest=guest).summary
+    mapped = run(guest={**guest, "mapped": True}).summary
+    assert int(loaded["sim_ns"]) > 2 * int(mapped["sim_ns"])
+    assert loaded["requests"] == mapped["requests"] == 13 * 20
+    assert loaded["requests_per_s"] == pytest.approx(mapped["requests_per_s"], rel=0.01)
