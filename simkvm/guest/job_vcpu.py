@@ -357,7 +357,9 @@ class JobVcpu(Vcpu):
             job += 1
         self._debt_ns, self._free_ns = debt_ns, free_ns
         self._faults = faults and job == faulting + 1
-        self._run_to = touch if self._faults else offsets[job]
+        self._run_to = run_to = touch if self._faults else offsets[job]
+        if run_to > position:
+            self._accesses.marks[self._leaves[position:run_to]] = 1
         self._due()
         if self._faults:
             return self._fault_at(touch)

@@ -62,7 +62,7 @@ def join(
     """
     access: Any = guest.access
     vcpus: list[JobVcpu] = []
-    accesses = JobAccesses(vcpus, kvm.kernel["remote_flush"] == "broadcast")
+    accesses = JobAccesses(vcpus, kvm.leaves, kvm.kernel["remote_flush"] == "broadcast")
     barrier = Barrier(kvm.env, guest.vcpus)
     for index, rng in enumerate(streams):
         seat = Seat(
