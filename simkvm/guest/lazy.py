@@ -152,7 +152,8 @@ class Lazy:
     def touched(self, vcpu: LazyVcpu, leaf: int) -> None:
         """The last touch that ``vcpu`` made was of ``leaf``; this one was not drawn here."""
         self._order.made += 1
-        self.flags.touched(vcpu.index, leaf, vcpu.touches)
+        if not vcpu.flushes:  # else the translation goes again when it enters
+            self.flags.touched(vcpu.index, leaf, vcpu.touches)
 
     def start(self, vcpu: LazyVcpu, t_ns: int) -> None:
         """``vcpu`` touches from ``t_ns`` on."""
@@ -407,6 +408,11 @@ class LazyVcpu(Vcpu):
             self._wake_at(t_ns)
 
     # -- seen from outside --------------------------------------------------------------------
+
+    @property
+    def flushes(self) -> bool:
+        """Whether it has to flush before it enters the guest."""
+        return self._flushes
 
     def touches_by(self, t_ns: int) -> int:
         """Touches made before ``t_ns``."""
