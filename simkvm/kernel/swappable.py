@@ -80,12 +80,13 @@ class SwappableMemory(HostMemory):
 
     # -- pages that come and go -----------------------------------------------------------------
 
-    def table_page(self, leaf: int) -> None:
-        """The host's own table for ``leaf`` needs a page, once."""
-        table = leaf // self.entries
-        if not self._tables[table]:
-            self._tables[table] = True
-            self.pages.take()
+    def lacks_table(self, leaf: int) -> bool:
+        """Whether there is no table of the host's own for ``leaf`` yet."""
+        return not self._tables[leaf // self.entries]
+
+    def table_linked(self, leaf: int) -> None:
+        """A page that was allocated became the host's own table for ``leaf``."""
+        self._tables[leaf // self.entries] = True
 
     @property
     def table_pages(self) -> int:
@@ -139,7 +140,7 @@ class SwappableMemory(HostMemory):
         if slots and self.device is not None:
             self.device.free(slots)
         cached = first + np.flatnonzero((swap & CACHED) > (self.state[first:last] & OWN))
-        for leaf in cached.tolist():
+        for leaf in (first + np.flatnonzero(swap & WRITEBACK)).tolist():
             self.writing.pop(leaf, None)
         swap[:] = 0
         self.lru.remove(cached)
@@ -155,6 +156,11 @@ class SwappableMemory(HostMemory):
     def give_all_up(self) -> None:
         """The owner was killed: nothing of its memory is left."""
         self.zap(0, len(self.state))
+
+    def free_tables(self) -> None:
+        """The end of the address space: its page tables go (``free_pgtables``)."""
+        self.pages.put(self.table_pages)
+        self._tables[:] = False
 
     # -- out and in -----------------------------------------------------------------------------
 

@@ -104,7 +104,7 @@ class World:
             task = Task("kswapd", next(self._free_cpus), {})
             self.kswapd = Kswapd(self.pgdat, task, round(machine["wakeup_ns"]))
             self.pgdat.pages.reclaimer = partial(Reclaimer, self.pgdat)
-            OomKiller(self.pgdat, self.kvms)
+            OomKiller(self.pgdat, self.kvms, self._process_exit)
         self.contenders = [
             contender
             for name, spec in scenario.contenders.items()
@@ -306,6 +306,11 @@ class World:
         other = Task(f"{kvm.name}/close", next(self._free_cpus))
         yield end(kvm, task, "process_exit", spec.at, last=False)
         yield end(kvm, other, "close_vm", spec.close_at or spec.at)
+
+    def _process_exit(self, kvm: Kvm, t_ns: int) -> Generator[Event, Any, Any]:
+        """The owner of a VM ends at ``t_ns``, unasked."""
+        task = Task(f"{kvm.name}/exit", kvm.vcpus[0].cpu, on_cpu=False)
+        return teardown_of(self.kernel)(kvm, task, "process_exit", t_ns).run()
 
     # -- running ------------------------------------------------------------------------------
 
