@@ -32,7 +32,7 @@ class Vmstat:
     pswpout: int = 0
     pgmajfault: int = 0  #: faults that read from swap
     swap_cache_hits: int = 0  #: faults that found their page in the swap cache
-    first_faults: int = 0  #: faults on pages that were never there
+    first_faults: int = 0  #: faults that took a fresh page, cleared
     workingset_refault: int = 0
     workingset_activate: int = 0
     kswapd_wakeups: int = 0
@@ -51,6 +51,7 @@ class Pgdat:
     lruvecs: list[ListedLruvec] = field(default_factory=list)
     kvms: list[list[Kvm]] = field(default_factory=list)
     passes: list[Pass] = field(default_factory=list)  #: of ageing that reclaim asked for
+    kswapd_failures: int = 0  #: runs of kswapd in a row that took nothing; others reset it
     stalls: list[int] = field(default_factory=list)  #: begin, end, begin, end... of stalled tasks
 
     def __post_init__(self) -> None:
@@ -58,6 +59,14 @@ class Pgdat:
         if swap is not None:
             swap.sched = self.sched
             self.pages.pool = lambda: swap.pool_pages
+
+        self.pages.reclaimable = self._reclaimable
+
+    def _reclaimable(self) -> int:
+        """Pages on LRUs; without a slot left anonymous ones stay (``zone_reclaimable_pages``)."""
+        if self.swap is None or not self.swap.free_slots:
+            return 0
+        return sum(sum(lruvec.sizes) for lruvec in self.lruvecs)
 
     def memory(self, lruvec: int, guest: int) -> SwappableMemory:
         """The host's mappings of a guest."""

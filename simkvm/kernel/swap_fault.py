@@ -100,7 +100,8 @@ class SwapFaultPath(FaultPath):
         """Reclaim for the memory cache, before KVM notes the sequence."""
         began_ns = t_ns
         t_ns = yield from self._allocate(t_ns, self._owed)
-        self.in_flight, self._owed, self.cached = 0, 0, CACHE_CAPACITY
+        self.cached += self.in_flight
+        self.in_flight = self._owed = 0
         self._noted_ns += t_ns - began_ns
         return t_ns
 
@@ -175,6 +176,7 @@ class SwapFaultPath(FaultPath):
         def change(at_ns: int, first: int, last: int) -> int:
             if self._same(state, swap):
                 host.install(leaf, own=True)
+                self._pgdat.vmstat.first_faults += 1
                 self.in_flight = 0
             return at_ns
 
@@ -214,8 +216,9 @@ class SwapFaultPath(FaultPath):
     def _allocate(self, t_ns: int, pages: int = 1) -> Steps:
         kvm = self._kvm
         began_ns = t_ns
-        t_ns = yield from self._pgdat.pages.allocate(self._task, t_ns, lambda: kvm.alive, pages)
-        self.in_flight = pages
+        alloc = self._pgdat.pages.allocate
+        t_ns, got = yield from alloc(self._task, t_ns, lambda: kvm.alive, pages)
+        self.in_flight = pages if got else 0
         self._pgdat.stalled(began_ns, t_ns)
         return t_ns
 

@@ -107,13 +107,11 @@ class SwappableMemory(HostMemory):
         leaves = len(self.state)
         self._tables[:] = True
         self.pages.take(len(self.present))
-        room = max(0, self.pages.free - self.pages.marks.high)
-        out = max(0, leaves - room)
+        self.pages.spoken_for -= len(self.present)
+        out = self._without_room(leaves)
         super().map_all()
         if out:
             gone = np.arange(out)
-            assert self.device is not None, "checked before: there is swap for what does not fit"
-            self.device.allocate(out)
             self.lru.remove(gone)
             self.state[:out] = 0
             self.swap[:out] = SLOT
@@ -121,6 +119,20 @@ class SwappableMemory(HostMemory):
         self.state &= np.uint8(~YOUNG & 0xFF)
         self.lru.all_old()  # type: ignore[attr-defined]
         self.pages.take(leaves - out)
+
+    def _without_room(self, leaves: int) -> int:
+        """Slots for those of ``leaves`` that have no room, above the high watermark; their number.
+
+        Compressed swap takes room itself.
+        """
+        pages, out = self.pages, 0
+        kept = pages.marks.high + pages.spoken_for
+        while out < leaves and (lacking := leaves - out - (pages.free - kept)) > 0:
+            assert self.device is not None, "checked before: there is swap for what does not fit"
+            taken = self.device.allocate(min(lacking, leaves - out))
+            assert taken, "checked before: it holds what does not fit"
+            out += taken
+        return out
 
     def swapped_out(self) -> list[tuple[int, int]]:
         """Ranges of leaves whose content is in swap alone."""

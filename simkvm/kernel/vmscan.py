@@ -72,12 +72,14 @@ class Reclaimer:
 
     def shrink_node(self, sc: ScanControl, t_ns: int) -> Steps:
         """One go over the memcgs (``lru_gen_shrink_node``)."""
-        sc.scanned = 0
+        sc.scanned, before = 0, sc.reclaimed
         self._set_initial_priority(sc)
         for number, lruvec in enumerate(self._pgdat.lruvecs):
             t_ns = yield from self._shrink_lruvec(number, lruvec, sc, t_ns)
             if self._should_abort(sc):
                 break
+        if sc.reclaimed > before:
+            self._pgdat.kswapd_failures = 0
         return t_ns
 
     def _set_initial_priority(self, sc: ScanControl) -> None:
@@ -242,6 +244,8 @@ class Reclaimer:
             t_ns, written = yield from self._write(host, leaf, t_ns)
             if not written:
                 return "writeback", t_ns
+        if not host.fast_swap[leaf] & CACHED:
+            return "gone", t_ns  # somebody gave it up while it was written
         if host.fast[leaf] & OWN or host.fast_swap[leaf] & DIRTY:
             return "active", t_ns
         return "freed", self._free(kvm, host, leaf, t_ns)

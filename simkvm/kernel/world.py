@@ -91,9 +91,11 @@ class World:
         else:
             self.selftest = selftests.build(self)
             self._free_cpus = self.selftest.spare_cpus
-        for kvm in self.kvms:
-            if self.guests[kvm.name].mapped:
-                kvm.map_all()
+        mapped = [kvm for kvm in self.kvms if self.guests[kvm.name].mapped]
+        for kvm in mapped:
+            kvm.prepare_to_map_all()
+        for kvm in mapped:
+            kvm.map_all()
         self.ageing: AgeingThread | None = None
         if scenario.ageing is not None:
             task = Task("ageing", next(self._free_cpus))

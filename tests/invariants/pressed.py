@@ -255,7 +255,7 @@ class Contents:
         host, before, swap = self.host, self.state, self.swap
         state, now = host.state, host.swap
         came = ((state & OWN) != 0) & ((before & OWN) == 0)
-        self.fresh += int(np.count_nonzero(came & (swap == 0) & (before == 0)))
+        self.fresh += int(np.count_nonzero(came & (swap == 0)))
         self.hits += int(np.count_nonzero(came & ((swap & CACHED) != 0)))
         self.read += int(np.count_nonzero(came & (swap == SLOT)))
         written = ((swap & (SLOT | DIRTY)) != SLOT) & ((now & (SLOT | DIRTY)) == SLOT)
