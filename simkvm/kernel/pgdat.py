@@ -5,11 +5,13 @@ Source: include/linux/mmzone.h (``pg_data_t``) and the names of /proc/vmstat, v6
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from simkvm.kernel.lrugen import ListedLruvec
 from simkvm.kernel.page_alloc import HostPages
+from simkvm.kernel.reclaim_throttle import ReclaimThrottle
 from simkvm.kernel.sched import Scheduler
 from simkvm.kernel.swap import SwapDevice
 
@@ -54,7 +56,10 @@ class Pgdat:
     kswapd_failures: int = 0  #: runs of kswapd in a row that took nothing; others reset it
     stalls: list[int] = field(default_factory=list)  #: begin, end, begin, end... of stalled tasks
 
+    jiffy_ns: int = 4_000_000
+
     def __post_init__(self) -> None:
+        self.throttle = ReclaimThrottle(self, self.jiffy_ns)
         swap = self.swap
         if swap is not None:
             swap.sched = self.sched
@@ -63,10 +68,23 @@ class Pgdat:
         self.pages.reclaimable = self._reclaimable
 
     def _reclaimable(self) -> int:
-        """Pages on LRUs; without a slot left anonymous ones stay (``zone_reclaimable_pages``)."""
+        """Anonymous pages, if there is a slot left for any (``zone_reclaimable_pages``).
+
+        Isolated ones count, as they did up to v4.8: a batch is a small part of a host's memory, but
+        may be a large one of a host that was scaled down.
+        """
         if self.swap is None or not self.swap.free_slots:
             return 0
-        return sum(sum(lruvec.sizes) for lruvec in self.lruvecs)
+        return sum(self._hosts(lambda host: host.page_count))
+
+    def write_pending(self) -> int:
+        """Pages that are being written (NR_ZONE_WRITE_PENDING)."""
+        return sum(self._hosts(lambda host: len(host.writing)))
+
+    def _hosts(self, what: Callable[[SwappableMemory], int]) -> Iterator[int]:
+        for number, kvms in enumerate(self.kvms):
+            for place in range(len(kvms)):
+                yield what(self.memory(number, place))
 
     def memory(self, lruvec: int, guest: int) -> SwappableMemory:
         """The host's mappings of a guest."""

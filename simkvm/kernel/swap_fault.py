@@ -260,8 +260,8 @@ class SwapFaultPath(FaultPath):
             self._task.cpu.spin(t_ns)
             freed: int = held if isinstance(held, int) else (yield held)
             t_ns = max(t_ns, freed + costs.line.transfer_ns + costs.fault.ptl_ns)
-            t_ns = yield from reach(self._env, t_ns)
             self._holds_table_until(t_ns)
+            t_ns = yield from reach(self._env, t_ns)
         return t_ns
 
     def _holds_table_until(self, t_ns: int) -> None:

@@ -233,11 +233,12 @@ class World:
         page_bytes = next(iter(self.guests.values())).page_size
         total = host.memory.size // page_bytes
         marks = Watermarks.of(total, page_bytes, host.memory.min_free, host.memory.watermark_scale)
+        jiffy_ns = 1_000_000_000 // host.hz
         swap = None
         if host.swap is not None:
             stream = self.stream("swap")
             swap = SwapDevice.of(self.env, host.swap, self.machine, stream, self.dram, page_bytes)
-        return Pgdat(HostPages(self.env, total, page_bytes, marks), swap, self.sched)
+        return Pgdat(HostPages(self.env, total, page_bytes, marks), swap, self.sched, jiffy_ns=jiffy_ns)
 
     def _vcpus(self, kvm: Kvm, guest: Guest) -> None:
         name = kvm.name
