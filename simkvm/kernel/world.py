@@ -50,6 +50,7 @@ from simkvm.scenario.schema import Teardown as TeardownSpec
 from simkvm.selftests.main_thread import MainThread
 
 FIRST_SAMPLE_NS = 1_000_000
+NS_PER_S = 1_000_000_000
 
 
 def simulate(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Record:
@@ -92,9 +93,11 @@ class World:
         else:
             self.selftest = selftests.build(self)
             self._free_cpus = self.selftest.spare_cpus
-        for kvm in self.kvms:
-            if self.guests[kvm.name].mapped:
-                kvm.map_all()
+        mapped = [kvm for kvm in self.kvms if self.guests[kvm.name].mapped]
+        for kvm in mapped:
+            kvm.prepare_to_map_all()
+        for kvm in mapped:
+            kvm.map_all()
         self.ageing: AgeingThread | None = None
         if scenario.ageing is not None:
             task = Task("ageing", next(self._free_cpus))
@@ -106,7 +109,7 @@ class World:
             task = Task("kswapd", next(self._free_cpus), {})
             self.kswapd = Kswapd(self.pgdat, task, round(machine["wakeup_ns"]))
             self.pgdat.pages.reclaimer = partial(Reclaimer, self.pgdat)
-            OomKiller(self.pgdat, self.kvms)
+            OomKiller(self.pgdat, self.kvms, self._process_exit)
             if scenario.host.memory is not None and scenario.host.memory.commands:
                 task = Task("lru_gen", next(self._free_cpus))
                 writes = scenario.host.memory.commands
@@ -250,6 +253,7 @@ class World:
             lru_gen=host.memory.lru_gen,
             swappiness=host.memory.swappiness,
             min_ttl_ns=host.memory.min_ttl,
+            jiffy_ns=NS_PER_S // host.hz,
         )
 
     def _vcpus(self, kvm: Kvm, guest: Guest) -> None:
@@ -325,6 +329,11 @@ class World:
         other = Task(f"{kvm.name}/close", next(self._free_cpus))
         yield end(kvm, task, "process_exit", spec.at, last=False)
         yield end(kvm, other, "close_vm", spec.close_at or spec.at)
+
+    def _process_exit(self, kvm: Kvm, t_ns: int) -> Generator[Event, Any, Any]:
+        """The owner of a VM ends at ``t_ns``, unasked."""
+        task = Task(f"{kvm.name}/exit", kvm.vcpus[0].cpu, on_cpu=False)
+        return teardown_of(self.kernel)(kvm, task, "process_exit", t_ns).run()
 
     # -- running ------------------------------------------------------------------------------
 

@@ -160,7 +160,6 @@ class MaxGuestMemory:
 
     vcpus: ClassVar[int] = 64
     guest_bytes: ClassVar[int] = 250 * GIB
-    overcommit: ClassVar[float] = 1.03
     largest: ClassVar[int] = 250 * MIB
     kernels: ClassVar[Mapping[str, Any]] = {
         "before (no per-PTE flush)": {
@@ -193,7 +192,7 @@ class MaxGuestMemory:
             "kernel": self.kernels[figure.arm],
             "host": {
                 "memory": {
-                    "size": host_memory(memory, memory, self.vcpus, self.overcommit),
+                    "size": host_memory(memory, memory, self.vcpus, host.workload["overcommit"]),
                     "watermark_scale": WATERMARK_SCALE,
                 },
                 "swap": {"kind": "zram"},
