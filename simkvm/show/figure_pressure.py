@@ -91,6 +91,7 @@ def _panel(
     panel.set_xlabel(axis.key)
     panel.set_ylabel(measure.label)
     style.axis_ticks(panel.xaxis, axis)
-    at = f"{axis.key} = {axis.last}"
-    style.values_under(panel, table, measure.column, colours, at=at, text=measure.text)
+    style.values_under(
+        panel, table, measure.column, colours, at="the least", text=measure.text, smallest=True
+    )
     human_log_axis(panel.yaxis, measure)
