@@ -66,7 +66,7 @@ def memcached(memory: int, kernel: str, replication: int) -> dict[str, Any]:
 
 
 def ratios(memory: int) -> list[tuple[float, float]]:
-    """After over before: requests a second, and looks that an eviction takes; a pair a replication."""
+    """After over before in requests a second, and looks an eviction took before; by replication."""
     found = []
     for replication in range(REPLICATIONS):
         before = memcached(memory, "linux-6.4", replication)
