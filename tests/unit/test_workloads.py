@@ -349,6 +349,30 @@ def test_who_waits_at_a_barrier_is_in_no_fault_and_dies_with_the_vm(
     assert all(2 * MS <= vcpu.finished_ns < 3 * MS for vcpu in made.kvms[0].vcpus)
 
 
+def test_a_server_is_a_queue_for_each_worker() -> None:
+    """All requests of a worker, against one server with its clients written out."""
+    access = {**SERVER, "requests": 300}
+    guest = {"vcpus": 3, "memory": 32 * MIB, "mapped": True, "access": access}
+    made = world(guest=guest)
+    rng = made.stream("vm0/vcpu1")
+    server = Server(Memcached.model_validate(access), seat(1, 3, 8192, rng, rng))
+    (stage,) = server.stages()
+    asks = sorted((at, client) for client, at in enumerate(stage.first_ns))
+    left, free_ns = [300] * len(asks), 0
+    expected = []
+    for batch in stage.batches:
+        for total, gap in zip(batch.total_ns.tolist(), batch.gap_ns.tolist(), strict=True):
+            asked, client = asks.pop(0)
+            free_ns = total + (free_ns if asked <= free_ns else asked + WAKEUP_NS)
+            expected.append((free_ns, free_ns - asked + access["network"]))
+            left[client] -= 1
+            if left[client]:
+                asks = sorted([*asks, (free_ns + gap, client)])
+    found = answered(made, vcpu=1)
+    assert len(found) == 4 * 300
+    assert found == expected
+
+
 # -- plans -----------------------------------------------------------------------------------------
 
 SERVER: dict[str, Any] = {
