@@ -63,10 +63,24 @@ def test_the_cpu_of_a_worker_without_a_request_is_idle(monkeypatch: pytest.Monke
         for t_ns in (5 * US, 12 * US, 65 * US):
             yield made.env.timeout(t_ns - int(made.env.now))
             seen.append(vcpu.cpu.state(t_ns).name)
+            vcpu.catch_up(t_ns)  # which is the same afterwards, and a little later
+            seen.append(vcpu.cpu.state(t_ns - 3 * US).name)
 
     made.env.process(look())
     made.run()
-    assert seen == ["GUEST", "IDLE", "GUEST"]
+    assert seen == ["GUEST", "GUEST", "IDLE", "GUEST", "GUEST", "IDLE"]
+
+
+def test_when_each_page_was_touched_last_is_known_to_the_nanosecond(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    work = jobs(([0, 1, 2], 10 * US, 5 * US), ([1, 3], 10 * US, 0))
+    made = given(monkeypatch, [Stage(iter([work]), each=2)])
+    kvm = made.kvms[0]
+    kvm.remember_touches()
+    made.run()
+    again = 15 * US + WAKEUP_NS
+    assert kvm.last_touch_ns[:5].tolist() == [0, again, 2 * US, again + US, -1]
 
 
 def test_a_fault_makes_all_requests_behind_it_wait(monkeypatch: pytest.MonkeyPatch) -> None:
