@@ -12,7 +12,7 @@ from simkvm.guest.popularity import scattered
 from simkvm.scenario.workloads import Chase
 
 PIECE_LOADS: Final = 1024  #: loads of a job
-BATCH_LOADS: Final = 64 * PIECE_LOADS
+BATCH_LOADS: Final = 16 * PIECE_LOADS
 
 
 class Chaser:

@@ -51,6 +51,7 @@ class Browser:
         drawn = seat.rng.integers(0, len(working_set), access.bursts * access.burst_pages)
         pages = np.concatenate((opening, working_set[drawn]))
         counts = np.array([len(opening), *[access.burst_pages] * access.bursts])
+        counts = counts[counts > 0]  # of few pages not every vCPU gets one
         offsets = np.concatenate(([0], np.cumsum(counts)))
         step_ns = access.burst_cpu // access.burst_pages + seat.touch_ns
         within = np.arange(len(pages)) - np.repeat(offsets[:-1], counts)

@@ -1,32 +1,30 @@
 """A vCPU that works off jobs: requests of clients, bursts, pieces of a scan.
 
-Jobs are planned ahead up to the first touch that stage 2 does not allow, or some dozens of them,
-and cost no event. What takes a planned page away cuts the plan there: the jobs behind go back to
-their clients, as if they had never been planned. A fault blocks the whole vCPU, so that the other
-requests which wait for it wait longer. Without a job the vCPU waits (WFI) and its CPU is idle.
+Jobs are planned ahead (:mod:`simkvm.guest.job_plan`) and cost no event. A fault blocks the whole
+vCPU, so that the other requests which wait for it wait longer. Without a job the vCPU waits (WFI)
+and its CPU is idle.
 
 Every touch sets the accessed flag. There is no TLB: the footprints are far beyond its reach, and
 under memory pressure invalidations empty it all the time. What these cost is filling it again with
 the pages that every job needs (``hot_pages``). A vCPU settles that, and the time that softirqs took
-from it, when it enters the guest after a fault, and once in :data:`SETTLE_NS` when it begins a job.
+from it, when it enters the guest after a fault, and once a millisecond when it begins a job.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Generator, Iterator
-from heapq import heapify, heappop, heappush, heapreplace
-from typing import TYPE_CHECKING, Any, Final
+from heapq import heappush
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from simpy import Event
 from simpy.events import NORMAL
 
+from simkvm.guest.job_plan import FAR, JobPlan
 from simkvm.guest.jobs import Stage
-from simkvm.guest.vcpu import IN, Vcpu, certain
-from simkvm.kernel.cpu import NEVER, Cpu
-from simkvm.kernel.stage2 import AF, VALID, WRITE
-from simkvm.observe.requests import Answers
+from simkvm.guest.vcpu import IN, certain
+from simkvm.kernel.cpu import Cpu
+from simkvm.kernel.stage2 import WRITE
 
 if TYPE_CHECKING:
     from simkvm.guest.barrier import Barrier
@@ -34,18 +32,9 @@ if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm
     from simkvm.scenario.workloads import Workload
 
-SETTLE_NS: Final = 1_000_000
-JOBS_AHEAD: Final = 64  #: planned at once, at most
-FEW: Final = 4  #: touches up to which a loop finds a fault faster than an array
-WINDOW: Final = 64  #: touches looked at once then, doubled while none of them faults
-FAR: Final = NEVER
 
-
-class JobVcpu(Vcpu):
-    """One vCPU of ``kvm`` that goes through ``stages``.
-
-    ``due_ns``: when the first touch or end of a job comes that is not applied yet.
-    """
+class JobVcpu(JobPlan):
+    """One vCPU of ``kvm`` that goes through ``stages``."""
 
     def __init__(
         self,
@@ -56,17 +45,11 @@ class JobVcpu(Vcpu):
         access: Workload,
         accesses: JobAccesses,
         barrier: Barrier,
-        jobs_ahead: int = JOBS_AHEAD,
     ) -> None:
-        super().__init__(kvm, index, cpu, iter(()))
+        super().__init__(kvm, index, cpu, access, accesses)
         self._stages = stages
-        self._accesses = accesses
         self._barrier = barrier
-        self._jobs_ahead = jobs_ahead
-        self._wakeup_ns = kvm.costs.wakeup_ns
         self._arrival = certain(kvm.env)
-        self.answers: Answers = Answers(access.unit)
-        self._warmup_ns = access.warmup
         cpu.halted = self.halted
         # The batch being worked on.
         self._last_batch = False
@@ -285,35 +268,7 @@ class JobVcpu(Vcpu):
         self.cpu.enter_guest(t_ns, self._exit_ns)
         return next_ns
 
-    # -- stages and batches -------------------------------------------------------------------
-
-    def _begin(self, stage: Stage, t_ns: int) -> None:
-        if stage.counts and not self._stage.counts:
-            self.answers.begin_ns = t_ns + self._warmup_ns
-        self._stage = stage
-        self._clients = sorted((t_ns + at, client) for client, at in enumerate(stage.first_ns))
-        self._asked = [0] * len(self._clients)
-        self._free_ns = t_ns
-
-    def _next_batch(self) -> bool:
-        """Load the next batch; returns whether there is one with a job in it."""
-        jobs = next(self._stage.batches, None) if self._clients else None
-        if jobs is None or not len(jobs):
-            return False
-        kvm = self.kvm
-        self._last_batch = jobs.last
-        self._offsets = jobs.offsets.tolist()
-        self._leaves = jobs.pages if kvm.leaf_pages == 1 else kvm.stage2.leaves_of(jobs.pages)
-        self._needs = np.where(jobs.writes, VALID | WRITE, VALID).astype(np.uint8)
-        self._list = memoryview(self._leaves)  # type: ignore[arg-type,assignment]  # a buffer
-        self._need_list = memoryview(self._needs)  # type: ignore[arg-type,assignment]
-        self._at = memoryview(np.ascontiguousarray(jobs.at_ns))  # type: ignore[arg-type,assignment]
-        self._totals = jobs.total_ns.tolist()
-        self._before = [0, *np.cumsum(jobs.total_ns).tolist()]
-        self._work_before = [0, *np.cumsum(jobs.work).tolist()]
-        self._gaps = jobs.gap_ns.tolist()
-        self._job = self._position = self._run_to = 0
-        return True
+    # -- running in the guest -----------------------------------------------------------------
 
     def _start(self, t_ns: int) -> int:
         """Enter the guest at ``t_ns``, between two jobs."""
@@ -342,8 +297,6 @@ class JobVcpu(Vcpu):
         self.next_ns = self._plan_jobs(self._run_to)
         self.cpu.leave_guest_at(self._exit_ns)
         return True
-
-    # -- entering after a fault ---------------------------------------------------------------
 
     def mapped(self, t_ns: int) -> int:
         """The page at the present position was mapped; the guest goes on at ``t_ns``."""
@@ -541,6 +494,7 @@ class JobVcpu(Vcpu):
         return stolen_ns
 
     # -- what lies in the past ----------------------------------------------------------------
+    # -- seen from outside --------------------------------------------------------------------
 
     def catch_up(self, t_ns: int) -> None:
         """Apply the touches planned before ``t_ns``, and account for jobs that ended before."""
@@ -549,101 +503,6 @@ class JobVcpu(Vcpu):
         self._apply(self._reached(t_ns))
         self._commit(bisect_left(self._ends, t_ns))
         self._due()
-
-    def _reached(self, t_ns: int) -> int:
-        """Position behind the last touch planned before ``t_ns``."""
-        position = self._position
-        begun = bisect_left(self._origins, t_ns)
-        if not self._running or not begun:
-            return position
-        job = self._job + begun - 1
-        low = max(position, self._offsets[job])
-        into_ns = t_ns - self._origins[begun - 1]
-        reached = bisect_left(self._at, into_ns, low, max(low, self._offsets[job + 1]))
-        return min(reached, self._run_to)
-
-    def _apply(self, reached: int) -> None:
-        """The touches before ``reached`` are made."""
-        first = self._position
-        if reached <= first:
-            return
-        if reached - first <= 2 * FEW:
-            entries, leaves = self._entries, self._list
-            for touch in range(first, reached):
-                entries[leaves[touch]] |= AF
-        else:
-            self.kvm.stage2.leaf.entries[self._leaves[first:reached]] |= np.uint8(AF)
-        if self._last_touch is not None:
-            self._note_times(first, reached)
-        self.touches += reached - first
-        self._position = reached
-
-    def _note_times(self, first: int, reached: int) -> None:
-        last_touch = self._last_touch
-        assert last_touch is not None
-        for touch in range(first, reached):
-            planned = bisect_right(self._offsets, touch) - 1 - self._job
-            last_touch[self._list[touch]] = self._origins[planned] + self._at[touch]
-
-    def _commit(self, count: int) -> None:
-        """The first ``count`` jobs of the plan are done: they cannot be taken back any more."""
-        if not count:
-            return
-        job, stage = self._job, self._stage
-        self._job = job + count
-        ends = self._ends
-        self._idle_from_ns = ends[count - 1]
-        if stage.requests:
-            extra_ns = stage.extra_ns
-            latencies = [
-                end - arrival + extra_ns
-                for end, arrival in zip(ends[:count], self._arrivals, strict=False)
-            ]
-            self.answers.add(ends[:count], latencies)
-        if stage.counts:
-            late = bisect_left(ends, self.answers.begin_ns, 0, count)
-            self.answers.done += self._work_before[job + count] - self._work_before[job + late]
-        self._busy_ns += self._before[job + count] - self._before[job] - self._counted_ns
-        self._counted_ns = 0
-        self._ended += count
-        for planned in (self._origins, ends, self._arrivals, self._askers, self._shares):
-            del planned[:count]
-
-    def _due(self) -> None:
-        """Note when something has to be applied next."""
-        if not self._origins:
-            self.due_ns = FAR
-            return
-        due_ns, position = self._ends[0], self._position
-        if position < self._run_to:
-            job = 0
-            while self._offsets[self._job + job + 1] <= position:
-                job += 1
-            due_ns = min(due_ns, self._origins[job] + self._at[position])
-        self.due_ns = due_ns
-
-    def look_ahead(self) -> set[int]:
-        """The leaves that the plan touches, and perhaps some that it touched lately."""
-        self.planned = planned = set(self._list[self._position : self._run_to])
-        return planned
-
-    def has_touched(self, leaves: range, t_ns: int) -> bool:
-        """Whether a touch planned before ``t_ns``, and not applied yet, is of one of ``leaves``."""
-        made = self._list[self._position : self._reached(t_ns)]
-        return any(leaf in leaves for leaf in made)
-
-    def halted(self, t_ns: int) -> bool:
-        """Whether the vCPU waits for a job at ``t_ns``, not later than now."""
-        begun = bisect_right(self._origins, t_ns)
-        if not self._running:
-            return False
-        return t_ns >= (self._ends[begun - 1] if begun else self._idle_from_ns)
-
-    # -- seen from outside --------------------------------------------------------------------
-
-    def touches_by(self, t_ns: int) -> int:
-        """Touches made before ``t_ns``; unlike :meth:`catch_up` this changes nothing."""
-        return self.touches + self._reached(t_ns) - self._position
 
     def given(self, leaf: int, t_ns: int) -> None:
         """Another vCPU mapped ``leaf`` at ``t_ns``: a fault planned there may not be one."""
