@@ -141,9 +141,13 @@ class Lazy:
 
     # -- told by vCPUs ------------------------------------------------------------------------
 
-    def mapped(self, vcpu: LazyVcpu, leaf: int) -> None:
-        """A fault of ``vcpu`` mapped ``leaf``, now; its touch is the last that it made."""
-        self._past(int(self._env.now))
+    def mapped(self, vcpu: LazyVcpu, leaf: int, t_ns: int) -> None:
+        """A fault of ``vcpu`` mapped ``leaf`` at ``t_ns``; its touch is the last that it made.
+
+        That the clock may be behind is because no touch faults before ``t_ns``: to draw these again
+        would be to let some of them fault after all.
+        """
+        self._past(t_ns)
         if self._faulting.refresh(leaf, leaf + 1):
             self._left = None
         self.flags.mapped(leaf, self._order.made)
@@ -157,7 +161,7 @@ class Lazy:
 
     def start(self, vcpu: LazyVcpu, t_ns: int) -> None:
         """``vcpu`` touches from ``t_ns`` on."""
-        self._past(int(self._env.now))
+        self._past(0)
         self._order.join(vcpu.index, t_ns)
         self._plan()
 
@@ -192,7 +196,8 @@ class Lazy:
     # -- the next fault -----------------------------------------------------------------------
 
     def _past(self, t_ns: int) -> None:
-        """Touches before ``t_ns`` were none that fault."""
+        """Touches before ``t_ns``, and before now, were none that fault."""
+        t_ns = max(t_ns, int(self._env.now))
         passed = self._order.go_to(Place(t_ns, 0))
         if self._left is not None:
             self._left = max(1, self._left - passed)
@@ -258,6 +263,7 @@ class LazyVcpu(Vcpu):
         self._again = False  #: the touch that faulted is made again
         self._over = False  #: all touches are done
         self._flushed_at = 0  #: touches made when the TLB was emptied last
+        self._reached_ns = 0  #: when its fault came to ``mmu_lock``
 
     # -- the process --------------------------------------------------------------------------
 
@@ -280,6 +286,7 @@ class LazyVcpu(Vcpu):
                 rest = fault.install(t_ns)
                 if rest is not None:
                     t_ns = yield from rest
+            self._reached_ns = t_ns
             grant = fault.take(t_ns)
             if isinstance(grant, int):
                 self.next_ns = grant
@@ -324,7 +331,7 @@ class LazyVcpu(Vcpu):
         if not self.kvm.alive:
             return t_ns
         self.touches += 1
-        self._engine.mapped(self, self._list[0])
+        self._engine.mapped(self, self._list[0], self._reached_ns)
         self._go_on(t_ns, self._step_ns)
         return t_ns
 
