@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Generator, Iterator
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -180,9 +180,10 @@ class World:
         name = kvm.name
         layout = self.stream(f"{name}/layout")
         if guest.engine == "lazy":
-            engine = Lazy(kvm, guest.access, layout, self.stream(f"{name}/accesses"))
+            cpus = islice(self._free_cpus, guest.vcpus)
+            engine = Lazy(kvm, guest.access, cpus, layout, self.stream(f"{name}/accesses"))
             kvm.accesses = engine
-            kvm.vcpus += [engine.add(n, next(self._free_cpus)) for n in range(guest.vcpus)]
+            kvm.vcpus += engine.vcpus
             return
         for index in range(guest.vcpus):
             chunks = patterns.build(
