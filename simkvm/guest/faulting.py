@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from simkvm.guest.leaf_weights import PART, LeafWeights
+from simkvm.guest.leaf_weights import PART, Equal, LeafWeights
 from simkvm.kernel.stage2 import VALID, WRITE
 
 Int64s = npt.NDArray[np.int64]
@@ -100,8 +100,11 @@ class FaultingLeaves:
         block, rest = sums.find(min(int(uniform * sums.total), sums.total - 1))
         first = block << SHIFT
         last = min(first + (1 << SHIFT), len(self._state))
-        mass = np.cumsum(self._weights.of(first, last) * (self._state[first:last] == state))
-        return first + int(np.searchsorted(mass, rest, side="right"))
+        members = first + np.flatnonzero(self._state[first:last] == state)
+        if isinstance(self._weights, Equal):
+            return int(members[rest])
+        mass = np.cumsum(self._weights.take(members))
+        return int(members[np.searchsorted(mass, rest, side="right")])
 
 
 class _Sums:

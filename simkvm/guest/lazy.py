@@ -13,7 +13,7 @@ memory costs no event, however often it touches.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from math import log, log1p
 from typing import TYPE_CHECKING, Any, Final
 
@@ -37,52 +37,45 @@ DRAWS: Final = 1024  #: uniform numbers drawn at once
 
 
 class Lazy:
-    """All vCPUs of ``kvm`` that do ``access``. ``layout_rng`` says where popular pages lie."""
+    """vCPUs of ``kvm`` on ``cpus``, which all do ``access``.
+
+    ``layout_rng`` says where popular pages lie.
+    """
 
     def __init__(
-        self, kvm: Kvm, access: Any, layout_rng: np.random.Generator, rng: np.random.Generator
+        self,
+        kvm: Kvm,
+        access: Any,
+        cpus: Iterable[Cpu],
+        layout_rng: np.random.Generator,
+        rng: np.random.Generator,
     ) -> None:
         self._kvm = kvm
         self._env = kvm.env
         self._rng = rng
         self.touches: int | None = access.touches  #: that each vCPU makes; None: no end
         self.step_ns = access.think + kvm.costs.touch_ns
-        self._vcpus: list[LazyVcpu] = []
+        self._order = TouchOrder(self.step_ns)
+        self.vcpus = [LazyVcpu(kvm, number, cpu, self) for number, cpu in enumerate(cpus)]
         weights = leaf_weights(access, kvm.leaves, kvm.leaf_pages, layout_rng)
         self._faulting = FaultingLeaves(weights, kvm.stage2.leaf.entries, access.write_ratio)
-        self._order = TouchOrder(self.step_ns)
-        self._flags_of = (weights, access.write_ratio)
-        self._flags: LazyFlags | None = None
+        self.flags = LazyFlags(
+            kvm,
+            weights,
+            access.write_ratio,
+            len(self.vcpus),
+            self._counts,
+            self._order.total,
+            rng,
+        )
         self._uniform = self._draws()
         self._left: int | None = None  #: touches up to the next fault, with it, if drawn
         self._due: Place | None = None  #: that touch
         self._timer: Event | None = None
         self._timer_ns = NEVER
 
-    def add(self, index: int, cpu: Cpu) -> LazyVcpu:
-        """Another vCPU."""
-        vcpu = LazyVcpu(self._kvm, index, cpu, self)
-        self._vcpus.append(vcpu)
-        return vcpu
-
-    @property
-    def flags(self) -> LazyFlags:
-        """The accessed flags: made when the number of vCPUs is known."""
-        if self._flags is None:
-            weights, write_ratio = self._flags_of
-            self._flags = LazyFlags(
-                self._kvm,
-                weights,
-                write_ratio,
-                len(self._vcpus),
-                self._counts,
-                self._order.total,
-                self._rng,
-            )
-        return self._flags
-
     def _counts(self, t_ns: int) -> NDArray[np.int64]:
-        return np.array([vcpu.touches_by(t_ns) for vcpu in self._vcpus], np.int64)
+        return np.array([vcpu.touches_by(t_ns) for vcpu in self.vcpus], np.int64)
 
     def _draws(self) -> Iterator[float]:
         while True:
@@ -96,7 +89,7 @@ class Lazy:
             self.flags.look(t_ns, first, last)
             return
         self._past(t_ns)
-        for vcpu in self._vcpus:
+        for vcpu in self.vcpus:
             if vcpu.index in self._order:
                 self._move(vcpu, t_ns, 0)
         self._plan()
@@ -113,7 +106,7 @@ class Lazy:
         """TLBs are filled anew, and touches of what is gone fault."""
         self._past(t_ns)
         self.flags.flush(t_ns)
-        for vcpu in self._vcpus:
+        for vcpu in self.vcpus:
             vcpu.flushed(t_ns)
         self._changed(first, last)
 
@@ -122,7 +115,7 @@ class Lazy:
         self._past(t_ns)
         self.flags.flush(t_ns)
         running = 0
-        for vcpu in self._vcpus:
+        for vcpu in self.vcpus:
             inside = vcpu.cpu.state(t_ns) is GUEST
             vcpu.interrupted(t_ns, lost_ns if inside else 0)
             running += inside
@@ -141,9 +134,13 @@ class Lazy:
 
     # -- told by vCPUs ------------------------------------------------------------------------
 
-    def mapped(self, vcpu: LazyVcpu, leaf: int) -> None:
-        """A fault of ``vcpu`` mapped ``leaf``, now; its touch is the last that it made."""
-        self._past(int(self._env.now))
+    def mapped(self, vcpu: LazyVcpu, leaf: int, t_ns: int) -> None:
+        """A fault of ``vcpu`` mapped ``leaf`` at ``t_ns``; its touch is the last that it made.
+
+        That the clock may be behind is because no touch faults before ``t_ns``: to draw these again
+        would be to let some of them fault after all.
+        """
+        self._past(t_ns)
         if self._faulting.refresh(leaf, leaf + 1):
             self._left = None
         self.flags.mapped(leaf, self._order.made)
@@ -157,7 +154,7 @@ class Lazy:
 
     def start(self, vcpu: LazyVcpu, t_ns: int) -> None:
         """``vcpu`` touches from ``t_ns`` on."""
-        self._past(int(self._env.now))
+        self._past(0)
         self._order.join(vcpu.index, t_ns)
         self._plan()
 
@@ -192,7 +189,8 @@ class Lazy:
     # -- the next fault -----------------------------------------------------------------------
 
     def _past(self, t_ns: int) -> None:
-        """Touches before ``t_ns`` were none that fault."""
+        """Touches before ``t_ns``, and before now, were none that fault."""
+        t_ns = max(t_ns, int(self._env.now))
         passed = self._order.go_to(Place(t_ns, 0))
         if self._left is not None:
             self._left = max(1, self._left - passed)
@@ -229,13 +227,14 @@ class Lazy:
     def _touch(self, due: Place) -> None:
         """The touch at ``due`` is the one that faults."""
         self._order.go_to(due)
-        vcpu, behind = self._vcpus[due.vcpu], Place(due.t_ns, due.vcpu + 1)
+        vcpu, behind = self.vcpus[due.vcpu], Place(due.t_ns, due.vcpu + 1)
         if vcpu.end_ns is not None and vcpu.end_ns <= due.t_ns:
             self._left = 1  # it has none left: the next in order makes it
             vcpu.finish(due.t_ns)
             return
         self._left = None
-        leaf, write = self._faulting.draw(*(next(self._uniform) for _ in range(3)))
+        drawn = self._uniform
+        leaf, write = self._faulting.draw(next(drawn), next(drawn), next(drawn))
         need = VALID | WRITE if write else VALID
         if self._kvm.stage2.leaf.fast[leaf] & need == need:
             self._faulting.refresh(leaf, leaf + 1)  # somebody mapped it who told nobody
@@ -258,6 +257,7 @@ class LazyVcpu(Vcpu):
         self._again = False  #: the touch that faulted is made again
         self._over = False  #: all touches are done
         self._flushed_at = 0  #: touches made when the TLB was emptied last
+        self._reached_ns = 0  #: when its fault came to ``mmu_lock``
 
     # -- the process --------------------------------------------------------------------------
 
@@ -280,6 +280,7 @@ class LazyVcpu(Vcpu):
                 rest = fault.install(t_ns)
                 if rest is not None:
                     t_ns = yield from rest
+            self._reached_ns = t_ns
             grant = fault.take(t_ns)
             if isinstance(grant, int):
                 self.next_ns = grant
@@ -324,7 +325,7 @@ class LazyVcpu(Vcpu):
         if not self.kvm.alive:
             return t_ns
         self.touches += 1
-        self._engine.mapped(self, self._list[0])
+        self._engine.mapped(self, self._list[0], self._reached_ns)
         self._go_on(t_ns, self._step_ns)
         return t_ns
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Generator, Iterator
 from functools import partial
-from itertools import count, cycle
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -264,9 +264,10 @@ class World:
             workloads.join(kvm, guest, self._free_cpus, streams, layout, self.machine)
             return
         if guest.engine == "lazy":
-            engine = Lazy(kvm, guest.access, layout, self.stream(f"{name}/accesses"))
+            cpus = islice(self._free_cpus, guest.vcpus)
+            engine = Lazy(kvm, guest.access, cpus, layout, self.stream(f"{name}/accesses"))
             kvm.accesses = engine
-            kvm.vcpus += [engine.add(n, next(self._free_cpus)) for n in range(guest.vcpus)]
+            kvm.vcpus += engine.vcpus
             return
         for index in range(guest.vcpus):
             chunks = patterns.build(

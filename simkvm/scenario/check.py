@@ -91,6 +91,8 @@ def _lazy(scenario: Scenario, machine: Machine) -> Iterator[Problem]:
         if not isinstance(guest.access, Uniform | Zipf | HotCold):
             message = f"lazy is for uniform, zipf and hot_cold touches, not {guest.access.pattern}"
             yield Problem(key, message, "explicit")
+        elif guest.access.think + round(machine["page_touch_ns"]) == 0:
+            yield Problem(key, "lazy needs touches that take time: think, or page_touch_ns")
         if not machine.hw_af:
             message = f"lazy needs a CPU that sets accessed flags, {machine.name} does not"
             yield Problem(key, message, "explicit")

@@ -29,7 +29,8 @@ from simkvm.validate.theory_young import (
     probabilities,
 )
 
-REPLICATIONS = 60
+REPLICATIONS = 40
+FILLS = 16
 FILLED = 8192  #: touches while memory is filled, two a page
 HOT_RATIO = 0.25
 AGREE = "explicit touches, simkvm.guest.vcpu"
@@ -107,7 +108,7 @@ def closed_forms() -> list[ClosedForm]:
 def _filled() -> Estimate:
     touch = {**PATTERNS["zipf"], "touches": FILLED, "write_ratio": 1.0}
     guest = {"memory": PAGES * 4096, "engine": "lazy", "access": touch}
-    runs = (run(guest, seed=SEED, replication=n) for n in range(REPLICATIONS))
+    runs = (run(guest, seed=SEED, replication=n) for n in range(FILLS))
     return replicated([float(record.summary["faults"]) for record in runs])
 
 
@@ -130,7 +131,7 @@ def _runs(engine: str) -> tuple[Record, ...]:
             guest,
             seed=SEED,
             replication=first + n,
-            duration=6 * MS,
+            duration=4 * MS,
             machine={"base": "ampere-altra-80c", "set": {"tlb_l2_entries": 16}},
             ageing={"interval": 200_000},
             contenders={
