@@ -119,10 +119,10 @@ class JobVcpu(Vcpu):
             self._halts, self.cpu.halted = True, None
         t_ns = yield from sched.checkpoint(self.task, 0)
         for stage in self._stages:
-            t_ns = yield from self._work(stage, t_ns)
             if not self.kvm.alive:
                 break
-            if stage.barrier:
+            t_ns = yield from self._work(stage, t_ns)
+            if stage.barrier and self.kvm.alive:
                 t_ns = yield from self._meet(t_ns)
         self.finished_ns = t_ns
         sched.sleep(self.task, t_ns)
