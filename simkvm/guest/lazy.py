@@ -298,7 +298,7 @@ class LazyVcpu(Vcpu):
     def _next_fault(self) -> Generator[Event, Any, bool]:
         """Run in the guest until it faults, and exit; False if there will be no more."""
         while self._again or self._left_ns != IN or self._to_go:
-            if self._to_go:  # since it was let into the lock
+            if self._to_go:  # since it was in the kernel
                 self._leave_order(int(self._env.now))
             if self._left_ns != IN:
                 yield from self._give_way()
@@ -385,9 +385,6 @@ class LazyVcpu(Vcpu):
             return t_ns
         self._again = True
         self._run_from_ns = start_ns = self._resumed_ns(t_ns, busy_ns)
-        if self.task.need_resched:
-            self._leave_guest(t_ns)
-            return t_ns
         self._running = True
         self.cpu.enter_guest(t_ns, start_ns + self._touch_ns)
         return start_ns
@@ -396,9 +393,6 @@ class LazyVcpu(Vcpu):
         """The guest runs from ``t_ns`` on, the first ``busy_ns`` without a touch."""
         self._list = []
         self._run_from_ns = start_ns = self._resumed_ns(t_ns, busy_ns)
-        if self.task.need_resched:
-            self._leave_guest(t_ns)
-            return
         self._running = True
         limit = self._engine.touches
         if limit is not None:

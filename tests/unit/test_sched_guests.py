@@ -131,6 +131,17 @@ def test_a_halted_vcpu_stops_at_once() -> None:
     assert made.kvms[0].vcpus[0].finished_ns < 6 * MS
 
 
+@pytest.mark.parametrize("engine", ["explicit", "lazy"])
+def test_a_guest_that_only_faults_gives_way_too(engine: str) -> None:
+    access = {"pattern": "uniform", "touches": 4000, "think": 0}
+    made = shared(hz=1000, guest={"memory": 1024 * MIB, "engine": engine, "access": access})
+    computing = compute(made, 4 * MS)
+    made.run()
+    assert ran(computing) == 4 * MS
+    assert max(end - begin for _, begin, end in computing.stretches) <= MS
+    assert computing.stretches[-1].end_ns < 10 * MS
+
+
 @pytest.mark.parametrize(("guest", "kind"), ENGINES)
 def test_few_cpus_with_everything_at_once(guest: dict[str, Any], kind: type[Vcpu]) -> None:
     made, record = run(
