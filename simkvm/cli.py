@@ -130,6 +130,9 @@ def main() -> None:
 @sets_option
 @click.option("--out", metavar="DIR", help="Keep the result in this store, and draw its figures.")
 @click.option("--lock-stat", metavar="FILE", help="Write the locks as /proc/lock_stat would.")
+@click.option(
+    "--lru-gen", is_flag=True, help="Print the generations as /sys/kernel/debug/lru_gen does."
+)
 @seed_option
 @json_option
 @click.pass_context
@@ -140,11 +143,13 @@ def run(
     sets: tuple[str, ...],
     out: str | None,
     lock_stat: str | None,
+    lru_gen: bool,
     seed: int | None,
     as_json: bool,
 ) -> None:
     """Simulate one point and report on it, or the points that a sweep says to run first."""
     from simkvm.show import document, points, tables
+    from simkvm.show.lru_gen import text as generations
 
     study = api.load(file, sets, seed)
     if study.first:
@@ -162,6 +167,8 @@ def run(
         click.echo(document.as_json(document.run_document(result)))
     else:
         _show(tables.run_report(result))
+        if lru_gen:
+            click.echo(generations(result))
     _warn_of_unfulfilled([result])
     ctx.exit(VIOLATED if points.unexpected(result) else 0)
 

@@ -65,7 +65,8 @@ class JobVcpu(Vcpu):
         self._jobs_ahead = jobs_ahead
         self._wakeup_ns = kvm.costs.wakeup_ns
         self._arrival = certain(kvm.env)
-        self.answers: Answers = Answers(access.unit, access.warmup)
+        self.answers: Answers = Answers(access.unit)
+        self._warmup_ns = access.warmup
         cpu.halted = self.halted
         # The batch being worked on.
         self._last_batch = False
@@ -76,7 +77,7 @@ class JobVcpu(Vcpu):
         self._work_before: list[int] = [0]
         self._gaps: list[int] = []
         # Its clients: those without a job under way, by when they ask; how often each has asked.
-        self._stage = Stage(iter(()))
+        self._stage = Stage(iter(()), counts=False)
         self._clients: list[tuple[int, int]] = []
         self._asked: list[int] = []
         # The plan: jobs ``_job``, ``_job + 1``... of the batch, touches up to ``_run_to``.
@@ -287,6 +288,8 @@ class JobVcpu(Vcpu):
     # -- stages and batches -------------------------------------------------------------------
 
     def _begin(self, stage: Stage, t_ns: int) -> None:
+        if stage.counts and not self._stage.counts:
+            self.answers.begin_ns = t_ns + self._warmup_ns
         self._stage = stage
         self._clients = sorted((t_ns + at, client) for client, at in enumerate(stage.first_ns))
         self._asked = [0] * len(self._clients)
@@ -447,7 +450,9 @@ class JobVcpu(Vcpu):
             job += 1
         self._debt_ns, self._free_ns = debt_ns, free_ns
         self._faults = faults and job == faulting + 1
-        self._run_to = touch if self._faults else offsets[job]
+        self._run_to = run_to = touch if self._faults else offsets[job]
+        if run_to > position:
+            self._accesses.marks[self._leaves[position:run_to]] = 1
         self._due()
         if self._faults:
             return self._fault_at(touch)
@@ -596,7 +601,7 @@ class JobVcpu(Vcpu):
             ]
             self.answers.add(ends[:count], latencies)
         if stage.counts:
-            late = bisect_left(ends, self.answers.warmup_ns, 0, count)
+            late = bisect_left(ends, self.answers.begin_ns, 0, count)
             self.answers.done += self._work_before[job + count] - self._work_before[job + late]
         self._busy_ns += self._before[job + count] - self._before[job] - self._counted_ns
         self._counted_ns = 0
@@ -621,6 +626,11 @@ class JobVcpu(Vcpu):
         """The leaves that the plan touches, and perhaps some that it touched lately."""
         self.planned = planned = set(self._list[self._position : self._run_to])
         return planned
+
+    def has_touched(self, leaves: range, t_ns: int) -> bool:
+        """Whether a touch planned before ``t_ns``, and not applied yet, is of one of ``leaves``."""
+        made = self._list[self._position : self._reached(t_ns)]
+        return any(leaf in leaves for leaf in made)
 
     def halted(self, t_ns: int) -> bool:
         """Whether the vCPU waits for a job at ``t_ns``, not later than now."""

@@ -18,8 +18,8 @@ from simkvm.guest.jobs import (
     Stage,
     back_to_back,
     in_batches,
+    loading,
     share_of,
-    write_all,
 )
 from simkvm.scenario.workloads import Sort
 
@@ -34,11 +34,10 @@ class Executor:
         self.block = access.block // seat.page_bytes
 
     def stages(self) -> Iterator[Stage]:
-        """The data written if asked for, then scan and shuffle, ``rounds`` times."""
+        """The data written, then scan and shuffle, ``rounds`` times."""
         own = share_of(self.pages, self.seat.vcpu, self.seat.vcpus)
         mine = np.arange(own.start, own.stop)
-        if self.access.load:
-            yield write_all(self.seat, mine)
+        yield from loading(self.access, self.seat, np.arange(self.pages))
         for _ in range(self.access.rounds):
             yield self._stage(mine, self.pages + mine)
             before, fetched = self._fetched()

@@ -30,7 +30,6 @@ class Kswapd:
         self._env = pgdat.pages.env
         self._wakeup_ns = wakeup_ns
         self._reclaimer = Reclaimer(pgdat, task)
-        self._failures = 0
         self._woken: Event | None = None  # while it sleeps
         self._busy_ns = 0
         self._began_ns = NEVER  #: since when it has worked, if it does
@@ -48,7 +47,7 @@ class Kswapd:
     def wake(self, t_ns: int) -> None:
         """An allocation at ``t_ns`` found too few pages free (``wakeup_kswapd``)."""
         woken = self._woken
-        if woken is None or self._failures >= MAX_RECLAIM_RETRIES:
+        if woken is None or self._pgdat.kswapd_failures >= MAX_RECLAIM_RETRIES:
             return
         self._woken = None
         woken._ok = True
@@ -75,7 +74,7 @@ class Kswapd:
     def _may_sleep(self) -> bool:
         """Whether the node is balanced, or hopeless (``prepare_kswapd_sleep``)."""
         pages = self._pgdat.pages
-        return pages.free >= pages.marks.high or self._failures >= MAX_RECLAIM_RETRIES
+        return pages.free >= pages.marks.high or self._pgdat.kswapd_failures >= MAX_RECLAIM_RETRIES
 
     def _balance(self, t_ns: int) -> Steps:
         """``balance_pgdat``: rounds of growing effort until the high watermark is reached."""
@@ -85,10 +84,11 @@ class Kswapd:
         total = 0
         while sc.priority >= 1 and pages.free < pages.marks.high:
             sc.reclaimed = 0
+            self._reclaimer.age_node(sc, t_ns)
             t_ns = yield from self._reclaimer.shrink_node(sc, t_ns)
             t_ns = yield from reach(self._env, t_ns + self._task.cpu.take_stolen())
             total += sc.reclaimed
             if sc.scanned < sc.nr_to_reclaim or not sc.reclaimed:
                 sc.priority -= 1
-        self._failures = 0 if total else self._failures + 1
+        self._pgdat.kswapd_failures = 0 if total else self._pgdat.kswapd_failures + 1
         return t_ns

@@ -171,14 +171,22 @@ class Kvm:
         memory.root(geometry.root_pages * self.table_bytes)
         self._take_table_pages(geometry.root_pages)
 
-    def map_all(self) -> None:
-        """Have all of the memory mapped before the run begins, as far as the host has room."""
+    def prepare_to_map_all(self) -> None:
+        """Before any guest is mapped: fill the memory caches, and set pages for tables aside."""
         for vcpu in self.vcpus:
             vcpu.fault.fill_cache()
+        if self.pgdat is not None:
+            tables = sum(len(lower.counts) for _, lower, _, _ in self.stage2.steps)
+            self.pgdat.pages.spoken_for += tables + len(self.host.present)
+
+    def map_all(self) -> None:
+        """Have all of the memory mapped before the run begins, as far as the host has room."""
         self.host.map_all()
         self.host.huge[:] = self.huge_pages
         tables = self.stage2.map_all(WRITE, self.huge_pages)
         self._take_table_pages(len(tables))
+        if self.pgdat is not None:
+            self.pgdat.pages.spoken_for -= len(tables)
         self.tables_linked(tables, 0)
         if isinstance(self.host, SwappableMemory):
             for first, last in self.host.swapped_out():

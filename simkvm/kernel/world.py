@@ -23,6 +23,7 @@ from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dram import Dram
 from simkvm.kernel.kswapd import Kswapd
 from simkvm.kernel.kvm import Kvm
+from simkvm.kernel.lru_gen_file import LruGenWriter
 from simkvm.kernel.lrugen import ANON, ListedLruvec
 from simkvm.kernel.mglru import Lruvec
 from simkvm.kernel.oom_kill import OomKiller
@@ -49,6 +50,7 @@ from simkvm.scenario.schema import Teardown as TeardownSpec
 from simkvm.selftests.main_thread import MainThread
 
 FIRST_SAMPLE_NS = 1_000_000
+NS_PER_S = 1_000_000_000
 
 
 def simulate(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Record:
@@ -91,20 +93,27 @@ class World:
         else:
             self.selftest = selftests.build(self)
             self._free_cpus = self.selftest.spare_cpus
-        for kvm in self.kvms:
-            if self.guests[kvm.name].mapped:
-                kvm.map_all()
+        mapped = [kvm for kvm in self.kvms if self.guests[kvm.name].mapped]
+        for kvm in mapped:
+            kvm.prepare_to_map_all()
+        for kvm in mapped:
+            kvm.map_all()
         self.ageing: AgeingThread | None = None
         if scenario.ageing is not None:
             task = Task("ageing", next(self._free_cpus))
             self.ageing = AgeingThread(self.kvms, task, scenario.ageing)
         by_name = {kvm.name: kvm for kvm in self.kvms}
         self.kswapd: Kswapd | None = None
+        self.lru_gen: LruGenWriter | None = None
         if self.pgdat is not None:
             task = Task("kswapd", next(self._free_cpus), {})
             self.kswapd = Kswapd(self.pgdat, task, round(machine["wakeup_ns"]))
             self.pgdat.pages.reclaimer = partial(Reclaimer, self.pgdat)
-            OomKiller(self.pgdat, self.kvms)
+            OomKiller(self.pgdat, self.kvms, self._process_exit)
+            if scenario.host.memory is not None and scenario.host.memory.commands:
+                task = Task("lru_gen", next(self._free_cpus))
+                writes = scenario.host.memory.commands
+                self.lru_gen = LruGenWriter(self.pgdat, task, writes, self.recorder)
         self.contenders = [
             contender
             for name, spec in scenario.contenders.items()
@@ -194,6 +203,8 @@ class World:
             yield self.ageing.task
         if self.kswapd is not None:
             yield self.kswapd.task
+        if self.lru_gen is not None:
+            yield self.lru_gen.task
         yield from (contender.task for contender in self.contenders)
         yield from (teardown.task for teardown in self.teardowns)
 
@@ -235,7 +246,15 @@ class World:
         if host.swap is not None:
             stream = self.stream("swap")
             swap = SwapDevice.of(self.env, host.swap, self.machine, stream, self.dram, page_bytes)
-        return Pgdat(HostPages(self.env, total, page_bytes, marks), swap, self.sched)
+        return Pgdat(
+            HostPages(self.env, total, page_bytes, marks),
+            swap,
+            self.sched,
+            lru_gen=host.memory.lru_gen,
+            swappiness=host.memory.swappiness,
+            min_ttl_ns=host.memory.min_ttl,
+            jiffy_ns=NS_PER_S // host.hz,
+        )
 
     def _vcpus(self, kvm: Kvm, guest: Guest) -> None:
         name = kvm.name
@@ -280,13 +299,17 @@ class World:
         for kvm in self.kvms:
             memcgs.setdefault(guests[kvm.name].memcg or f"/{kvm.name}", []).append(kvm)
         two_step = self.kernel["promotion"] == "two_step"
+        lruvecs: list[ListedLruvec] = []
         for kvms in memcgs.values():
             shapes = [(kvm.leaves, ANON) for kvm in kvms]
-            lruvec = ListedLruvec(shapes, two_step, kvms[0].costs.line)
-            for kvm, lru in zip(kvms, lruvec.guests, strict=True):
+            line, now = kvms[0].costs.line, lambda: int(self.env.now)
+            lruvecs.append(ListedLruvec(shapes, two_step, line, now, pgdat.vmstat))
+            for kvm, lru in zip(kvms, lruvecs[-1].listed_guests, strict=True):
                 kvm.host.lru = lru
-            pgdat.lruvecs.append(lruvec)
+                lru.pages = pgdat.memory_of(kvm)
             pgdat.kvms.append(kvms)
+        pgdat.paths += [f"/{name.removeprefix('/')}" for name in memcgs]
+        pgdat.charge(lruvecs, self.stream("memcg_lru"))
 
     def _contender(self, name: str, spec: Any, kvms: list[Kvm]) -> list[Contender]:
         """A thread: one contender, or one for each guest that it serves in turn."""
@@ -307,6 +330,11 @@ class World:
         yield end(kvm, task, "process_exit", spec.at, last=False)
         yield end(kvm, other, "close_vm", spec.close_at or spec.at)
 
+    def _process_exit(self, kvm: Kvm, t_ns: int) -> Generator[Event, Any, Any]:
+        """The owner of a VM ends at ``t_ns``, unasked."""
+        task = Task(f"{kvm.name}/exit", kvm.vcpus[0].cpu, on_cpu=False)
+        return teardown_of(self.kernel)(kvm, task, "process_exit", t_ns).run()
+
     # -- running ------------------------------------------------------------------------------
 
     def run(self) -> Record:
@@ -325,6 +353,8 @@ class World:
             self._until_done(self.ageing.run(self._vcpus_run))
         if self.kswapd is not None:
             env.process(self.kswapd.run())
+        if self.lru_gen is not None:
+            env.process(self.lru_gen.run())
         for contender in self.contenders:
             env.process(contender.thread())
         env.process(self._samples())

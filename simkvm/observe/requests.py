@@ -22,14 +22,14 @@ KEEP: Final = 4096  #: answers kept raw before they are folded into the histogra
 
 
 class Answers:
-    """What one vCPU has answered and done; what ended before ``warmup_ns`` does not count.
+    """What one vCPU has answered and done; what ended before ``begin_ns`` does not count.
 
     ``unit`` is what its work is counted in: "requests", "bytes", "loads".
     """
 
-    def __init__(self, unit: str, warmup_ns: int) -> None:
+    def __init__(self, unit: str) -> None:
         self.unit = unit
-        self.warmup_ns = warmup_ns
+        self.begin_ns = 0
         self.done = 0  #: units of work, added up by the vCPU
         self._latency = Histogram(SUB_BITS)
         self._digest = hashlib.blake2b(digest_size=16)
@@ -60,7 +60,7 @@ class Answers:
     def _fold(self) -> None:
         ends, waited = np.array(self._ends), np.array(self._waited)
         self._digest.update(np.column_stack((ends, waited)).astype("<i8").tobytes())
-        self._latency.add(waited[ends >= self.warmup_ns])
+        self._latency.add(waited[ends >= self.begin_ns])
         del self._ends[:], self._waited[:]
 
 
@@ -82,7 +82,7 @@ def summary(world: World, end_ns: int) -> dict[str, int | float | str]:
         ended_ns = max(stops, default=0)
         for answers in answers_of(kvm):
             latency.merge(answers.latency)
-            span_ns = max(1, ended_ns - answers.warmup_ns)
+            span_ns = max(1, ended_ns - answers.begin_ns)
             rate = answers.done * NS_PER_S / span_ns
             rates[answers.unit] = rates.get(answers.unit, 0.0) + rate
     asked = latency.number > 0

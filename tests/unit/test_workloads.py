@@ -12,6 +12,7 @@ import pytest
 from simpy import Environment, Event
 from worlds import MIB, MS, US, run, scenario, world
 
+from simkvm import api
 from simkvm.guest import job_vcpu, workloads
 from simkvm.guest.barrier import Barrier
 from simkvm.guest.interactive import Browser
@@ -25,6 +26,9 @@ from simkvm.scenario.errors import InputError
 from simkvm.scenario.load import load
 from simkvm.scenario.machine import load_machine
 from simkvm.scenario.workloads import Interactive, Memcached, Sort
+from simkvm.show.tables import run_report
+from simkvm.show.text import render
+from simkvm.units import format_count, format_duration
 
 MACHINE = load_machine("ampere-altra-80c")
 WAKEUP_NS = round(MACHINE["wakeup_ns"])
@@ -65,6 +69,14 @@ def given(patch: pytest.MonkeyPatch, *stages: list[Stage], warmup: int = 0, **gu
     access = {"pattern": "memcached", "keys": 10, "requests": 1, "warmup": warmup}
     keys = {"vcpus": len(stages), "memory": 8 * MIB, "mapped": True, "access": access, **guest}
     return world(guest=keys)
+
+
+def seat(
+    vcpu: int, vcpus: int, pages: int, rng: np.random.Generator, layout: np.random.Generator
+) -> Seat:
+    """A place in a guest of pages of 4 KiB that has all its memory."""
+    touch_ns = round(MACHINE["page_touch_ns"])
+    return Seat(vcpu, vcpus, pages, FOUR_KIB, rng, layout, touch_ns, MACHINE, mapped=True)
 
 
 def unmap(made: World, *pages: int) -> None:
@@ -454,8 +466,7 @@ def test_a_cut_plan_is_as_if_the_unmap_had_been_known_from_the_start() -> None:
     access = Memcached.model_validate(SERVER)
     made = world(guest={"memory": 32 * MIB, "access": access.model_dump()}, duration=MS)
     rng = made.stream("vm0/vcpu0")
-    seat = Seat(0, 1, 8192, FOUR_KIB, rng, rng, made.kvms[0].costs.touch_ns, MACHINE)
-    (stage,) = Server(access, seat).stages()
+    (stage,) = Server(access, seat(0, 1, 8192, rng, rng)).stages()
     batch = next(stage.batches)
     pages = batch.pages.tolist()
     firsts = {page: pages.index(page) for page in dict.fromkeys(pages)}
@@ -509,7 +520,7 @@ def test_items_lie_one_behind_the_other_and_may_straddle_pages() -> None:
 def test_a_request_touches_bucket_and_all_pages_of_its_item() -> None:
     access = Memcached(keys=1000, value_size=1000, service=10 * US)
     rng = np.random.default_rng(1)
-    server = Server(access, Seat(0, 1, 4096, FOUR_KIB, rng, rng, 100, MACHINE))
+    server = Server(access, seat(0, 1, 4096, rng, rng))
     keys, sets = np.array([0, 3, 3]), np.array([False, False, True])
     service = np.full(3, 10 * US)
     made = server._jobs(keys, sets, service, np.full(3, 5), last=True)
@@ -520,8 +531,10 @@ def test_a_request_touches_bucket_and_all_pages_of_its_item() -> None:
     assert made.pages.tolist() == [buckets[0], 256, buckets[1], 256, 257, buckets[2], 256, 257]
     # GET: the header is written, the rest of the item and the bucket are read.
     assert made.writes.tolist() == [False, True, False, True, False, True, True, True]
-    assert made.at_ns.tolist() == [5000, 5100, 5000, 5100, 5200, 5000, 5100, 5200]
-    assert made.total_ns.tolist() == [10_200, 10_300, 10_300]
+    touch = server.seat.touch_ns
+    after = [0, 1, 0, 1, 2, 0, 1, 2]
+    assert made.at_ns.tolist() == [5 * US + touch * number for number in after]
+    assert made.total_ns.tolist() == [10 * US + touch * number for number in (2, 3, 3)]
 
 
 def test_connections_are_dealt_out_in_turn_and_all_ask() -> None:
@@ -529,20 +542,22 @@ def test_connections_are_dealt_out_in_turn_and_all_ask() -> None:
     access = Memcached(clients=5, requests=3)
     counts = []
     for vcpu in range(3):
-        seat = Seat(vcpu, 3, 60_000, FOUR_KIB, rng, rng, 100, MACHINE)
-        (stage,) = Server(access, seat).stages()
+        (stage,) = Server(access, seat(vcpu, 3, 60_000, rng, rng)).stages()
         counts.append((len(stage.first_ns), sum(len(batch) for batch in stage.batches)))
     assert counts == [(2, 6), (2, 6), (1, 3)]
 
 
 def test_a_loaded_server_has_faulted_on_every_page_before_the_first_request() -> None:
-    access = {**SERVER, "load": True, "requests": 5}
-    found = run(guest={"vcpus": 3, "memory": 32 * MIB, "access": access})
-    layout = Layout.of(Memcached.model_validate(access))
-    assert int(found.summary["faults"]) - int(found.summary["fault_retries"]) == (
-        layout.end // FOUR_KIB
-    )
-    assert found.summary["requests"] == 13 * 5
+    access = {**SERVER, "requests": 5}
+    guest = {"vcpus": 3, "memory": 32 * MIB, "access": access}
+    found = run(guest=guest).summary
+    table, items = 512 * 1024 // FOUR_KIB, MIB // 1184
+    slabs, rest = divmod(20_000, items)
+    used = table + slabs * MIB // FOUR_KIB + -(-rest * 1184 // FOUR_KIB)
+    assert int(found["faults"]) - int(found["fault_retries"]) == used
+    assert found["requests"] == 13 * 5
+    cold = run(guest={**guest, "access": {**access, "load": False}}).summary
+    assert 0 < int(cold["faults"]) < 2 * 3 * 13 * 5, "otherwise a request faults on what it needs"
 
 
 def test_gaussian_keys_stay_in_range_and_lie_around_the_middle() -> None:
@@ -584,7 +599,7 @@ def test_a_shuffle_reads_every_page_of_every_output_once() -> None:
     read: list[int] = []
     for vcpu in range(4):
         rng = np.random.default_rng(vcpu)
-        executor = Executor(access, Seat(vcpu, 4, 202, FOUR_KIB, rng, rng, 100, MACHINE))
+        executor = Executor(access, seat(vcpu, 4, 202, rng, rng))
         before, pages = executor._fetched()
         assert before == len(read), "where the others' parts end"
         fetched = pages.tolist()
@@ -596,7 +611,7 @@ def test_a_shuffle_reads_every_page_of_every_output_once() -> None:
 
 
 def test_a_sort_reads_and_writes_all_data_in_both_stages() -> None:
-    access = {"pattern": "sort", "data": 8 * MIB, "page_cpu": US}
+    access = {"pattern": "sort", "data": 8 * MIB, "page_cpu": US, "load": False}
     found = run(guest={"vcpus": 3, "memory": 16 * MIB, "access": access})
     assert found.summary["touches"] == 4 * 8 * MIB // FOUR_KIB
     spent_s = int(found.summary["sim_ns"]) / 1e9
@@ -621,7 +636,7 @@ def test_all_vcpus_visit_the_same_tabs() -> None:
     visited = []
     for vcpu in range(2):
         rng, layout = np.random.default_rng(vcpu), np.random.default_rng(99)
-        browser = Browser(access, Seat(vcpu, 2, 320, FOUR_KIB, rng, layout, 100, MACHINE))
+        browser = Browser(access, seat(vcpu, 2, 320, rng, layout))
         tabs = []
         for stage in browser.stages():
             (batch,) = stage.batches
@@ -749,3 +764,49 @@ def test_software_accessed_flags_are_refused() -> None:
     machine = {"base": "ampere-altra-80c", "set": {"hw_af": False}}
     with pytest.raises(InputError, match="no hardware accessed flag"):
         scenario(guest={"memory": 64 * MIB, "access": SERVER}, machine=machine, duration=MS)
+
+
+# -- what is shown ---------------------------------------------------------------------------------
+
+
+def test_a_report_says_what_clients_saw_and_only_if_there_are_any(tmp_path: Path) -> None:
+    path = tmp_path / "server.yaml"
+    path.write_text(FILE.format(line="keys: 20000"))
+    result = api.run(path)
+    summary = result.summary
+    text = render(run_report(result))
+    (row,) = (
+        line.split() for line in text.splitlines() if format_count(summary["requests"]) in line
+    )
+    assert "Requests and work done" in text
+    assert format_duration(int(summary["latency_p999_ns"])) in " ".join(row)
+    histograms = result.histograms
+    ours = histograms[histograms["site"] == "request"]
+    assert ours["count"].sum() == summary["requests"] > 1000
+    assert set(ours["quantity"]) == {"latency"}
+
+    path.write_text(QUIET)
+    quiet = api.run(path)
+    assert "Requests" not in render(run_report(quiet))
+    assert quiet.summary["requests"] == 0
+    assert np.isnan(quiet.summary["latency_p99_ns"])
+    assert np.isnan(quiet.summary["requests_per_s"])
+
+
+QUIET = """\
+name: quiet
+machine: ampere-altra-80c
+kernel: linux-6.12
+guests:
+  vm0: {memory: 1 MiB, access: {pattern: populate}}
+"""
+
+
+def test_loading_does_not_count() -> None:
+    access = {**SERVER, "requests": 20, "think_law": "constant"}
+    guest = {"vcpus": 1, "memory": 32 * MIB, "access": access}
+    loaded = run(guest=guest).summary
+    mapped = run(guest={**guest, "mapped": True}).summary
+    assert int(loaded["sim_ns"]) > 2 * int(mapped["sim_ns"])
+    assert loaded["requests"] == mapped["requests"] == 13 * 20
+    assert loaded["requests_per_s"] == pytest.approx(mapped["requests_per_s"], rel=0.01)
