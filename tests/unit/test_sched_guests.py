@@ -45,6 +45,7 @@ def test_with_a_cpu_for_each_nothing_changes(guest: dict[str, Any], kind: type[V
         "contenders": {
             "drop": {"kind": "madvise_dontneed", "guest": "vm0", "range": MIB, "rate": 300}
         },
+        "duration": 20 * MS,
     }
     made, own = run(world(**rest))
     assert isinstance(made.kvms[0].vcpus[0], kind)
@@ -162,3 +163,30 @@ def test_few_cpus_with_everything_at_once(guest: dict[str, Any], kind: type[Vcpu
     for thread in made.sched.threads.values():
         assert thread.run_ns > 0
         assert thread.run_ns + thread.wait_ns <= 30.1 * MS
+
+
+PRESSED: dict[str, Any] = {
+    "guest": {
+        "vcpus": 3,
+        "memory": 12 * MIB,
+        "access": {"pattern": "uniform", "think": 1000, "write_ratio": 0.5},
+    },
+    "duration": 20 * MS,
+}
+SHORT: dict[str, Any] = {"memory": {"size": 9 * MIB}, "swap": {"kind": "optane"}}
+
+
+def test_reclaim_shares_cpus_too() -> None:
+    """kswapd and who waits for swap give way and are given their turns."""
+    own = world(host=SHORT, **PRESSED).run()
+    fair = world(host=SHORT | {"scheduler": "fair"}, **PRESSED).run()
+    assert fair.fingerprint == own.fingerprint
+    made, record = run(world(host=SHORT | {"scheduler": "fair", "cpus": 2}, **PRESSED))
+    assert record.summary["violations"] == 0
+    assert record.summary["cpu_busy_ratio"] > 0.95
+    assert isinstance(made.sched, FairScheduler)
+    threads = {thread.task.name: thread for thread in made.sched.threads.values()}
+    assert threads["kswapd"].run_ns > MS
+    assert threads["kswapd"].switches > 3
+    for thread in threads.values():
+        assert thread.run_ns + thread.wait_ns <= 20.1 * MS
