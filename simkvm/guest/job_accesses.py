@@ -36,8 +36,8 @@ class JobAccesses:
         self.flushes = 0
 
     def catch_up(self, t_ns: int, first: int, last: int) -> None:
-        """For few leaves, only by the vCPUs that have touched one of them lately."""
-        if last - first > FEW:
+        """For few leaves, only by the vCPUs that have touched one of them lately; for none, all."""
+        if last - first > FEW or first == last:
             for vcpu in self._vcpus:
                 if vcpu.due_ns < t_ns:
                     vcpu.catch_up(t_ns)

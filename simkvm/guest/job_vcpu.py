@@ -103,10 +103,10 @@ class JobVcpu(JobPlan):
             self._halts, self.cpu.halted = True, None
         t_ns = yield from sched.checkpoint(self.task, 0)
         for stage in self._stages:
-            t_ns = yield from self._work(stage, t_ns)
             if not self.kvm.alive:
                 break
-            if stage.barrier:
+            t_ns = yield from self._work(stage, t_ns)
+            if stage.barrier and self.kvm.alive:
                 t_ns = yield from self._meet(t_ns)
         self.finished_ns = t_ns
         sched.sleep(self.task, t_ns)
@@ -503,6 +503,103 @@ class JobVcpu(JobPlan):
         self._apply(self._reached(t_ns))
         self._commit(bisect_left(self._ends, t_ns))
         self._due()
+
+    def _reached(self, t_ns: int) -> int:
+        """Position behind the last touch planned before ``t_ns``."""
+        position = self._position
+        begun = bisect_left(self._origins, t_ns)
+        if not self._running or not begun:
+            return position
+        job = self._job + begun - 1
+        low = max(position, self._offsets[job])
+        into_ns = t_ns - self._origins[begun - 1]
+        reached = bisect_left(self._at, into_ns, low, max(low, self._offsets[job + 1]))
+        return min(reached, self._run_to)
+
+    def _apply(self, reached: int) -> None:
+        """The touches before ``reached`` are made."""
+        first = self._position
+        if reached <= first:
+            return
+        if reached - first <= 2 * FEW:
+            entries, leaves = self._entries, self._list
+            for touch in range(first, reached):
+                entries[leaves[touch]] |= AF
+        else:
+            self.kvm.stage2.leaf.entries[self._leaves[first:reached]] |= np.uint8(AF)
+        if self._last_touch is not None:
+            self._note_times(first, reached)
+        self.touches += reached - first
+        self._position = reached
+
+    def _note_times(self, first: int, reached: int) -> None:
+        last_touch = self._last_touch
+        assert last_touch is not None
+        for touch in range(first, reached):
+            planned = bisect_right(self._offsets, touch) - 1 - self._job
+            last_touch[self._list[touch]] = self._origins[planned] + self._at[touch]
+
+    def _commit(self, count: int) -> None:
+        """The first ``count`` jobs of the plan are done: they cannot be taken back any more."""
+        if not count:
+            return
+        job, stage = self._job, self._stage
+        self._job = job + count
+        ends = self._ends
+        self._idle_from_ns = ends[count - 1]
+        if stage.requests:
+            extra_ns = stage.extra_ns
+            latencies = [
+                end - arrival + extra_ns
+                for end, arrival in zip(ends[:count], self._arrivals, strict=False)
+            ]
+            self.answers.add(ends[:count], latencies)
+        if stage.counts:
+            late = bisect_left(ends, self.answers.begin_ns, 0, count)
+            self.answers.done += self._work_before[job + count] - self._work_before[job + late]
+        self._busy_ns += self._before[job + count] - self._before[job] - self._counted_ns
+        self._counted_ns = 0
+        self._ended += count
+        for planned in (self._origins, ends, self._arrivals, self._askers, self._shares):
+            del planned[:count]
+
+    def _due(self) -> None:
+        """Note when something has to be applied next."""
+        if not self._origins:
+            self.due_ns = FAR
+            return
+        due_ns, position = self._ends[0], self._position
+        if position < self._run_to:
+            job = 0
+            while self._offsets[self._job + job + 1] <= position:
+                job += 1
+            due_ns = min(due_ns, self._origins[job] + self._at[position])
+        self.due_ns = due_ns
+
+    def look_ahead(self) -> set[int]:
+        """The leaves that the plan touches, and perhaps some that it touched lately."""
+        self.planned = planned = set(self._list[self._position : self._run_to])
+        return planned
+
+    def has_touched(self, leaves: range, t_ns: int) -> bool:
+        """Whether a touch planned before ``t_ns``, and not applied yet, is of one of ``leaves``."""
+        made = self._list[self._position : self._reached(t_ns)]
+        return any(leaf in leaves for leaf in made)
+
+    def halted(self, t_ns: int) -> bool:
+        """Whether the vCPU waits for a job at ``t_ns``, not later than now."""
+        begun = bisect_right(self._origins, t_ns)
+        if not self._running:
+            return False
+        if begun < len(self._origins) and t_ns >= self._origins[begun] - self._shares[begun]:
+            return False  # it pays its share of the debt first
+        return t_ns >= (self._ends[begun - 1] if begun else self._idle_from_ns)
+
+    # -- seen from outside --------------------------------------------------------------------
+
+    def touches_by(self, t_ns: int) -> int:
+        """Touches made before ``t_ns``; unlike :meth:`catch_up` this changes nothing."""
+        return self.touches + self._reached(t_ns) - self._position
 
     def given(self, leaf: int, t_ns: int) -> None:
         """Another vCPU mapped ``leaf`` at ``t_ns``: a fault planned there may not be one."""

@@ -25,7 +25,7 @@ from simkvm.guest.faulting import FaultingLeaves
 from simkvm.guest.lazy_flags import LazyFlags
 from simkvm.guest.leaf_weights import leaf_weights
 from simkvm.guest.touch_order import Place, TouchOrder
-from simkvm.guest.vcpu import Vcpu
+from simkvm.guest.vcpu import IN, Vcpu
 from simkvm.kernel.cpu import GUEST, NEVER, Cpu
 from simkvm.kernel.stage2 import VALID, WRITE
 from simkvm.kernel.task import reach
@@ -182,6 +182,10 @@ class Lazy:
     def __contains__(self, vcpu: LazyVcpu) -> bool:
         return vcpu.index in self._order
 
+    def next_ns(self, vcpu: LazyVcpu, t_ns: int) -> int:
+        """When ``vcpu``, which runs, touches next from ``t_ns`` on."""
+        return self._order.next_ns(vcpu.index, t_ns)
+
     def made_by(self, vcpu: LazyVcpu, t_ns: int) -> int:
         """Touches of ``vcpu`` up to ``t_ns`` since it was started or delayed last."""
         return self._order.made_by(vcpu.index, t_ns) if vcpu.index in self._order else 0
@@ -263,8 +267,10 @@ class LazyVcpu(Vcpu):
 
     def run(self) -> Generator[Event, Any, None]:
         """The vCPU thread: fault after fault until its touches are done or the VM dies."""
-        kvm, fault, cpu = self.kvm, self.fault, self.cpu
-        self._go_on(0, 0)
+        kvm, fault = self.kvm, self.fault
+        self.next_ns = yield from kvm.sched.checkpoint(self.task, 0)
+        if kvm.alive:
+            self._go_on(self.next_ns, 0)
         while kvm.alive:
             if not (yield from self._next_fault()):
                 break
@@ -285,14 +291,19 @@ class LazyVcpu(Vcpu):
             if isinstance(grant, int):
                 self.next_ns = grant
             else:
-                cpu.spin(t_ns)
+                self.cpu.spin(t_ns)
                 yield grant
         self.finished_ns = self.next_ns
-        cpu.sleep(self.next_ns)
+        kvm.sched.sleep(self.task, self.next_ns)
 
     def _next_fault(self) -> Generator[Event, Any, bool]:
         """Run in the guest until it faults, and exit; False if there will be no more."""
-        while self._again:
+        while self._again or self._left_ns != IN or self._to_go:
+            if self._to_go:  # since it was in the kernel
+                self._leave_order(int(self._env.now))
+            if self._left_ns != IN:
+                yield from self._give_way()
+                continue
             self._again = False
             t_ns = yield from reach(self._env, self._run_from_ns)
             if not self.kvm.alive:
@@ -305,9 +316,13 @@ class LazyVcpu(Vcpu):
             self.touches += 1
             self._engine.touched(self, leaf)
             self._go_on(t_ns, self._step_ns)
+        if not self.kvm.alive:
+            return False
         self.alarm = alarm = Event(self._env)
         yield alarm
         self.alarm = None
+        if self._left_ns != IN:
+            return (yield from self._next_fault())
         return self.kvm.alive and not self._over
 
     def _arrival_ns(self, t_ns: int, leaf: int) -> int:
@@ -317,6 +332,42 @@ class LazyVcpu(Vcpu):
         if self.fault.slotted:
             exit_ns += self.fault.slot_ns(leaf)
         return self.fault.arrival_ns(exit_ns)
+
+    # -- sharing a CPU ------------------------------------------------------------------------
+
+    def preempted(self, t_ns: int) -> None:
+        """Leave the guest at ``t`` for another thread; in the kernel, on the way back to it.
+
+        A guest that is about to make the touch that faulted again makes it first.
+        """
+        if self in self._engine and self.alarm is not None:
+            self._leave_order(t_ns)
+            self._wake(self.next_ns)
+
+    @property
+    def _to_go(self) -> bool:
+        return self.task.need_resched and self in self._engine
+
+    def _leave_order(self, t_ns: int) -> None:
+        """Make no more touches from ``t``, now; out of the guest then, or where it would enter."""
+        inside = t_ns > self._entry_ns
+        at_ns = t_ns if inside else self._entry_ns
+        self._run_from_ns = self._engine.next_ns(self, at_ns)
+        self._engine.stop(self, t_ns)
+        self._leave_guest(at_ns)
+        self._reenter_ns = self.kvm.costs.fault.enter_ns if inside else 0
+
+    def _leave_guest(self, t_ns: int) -> None:
+        super()._leave_guest(t_ns)
+        self.end_ns = None
+
+    def _go_in(self, t_ns: int) -> int:
+        left_ns, self._left_ns = self._left_ns, IN
+        if self._again:
+            return self.enter(t_ns, left_ns)
+        if self.kvm.alive:
+            self._go_on(t_ns, left_ns)
+        return t_ns
 
     # -- running in the guest -----------------------------------------------------------------
 
@@ -333,16 +384,17 @@ class LazyVcpu(Vcpu):
         """The guest goes on at ``t_ns`` and makes the touch that faulted again."""
         if not self.kvm.alive:
             return t_ns
-        self._again = self._running = True
+        self._again = True
         self._run_from_ns = start_ns = self._resumed_ns(t_ns, busy_ns)
+        self._running = True
         self.cpu.enter_guest(t_ns, start_ns + self._touch_ns)
         return start_ns
 
     def _go_on(self, t_ns: int, busy_ns: int) -> None:
         """The guest runs from ``t_ns`` on, the first ``busy_ns`` without a touch."""
-        self._running = True
         self._list = []
         self._run_from_ns = start_ns = self._resumed_ns(t_ns, busy_ns)
+        self._running = True
         limit = self._engine.touches
         if limit is not None:
             self._ends_at(start_ns + (limit - self.touches) * self._step_ns)
