@@ -55,7 +55,7 @@ def build_in_turn(
     kvms: Sequence[Kvm], task: Task, rngs: Sequence[np.random.Generator], spec: Any
 ) -> list[Contender]:
     """Contenders for each of ``kvms``, which share the thread ``task``."""
-    turns = Turns(kvms[0].env, task, len(kvms))
+    turns = Turns(kvms[0].env, task, len(kvms), kvms[0].sched)
     made = []
     for number, (kvm, rng) in enumerate(zip(kvms, rngs, strict=True)):
         contender = build(kvm, task, rng, spec.share(number, len(kvms)))

@@ -43,4 +43,4 @@ class Balloon(Contender):
             for first in range(low, low + pages, step):
                 t_ns = yield from self.take_back(t_ns, first * page, step * page)
             inflated += pages
-        self.task.cpu.sleep(t_ns)
+        self.kvm.sched.sleep(self.task, t_ns)

@@ -24,7 +24,7 @@ HostChange = Callable[[HostMemory, int, int], int]
 
 
 class Contender:
-    """A thread on a CPU of its own that works on ``kvm``; draws only from ``rng``."""
+    """A thread that works on ``kvm``; draws only from ``rng``."""
 
     def __init__(self, kvm: Kvm, task: Task, rng: np.random.Generator) -> None:
         self.kvm = kvm
@@ -38,8 +38,11 @@ class Contender:
     def thread(self) -> Generator[Event, Any, None]:
         """:meth:`run`, and the turn to the next guest at its end."""
         yield from self.run()
+        end_ns = max(self.done_ns, int(self.kvm.env.now))
         if self.turns is not None:
-            self.turns.finished(max(self.done_ns, int(self.kvm.env.now)))
+            self.turns.finished(end_ns)
+        else:
+            self.kvm.sched.exit(self.task, end_ns)
 
     def run(self) -> Generator[Event, Any, None]:
         """The thread; a subclass writes it."""
@@ -49,16 +52,14 @@ class Contender:
         """Sleep from ``t_ns`` to ``due_ns``; one that is late goes on at once."""
         if self.turns is not None:
             t_ns = yield from self.turns.wait(self.number, t_ns, due_ns)
-            self.task.cpu.enter_kernel(t_ns)
-            return t_ns
+            return (yield from self.kvm.sched.wake(self.task, t_ns))
         if due_ns <= t_ns:
-            return t_ns
+            return (yield from self.kvm.sched.checkpoint(self.task, t_ns))
         # Its timer is set when it goes to sleep, after those of threads that did so before.
         t_ns = yield from reach(self.kvm.env, t_ns)
-        self.task.cpu.sleep(t_ns)
+        self.kvm.sched.sleep(self.task, t_ns)
         t_ns = yield from reach(self.kvm.env, due_ns)
-        self.task.cpu.enter_kernel(t_ns)
-        return t_ns
+        return (yield from self.kvm.sched.wake(self.task, t_ns))
 
     def invalidate(
         self,
@@ -80,8 +81,8 @@ class Contender:
             self.task, t_ns, first, last, blockable, leaving=leaving, change=change
         )
         t_ns = yield from reach(self.kvm.env, t_ns)
-        self.done_ns = t_ns + self.task.cpu.take_stolen()
-        return self.done_ns
+        self.done_ns = t_ns = t_ns + self.task.cpu.take_stolen()
+        return (yield from self.kvm.sched.checkpoint(self.task, t_ns))
 
     def change(self, what: HostChange, each_ns: int) -> Change:
         """``what`` done to the host's entries of a range, at ``each_ns`` for each it changes."""

@@ -52,7 +52,7 @@ class DirtyLog(Contender):
             self.calls += 1
         for slot in self._slots if self.kvm.alive else ():
             t_ns = yield from log.disable(task, t_ns, slot)
-        self.task.cpu.sleep((yield from reach(self.kvm.env, t_ns)))
+        self.kvm.sched.sleep(self.task, (yield from reach(self.kvm.env, t_ns)))
 
     def _clear(self, t_ns: int) -> Steps:
         """Clear what was got, an ioctl a chunk."""

@@ -45,7 +45,7 @@ class Fork(Contender):
             if spec.interval is None:
                 break
             due_ns += spec.interval
-        self.task.cpu.sleep(t_ns)
+        self.kvm.sched.sleep(self.task, t_ns)
 
     def _dup_mmap(self, t_ns: int) -> Steps:
         kvm = self.kvm

@@ -13,14 +13,16 @@ from typing import Any
 
 from simpy import Environment, Event
 
+from simkvm.kernel.sched import Scheduler
 from simkvm.kernel.task import Task
 
 
 class Turns:
     """Who of ``parts`` contenders may go on: the one that is due first, in order of guests."""
 
-    def __init__(self, env: Environment, task: Task, parts: int) -> None:
+    def __init__(self, env: Environment, task: Task, parts: int, sched: Scheduler) -> None:
         self._env = env
+        self._sched = sched
         self._task = task
         self._to_come = parts  #: contenders that have not asked yet: they all ask before any runs
         self._waiting: list[tuple[int, int, Event]] = []  # a heap: due, number of the guest
@@ -40,14 +42,14 @@ class Turns:
         if self._waiting:
             self._next(t_ns)
         else:
-            self._task.cpu.sleep(t_ns)
+            self._sched.sleep(self._task, t_ns)
 
     def _next(self, t_ns: int) -> None:
         if self._to_come:
             return
         due_ns, _, turn = heappop(self._waiting)
         if due_ns > t_ns:
-            self._task.cpu.sleep(t_ns)
+            self._sched.sleep(self._task, t_ns)
             t_ns = due_ns
         turn._ok = True
         turn._value = t_ns

@@ -48,4 +48,4 @@ class Memslot(Contender):
             if spec.interval is None:
                 break
             due_ns += spec.interval
-        self.task.cpu.sleep(t_ns)
+        self.kvm.sched.sleep(self.task, t_ns)

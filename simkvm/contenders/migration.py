@@ -62,7 +62,7 @@ class PageMover(Contender):
             if spec.interval is None:
                 break
             due_ns = max(t_ns, due_ns + spec.interval)
-        self.task.cpu.sleep(t_ns)
+        self.kvm.sched.sleep(self.task, t_ns)
 
     def _batch(self, t_ns: int, folios: list[int]) -> Steps:
         """Unmap all, then move all (``migrate_folio_unmap``, ``migrate_folio_move``)."""

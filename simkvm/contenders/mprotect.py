@@ -50,7 +50,7 @@ class Mprotect(ProtectionChanger):
             t_ns = yield from self._mprotect(t_ns, read_only=False)
             due_ns = t_ns + spec.writable
             cycles += 1
-        self.task.cpu.sleep(t_ns)
+        self.kvm.sched.sleep(self.task, t_ns)
 
     def _mprotect(self, t_ns: int, read_only: bool) -> Steps:
         kvm = self.kvm

@@ -49,4 +49,4 @@ class OomReaper(Contender):
                 )
                 break
             t_ns = yield from self.sleep_until(t_ns, t_ns + RETRY_NS)
-        self.task.cpu.sleep(t_ns)
+        self.kvm.sched.sleep(self.task, t_ns)

@@ -81,10 +81,11 @@ class PreFault(Contender):
                     over.succeed()
                 t_ns += self.kvm.costs.ageing.resched_ns + self.task.cpu.take_stolen()
                 t_ns = yield from reach(self.kvm.env, t_ns)
+                t_ns = yield from self.kvm.sched.checkpoint(self.task, t_ns)
                 self.mapped += bool(self.kvm.stage2.leaf.fast[self.mapped] & VALID)
             t_ns = yield from reach(self.kvm.env, t_ns + user_ns)
         self.done_ns = t_ns
-        self.task.cpu.sleep(t_ns)
+        self.kvm.sched.sleep(self.task, t_ns)
 
     def _fault_in(self, t_ns: int, leaf: int) -> Steps:
         """One fault, which may have to be retried."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from simkvm.kernel.cpu import GUEST
+
 if TYPE_CHECKING:
     from simkvm.guest.job_vcpu import JobVcpu
 
@@ -43,6 +45,19 @@ class JobAccesses:
         for vcpu in self._planning(first, last):
             if vcpu.due_ns < t_ns and vcpu.has_touched(range(first, last), t_ns):
                 vcpu.catch_up(t_ns)
+
+    def going(self, t_ns: int, first: int, last: int) -> None:
+        """Touches that were made before set their flags first."""
+        self.catch_up(t_ns, first, last)
+
+    def interrupted(self, t_ns: int, lost_ns: int) -> int:
+        """One after the other."""
+        running = 0
+        for vcpu in self._vcpus:
+            inside = vcpu.task.on_cpu and vcpu.cpu.state(t_ns) is GUEST
+            vcpu.interrupted(t_ns, lost_ns if inside else 0)
+            running += inside
+        return running
 
     def cleared(self, leaves: NDArray[np.int64], t_ns: int) -> None:
         """The hardware sets the flags again."""

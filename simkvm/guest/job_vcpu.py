@@ -12,7 +12,7 @@ from it, when it enters the guest after a fault, and once a millisecond when it 
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Generator, Iterator
 from heapq import heappush
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from simpy.events import NORMAL
 
 from simkvm.guest.job_plan import FAR, JobPlan
 from simkvm.guest.jobs import Stage
-from simkvm.guest.vcpu import certain
+from simkvm.guest.vcpu import IN, certain
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.stage2 import WRITE
 
@@ -51,12 +51,17 @@ class JobVcpu(JobPlan):
         self._barrier = barrier
         self._arrival = certain(kvm.env)
         cpu.halted = self.halted
+        self._halted = False  #: and has given its CPU up
+        self._into_ns = 0  #: preempted: how far the job under way had come
 
     # -- the process --------------------------------------------------------------------------
 
     def run(self) -> Generator[Event, Any, None]:
         """The vCPU thread: stage after stage until there is none or the VM dies."""
-        t_ns = 0
+        sched = self.kvm.sched
+        if sched.shares:
+            self._halts, self.cpu.halted = True, None
+        t_ns = yield from sched.checkpoint(self.task, 0)
         for stage in self._stages:
             t_ns = yield from self._work(stage, t_ns)
             if not self.kvm.alive:
@@ -64,7 +69,7 @@ class JobVcpu(JobPlan):
             if stage.barrier:
                 t_ns = yield from self._meet(t_ns)
         self.finished_ns = t_ns
-        self.cpu.sleep(t_ns)
+        sched.sleep(self.task, t_ns)
 
     def _work(self, stage: Stage, t_ns: int) -> Generator[Event, Any, int]:
         """Go through ``stage`` from ``t_ns`` on; returns when that is done."""
@@ -75,6 +80,9 @@ class JobVcpu(JobPlan):
             return t_ns
         next_ns = self._start(t_ns)
         while kvm.alive:
+            if self._left_ns != IN:
+                next_ns = yield from self._give_way()
+                continue
             while next_ns > env._now and queue and next_ns >= queue[0][0]:
                 self.alarm = alarm = self._sleeper
                 alarm.callbacks = []
@@ -84,11 +92,17 @@ class JobVcpu(JobPlan):
             self.alarm = None
             if not kvm.alive:
                 break  # type: ignore[unreachable]  # a teardown may have come meanwhile
+            if self._left_ns != IN:
+                continue
             if self._faults:
                 self._apply(self._run_to)
                 self._commit(len(self._origins) - 1)
                 next_ns = yield from self._fault(next_ns)
                 continue
+            if self._halts_until_ns:
+                next_ns = yield from self._halt(next_ns)
+                if not kvm.alive:
+                    break  # type: ignore[unreachable]  # it may have come meanwhile, too
             if not self._go_on(next_ns):
                 self._running = False
                 break
@@ -135,11 +149,84 @@ class JobVcpu(JobPlan):
         met = self._barrier.arrive(t_ns)
         if isinstance(met, int):
             return met
-        self.cpu.sleep(t_ns)
+        self.kvm.sched.sleep(self.task, t_ns)
         self._pausing = True
         all_ns: int = yield met
+        t_ns = yield from self.kvm.sched.checkpoint(self.task, all_ns + self._wakeup_ns)
         self._pausing = False
-        return all_ns + self._wakeup_ns
+        return t_ns
+
+    # -- sharing a CPU ------------------------------------------------------------------------
+
+    def _halt(self, t_ns: int) -> Generator[Event, Any, int]:
+        """Without a job from ``t_ns`` on; returns when the vCPU runs again."""
+        env, queue = self._env, self._env._queue
+        self._apply(self._run_to)
+        self._commit(len(self._origins))
+        self._running, self._halted, self._pausing = False, True, True
+        self.due_ns = FAR
+        self.next_ns, self._halts_until_ns = self._halts_until_ns, 0
+        self.kvm.sched.sleep(self.task, t_ns)
+        if self.next_ns > env.now and queue and self.next_ns >= queue[0][0]:
+            self.alarm = alarm = self._sleeper
+            alarm.callbacks = []
+            heappush(queue, (self.next_ns, NORMAL, next(env._eid), alarm))
+            yield alarm
+            self.alarm = None
+        self._halted = False
+        t_ns = yield from self.kvm.sched.wake(self.task, self.next_ns)
+        self._pausing = False
+        self._free_ns = self._entry_ns = t_ns
+        self._running = True
+        self.cpu.enter_guest(t_ns, FAR)
+        return t_ns
+
+    def preempted(self, t_ns: int) -> None:
+        """Leave the guest at ``t`` for another thread; in the kernel, on the way back to it."""
+        if not self._running or self.alarm is None:
+            return
+        self.catch_up(t_ns)
+        if self._faults and t_ns > self._exit_ns - self._touch_ns:
+            return  # on its way out already
+        inside = t_ns > self._entry_ns
+        self._leave_guest(t_ns if inside else self._entry_ns)
+        self._reenter_ns = self.kvm.costs.fault.enter_ns if inside else 0
+        self._wake_at(self.next_ns)
+
+    def _leave_guest(self, t_ns: int) -> None:
+        """Out of the guest at ``t``, with what lies before then applied.
+
+        Of the plan only the job under way stays, if there is one.
+        """
+        self._commit(bisect_right(self._ends, t_ns))
+        origins = self._origins
+        begun = self._position > self._offsets[self._job]
+        kept = bool(origins) and (begun or origins[0] < t_ns)
+        self._unplan(int(kept))
+        self._into_ns = t_ns - origins[0] if kept else 0
+        self._left_ns = 0
+        self._running = self._faults = False
+        self._halts_until_ns = 0
+        self._run_to = self._position
+        self.due_ns = FAR
+        self.next_ns = t_ns
+
+    def _go_in(self, t_ns: int) -> int:
+        self._left_ns = IN
+        if not self.kvm.alive:
+            return t_ns
+        stolen_ns = 0
+        if self.cpu.stolen_ns or t_ns >= self._settle_at_ns:
+            stolen_ns = self._settle(t_ns)
+        if self._origins:
+            self._origins[0] = t_ns + stolen_ns - self._into_ns
+        else:
+            self._free_ns = t_ns + stolen_ns
+        self._running = True
+        self._entry_ns = t_ns
+        self.next_ns = next_ns = self._plan_jobs(self._position)
+        self.cpu.enter_guest(t_ns, self._exit_ns)
+        return next_ns
 
     # -- running in the guest -----------------------------------------------------------------
 
@@ -198,6 +285,9 @@ class JobVcpu(JobPlan):
             stolen_ns = self._settle(t_ns)
         self._origins[0] = t_ns + stolen_ns - done_ns
         self._position = position
+        if self.task.need_resched:
+            self._leave_guest(t_ns)
+            return t_ns
         self._running = True
         self._entry_ns = t_ns
         self.next_ns = next_ns = self._next_fault(position)
@@ -268,3 +358,6 @@ class JobVcpu(JobPlan):
         """The VM dies at ``t_ns``: leave the guest; a fault in flight is handled to its end."""
         self._barrier.abandon(t_ns)
         super().stop(t_ns)
+        if self._halted and self.alarm is not None and t_ns < self.next_ns:
+            self.next_ns = t_ns
+            self._wake_at(t_ns)

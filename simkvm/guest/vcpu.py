@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from simkvm.observe.requests import Answers
 
 DONE: Final = -1
+IN: Final = -1  #: not preempted
 FEW: Final = 48  #: touches up to which a plain loop is faster than arrays
 WINDOW: Final = 256  #: touches looked ahead at once, doubled while none of them faults
 
@@ -78,6 +79,8 @@ class Vcpu:
         self._run_to = 0
         self._exit_ns = 0
         self._entry_ns = 0
+        self._left_ns = IN  #: preempted: what the guest still computes until its next touch
+        self._reenter_ns = 0
         self.next_ns = 0  #: when the host is needed next, as planned
         self.alarm: Event | None = None  #: the event that wakes the thread then
         self._sleeper = certain(self._env)
@@ -90,13 +93,16 @@ class Vcpu:
 
     def run(self) -> Generator[Event, Any, None]:
         """The vCPU thread: fault after fault until the pattern ends or the VM dies."""
-        env, fault = self._env, self.fault
+        env, fault, task = self._env, self.fault, self.task
         queue, numbers = env._queue, env._eid
         take = fault.take
         arrival = certain(env)
         kvm, host = self.kvm, self.kvm.host
-        next_ns = yield from self._proceed(0)
+        next_ns = yield from self._proceed((yield from kvm.sched.checkpoint(task, 0)))
         while self._list and self.kvm.alive:
+            if self._left_ns != IN:
+                next_ns = yield from self._give_way()
+                continue
             while next_ns > env._now and queue and next_ns >= queue[0][0]:
                 self.alarm = alarm = self._sleeper
                 alarm.callbacks = []
@@ -106,6 +112,8 @@ class Vcpu:
             self.alarm = None
             if not self.kvm.alive:
                 break  # type: ignore[unreachable]  # a teardown may have come meanwhile
+            if self._left_ns != IN:
+                continue
             if self._position != self._run_to:
                 self.catch_up(next_ns)
             self._running = False
@@ -139,7 +147,56 @@ class Vcpu:
                 yield grant
                 next_ns = self.next_ns  # an unmap may have moved it since the grant
         self.finished_ns = next_ns
-        self.cpu.sleep(next_ns)
+        kvm.sched.sleep(task, next_ns)
+
+    # -- sharing a CPU ------------------------------------------------------------------------
+
+    def preempted(self, t_ns: int) -> None:
+        """Leave the guest at ``t`` for another thread; in the kernel, on the way back to it."""
+        if not self._running or self.alarm is None:
+            return
+        self.catch_up(t_ns)
+        if t_ns >= self._exit_ns or (self._position == self._run_to and t_ns > self._run_from_ns):
+            return  # on its way out already
+        inside = t_ns > self._entry_ns
+        self._leave_guest(t_ns if inside else self._entry_ns)
+        self._reenter_ns = self.kvm.costs.fault.enter_ns if inside else 0
+        self._wake_at(self.next_ns)
+
+    def placed(self, cpu: Cpu) -> None:
+        """Run on ``cpu``: the translations are lost with the CPU where they were.
+
+        arm64 also drops them where another vCPU of the VM ran meanwhile (``kvm_arch_vcpu_load``,
+        arch/arm64/kvm/arm.c, v6.12); on x86 each vCPU has a VPID.
+        """
+        last_ran = self.kvm.last_ran
+        another = last_ran.get(cpu.id, self.index) != self.index and self.kvm.kernel.arch == "arm64"
+        if cpu is not self.cpu or another:
+            self.forget_translations()
+        last_ran[cpu.id] = self.index
+        self.cpu = cpu
+
+    def _leave_guest(self, t_ns: int) -> None:
+        """Out of the guest at ``t``, with the touches up to then applied.
+
+        What it computes until the next one is left.
+        """
+        self._left_ns = max(0, self._run_from_ns - t_ns)
+        self._running = False
+        self.next_ns = t_ns
+
+    def _give_way(self) -> Generator[Event, Any, int]:
+        """Let another thread run; returns when the host is needed next, as :meth:`enter`."""
+        t_ns = yield from self.kvm.sched.checkpoint(self.task, self.next_ns)
+        reenter_ns, self._reenter_ns = self._reenter_ns, 0
+        return self._go_in(t_ns + reenter_ns)
+
+    def _go_in(self, t_ns: int) -> int:
+        """The guest goes on at ``t``, where it was when it left; returns as :meth:`enter`."""
+        left_ns, self._left_ns = self._left_ns, IN
+        return self.enter(t_ns, left_ns)
+
+    # -- the process: its steps ---------------------------------------------------------------
 
     def _hindered(self, t_ns: int, leaf: int) -> Generator[Event, Any, tuple[int, bool]]:
         """A fault that may be refused, or finds ``mmap_lock`` held for write.
@@ -159,7 +216,7 @@ class Vcpu:
     @property
     def faulting(self) -> bool:
         """Whether a fault of this vCPU is being handled, so that it reads the memory slots."""
-        inside = not self._running and not self._pausing
+        inside = not self._running and not self._pausing and self._left_ns == IN
         return inside and self.finished_ns < 0 and self.process is not None
 
     def _proceed(self, t_ns: int) -> Generator[Event, Any, int]:
@@ -220,7 +277,7 @@ class Vcpu:
         busy_ns = costs[position + 1] - costs[position]
         self._position = position = position + 1
         cpu = self.cpu
-        if cpu.stolen_ns or self._flushes or position == len(self._list):
+        if cpu.stolen_ns or self._flushes or position == len(self._list) or self.task.need_resched:
             return self.enter(t_ns, busy_ns)
         need = self._need_list[position]
         if self._entries[self._list[position]] & need == need:
@@ -245,7 +302,8 @@ class Vcpu:
     def enter(self, t_ns: int, busy_ns: int = 0) -> int:
         """The guest runs from ``t_ns`` on, the first ``busy_ns`` without a touch.
 
-        Returns when it needs the host: at its next fault, or at the end of the chunk.
+        Returns when it needs the host: at its next fault, or at the end of the chunk; at once if
+        another thread is to have the CPU (xfer_to_guest_mode_handle_work, kernel/entry/kvm.c).
         """
         if not self.kvm.alive:
             return t_ns
@@ -255,8 +313,11 @@ class Vcpu:
             start += cpu.take_stolen()
         if self._flushes:
             start += self._refill_ns()
-        self._running = True
         self._run_from_ns = start
+        if self.task.need_resched:
+            self._leave_guest(t_ns)
+            return t_ns
+        self._running = True
         self._entry_ns = t_ns
         self.next_ns = next_ns = self._plan(start)
         cpu.enter_guest(t_ns, self._exit_ns)

@@ -66,7 +66,7 @@ class AgeingThread:
             by_memcg.setdefault(kvm.host.lru.lruvec, []).append(method(kvm, task))
         self._memcgs = list(by_memcg.values())
         self._kvms = kvms
-        self._task = task
+        self.task = task
         self._ageing = ageing
         self.passes: list[Pass] = []
 
@@ -76,7 +76,7 @@ class AgeingThread:
         A pass is finished once begun, but none begins any more when nobody ``wanted`` it: the
         selftest's thread looks for the end of the vCPUs between two commands.
         """
-        env, cpu, ageing = self._kvms[0].env, self._task.cpu, self._ageing
+        env, sched, task, ageing = self._kvms[0].env, self._kvms[0].sched, self.task, self._ageing
         costs = self._kvms[0].costs
         t_ns = ageing.start
         rounds = 0
@@ -84,19 +84,19 @@ class AgeingThread:
             t_ns = yield from reach(env, t_ns)
             if not wanted():
                 break
-            cpu.enter_kernel(t_ns)
+            t_ns = yield from sched.wake(task, t_ns)
             for walks in self._memcgs:
                 t_ns = yield from self._command(t_ns, walks)
-            t_ns += cpu.take_stolen()
+            t_ns += task.cpu.take_stolen()
             rounds += 1
             if ageing.interval:
-                cpu.sleep(t_ns)
+                sched.sleep(task, t_ns)
                 t_ns += ageing.interval + costs.wakeup_ns
             else:
                 # Back in user space for the next command: about one switch's worth of work.
-                cpu.enter_user(t_ns, t_ns + costs.switch_ns)
+                task.cpu.enter_user(t_ns, t_ns + costs.switch_ns)
                 t_ns += costs.switch_ns
-        cpu.sleep(t_ns)
+        sched.sleep(task, t_ns)
 
     def _command(self, t_ns: int, walks: list[AgeingMethod]) -> Steps:
         """One ageing command (``run_aging``) for the memcg of ``walks``; returns its end."""
@@ -172,15 +172,19 @@ class AgeingWalk:
         return (yield from reach(self.env, t_ns + moved * self._costs.folio_move_ns))
 
     def _resched(self, t_ns: int, flush: bool) -> Steps:
-        """Between upper entries: give ``mmap_lock`` back if enough was promoted."""
-        costs = self._costs
-        if not flush:
+        """Between upper entries: give ``mmap_lock`` back if enough was promoted, or to reschedule.
+
+        (``walk_pud_range``, which has ``walk_page_range`` return for either.)
+        """
+        costs, kvm, task = self._costs, self.kvm, self.task
+        if not flush and not task.need_resched:
             return t_ns
-        kvm, cpu = self.kvm, self.task.cpu
-        kvm.host.mmap_lock.post(cpu.id, t_ns)
-        cpu.enter_kernel(t_ns)
+        kvm.host.mmap_lock.post(task.cpu.id, t_ns)
+        task.cpu.enter_kernel(t_ns)
         t_ns = yield from reach(self.env, t_ns + costs.lru_lock_ns + costs.resched_ns)
-        return (yield from reach(self.env, kvm.host.mmap_lock.visit(cpu.id, t_ns, mmap_lock.LOCK)))
+        t_ns = yield from kvm.sched.checkpoint(task, t_ns)
+        t_ns = kvm.host.mmap_lock.visit(task.cpu.id, t_ns, mmap_lock.LOCK)
+        return (yield from reach(self.env, t_ns))
 
     def _table(self, t_ns: int, table: int, report: Pass) -> Generator[Event, Any, tuple[int, int]]:
         """One host page table, under its lock."""
@@ -188,28 +192,37 @@ class AgeingWalk:
         t_ns = yield from reach(self.env, t_ns)
         if not self._trylock(t_ns, table, report):
             return t_ns, 0
-        leaves = kvm.host.table_leaves(table)
+        leaves = self._asked(kvm.host.table_leaves(table))
         if not len(leaves):
-            kvm.host.unlock(t_ns)
+            kvm.host.unlock_table(table, t_ns)
             return t_ns, 0
         if kvm.leaf_pages > 1:
-            kvm.host.unlock(t_ns)
+            kvm.host.unlock_table(table, t_ns)
             return (yield from self._huge_leaves(t_ns, table, leaves, report))
         huge = kvm.huge_page(table)
         if huge is not None:
             if not len(huge):
-                kvm.host.unlock(t_ns)
+                kvm.host.unlock_table(table, t_ns)
                 return t_ns, 0
             return (yield from self._huge_page(t_ns, huge, report))
         return (yield from self._leaves(t_ns, leaves, report))
 
+    def _asked(self, leaves: Leaves) -> Leaves:
+        """Of ``leaves`` those whose folios the walk cares for."""
+        return leaves
+
+    def _promote(self, leaves: Leaves) -> int:
+        """``leaves`` were young; returns how many folios changed their generation."""
+        return self.kvm.host.lru.promote(leaves)
+
     def _trylock(self, t_ns: int, table: int, report: Pass) -> bool:
         """Take the lock of a host table at ``t_ns``, unless a fault is installing an entry."""
         kvm = self.kvm
-        if any(vcpu.fault.holds_table(table, t_ns) for vcpu in kvm.vcpus):
+        held = table in kvm.host.locked
+        if held or any(vcpu.fault.holds_table(table, t_ns) for vcpu in kvm.vcpus):
             report.skipped_tables += 1
             return False
-        kvm.host.lock_for_ageing(table, t_ns)
+        kvm.host.lock_table(table, t_ns)
         self.task.cpu.spin(t_ns)
         first = table * kvm.host.entries
         kvm.accesses.catch_up(t_ns, first, min(first + kvm.host.entries, kvm.leaves))
@@ -230,7 +243,7 @@ class AgeingWalk:
             bunch = leaves[first : first + PMD_BUNCH]
             bunch = bunch[(self.kvm.host.state[bunch] & OWN) != 0]
             if not len(bunch):
-                self.kvm.host.unlock(t_ns)
+                self.kvm.host.unlock_table(table, t_ns)
                 continue
             t_ns, found = yield from self._leaves(t_ns, bunch, report)
             moved += found
@@ -257,8 +270,8 @@ class AgeingWalk:
         t_ns = yield from reach(self.env, t_ns)
         young = young[(kvm.host.state[young] & OWN) != 0]  # an unmap may have come meanwhile
         report.young += len(young)
-        moved = kvm.host.lru.promote(young)
-        kvm.host.unlock(t_ns)
+        moved = self._promote(young)
+        kvm.host.unlock_table(int(leaves[0]) // kvm.host.entries, t_ns)
         self.task.cpu.enter_kernel(t_ns)
         return t_ns, moved
 
@@ -280,8 +293,8 @@ class AgeingWalk:
         if young:
             report.young += 1
             own = np.flatnonzero(kvm.host.state[first:last] & OWN)
-            moved = kvm.host.lru.promote(first + own)
-        kvm.host.unlock(t_ns)
+            moved = self._promote(first + own)
+        kvm.host.unlock_table(first // kvm.host.entries, t_ns)
         self.task.cpu.enter_kernel(t_ns)
         return t_ns, moved
 

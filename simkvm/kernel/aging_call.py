@@ -199,8 +199,11 @@ class PerFolio(AgeingCall):
         found: list[int] = []
         leaf = -1
         more_ns = 0  # up to where the next call, if there is one, reaches the lock
+        waited_ns = 0
 
         def section(entry_ns: int) -> tuple[int, int]:
+            nonlocal waited_ns
+            waited_ns += entry_ns - t_ns
             entry = entries[leaf]
             if entry & AF and entry & VALID and stage2.attached:
                 entries[leaf] = entry & ~AF
@@ -226,6 +229,7 @@ class PerFolio(AgeingCall):
             more_ns = costs.call_ns if position < len(todo) else 0
             grant = ask(t_ns, cpu, AGE, section)
             t_ns = grant if isinstance(grant, int) else (yield grant)
+        self.task.spend(f"{self.lock}_lock", waited_ns)
         return t_ns, np.array(found, np.int64)
 
     def _alone(
@@ -248,6 +252,7 @@ class PerFolio(AgeingCall):
         if count < 2:
             return 0, t_ns
         arrivals = ends[:count] - periods[:count]
+        self.task.spend(f"{self.lock}_lock", count * atomic_ns)
         rows = np.empty((count, 6), np.int64)
         rows[:] = (AGE, 1, 0, atomic_ns, costs.walk_ns, FAST)
         rows[:, 2] = arrivals

@@ -24,6 +24,7 @@ class FaultCosts:
     relax_hit_ns: int  #: the same for a fault that only changes rights
     gup_zero_ns: int  #: installing the zero page for a read
     gup_alloc_ns: int  #: allocating, clearing and installing a host page (or block)
+    gup_swap_ns: int  #: allocating and installing a page that is read instead of cleared
     gup_copy_ns: int  #: replacing the zero page for a write
     gup_cow_ns: int  #: replacing any other shared page for a write: its content has to be copied
     ptl_ns: int  #: how long that holds the host's page-table lock, at its end
@@ -97,6 +98,15 @@ class TakerCosts:
 
 
 @dataclass(frozen=True)
+class ReclaimCosts:
+    """Eviction of one folio, apart from asking, unmapping and writing (mm/vmscan.c)."""
+
+    isolate_ns: int  #: taking it off its list, or sorting it, under the lruvec's lock
+    scan_ns: int  #: looking at it, its lock, and putting it back if it stays
+    free_ns: int  #: taking it out of the swap cache, and freeing its page
+
+
+@dataclass(frozen=True)
 class Costs:
     """All costs of one guest's geometry on one machine."""
 
@@ -109,6 +119,7 @@ class Costs:
     unmap: UnmapStepCosts
     free: FreeCosts
     takers: TakerCosts
+    reclaim: ReclaimCosts
     tlbi_ns: int  #: broadcasts of arm64; 0 where there are none
     tlbi_all_ns: int
     tlbi_service_ns: int
@@ -140,6 +151,7 @@ class Costs:
             unmap=_unmap(machine, leaf_bytes),
             free=_free(machine),
             takers=_takers(machine, leaf_bytes, page_bytes),
+            reclaim=_reclaim(machine),
             split_entry_ns=round(machine["split_entry_ns"]),
             copy_page_ns=round(machine["copy_4k_ns"] * page_bytes / 4096),
             **_tlbi(machine),
@@ -202,6 +214,7 @@ def _fault(machine: Machine, line: LineCosts, leaf_bytes: int, deeper_ns: float)
         ),
         gup_zero_ns=round(gup_hit + zero_page),
         gup_alloc_ns=round(gup_hit + alloc),
+        gup_swap_ns=round(gup_hit + max(0.0, alloc - machine["zero_4k_ns"] * leaf_bytes / 4096)),
         gup_copy_ns=round(gup_hit + alloc),
         gup_cow_ns=round(max(gup_hit, gup_hit + alloc + _copied_not_cleared(machine, leaf_bytes))),
         ptl_ns=round(machine["host_ptl_hold_ns"]),
@@ -232,6 +245,15 @@ def _takers(machine: Machine, leaf_bytes: int, page_bytes: int) -> TakerCosts:
             machine["migrate_2m_ns"] * (page_bytes * page_bytes // 8) / (2 << 20)
         ),
         isolate_ns=round(machine["compaction_ns"] - machine["migrate_4k_ns"]),
+    )
+
+
+def _reclaim(machine: Machine) -> ReclaimCosts:
+    scan = machine["folio_scan_ns"]
+    return ReclaimCosts(
+        isolate_ns=round(machine["folio_move_ns"]),
+        scan_ns=round(scan),
+        free_ns=round(max(0.0, machine["kswapd_clean_page_ns"] - scan - machine["folio_move_ns"])),
     )
 
 

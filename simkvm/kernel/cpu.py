@@ -113,6 +113,18 @@ class Cpu:
         """The scheduler ran at ``t``; what is told to run does not change."""
         self._quiet.append(t_ns)
 
+    def switch(self, t_ns: int) -> None:
+        """At ``t`` the scheduler goes from one thread to another, which is in the kernel.
+
+        If it was said that the CPU would be idle from then on, it is not.
+        """
+        if self._told and self._told[-1] == (t_ns, NEVER, IDLE):
+            self._told.pop()
+            self._extended.pop()
+        else:
+            self._quiet.append(t_ns)
+        self._told.append((t_ns, NEVER, KERNEL))
+
     def _wake(self, t_ns: int) -> None:
         """Leaving idle is a context switch."""
         told = self._told

@@ -53,7 +53,6 @@ class FaultPath:
         self._task = task
         self._env = kvm.env
         self._costs = kvm.costs.fault
-        self._cpu = task.cpu.id
         lock = kvm.mmu_lock
         #: How this kernel's fault takes ``mmu_lock``; its section is :meth:`locked`.
         self.take_lock = lock.write if kvm.kernel["fault_lock"] == "write" else lock.read
@@ -80,6 +79,9 @@ class FaultPath:
         self.faults = 0
         self.retries = 0
         self.user_exits = 0  #: faults that only user space could resolve
+
+    def fill_cache(self) -> None:
+        """The guest has run before: its vCPUs have their memory caches."""
 
     def arrival_ns(self, exit_ns: int) -> int:
         """When a guest that exits at ``exit_ns`` comes to ``mmap_lock``, its cache topped up."""
@@ -108,16 +110,16 @@ class FaultPath:
         state = self._host_state[leaf]
         if (state & OWN or (state and not write)) and (state < MIGRATION or usable(state, write)):
             self.lacking = False
-            noted = self._mmap_lock.visit(self._cpu, t_ns, LOCK + UNLOCK) + costs.vma_ns
+            noted = self._mmap_lock.visit(self._task.cpu.id, t_ns, LOCK + UNLOCK) + costs.vma_ns
             self._noted_ns = noted
             return noted + self._hit_ns
         self.lacking = True
-        noted = self._mmap_lock.visit(self._cpu, t_ns, LOCK + UNLOCK + LOCK) + costs.vma_ns
+        noted = self._mmap_lock.visit(self._task.cpu.id, t_ns, LOCK + UNLOCK + LOCK) + costs.vma_ns
         self._noted_ns = noted
         t_ns = self._resolve(t_ns, noted, state, write)
         self.ptl_until_ns = t_ns
         self.ptl_table = leaf // kvm.host.entries
-        self._mmap_lock.post(self._cpu, t_ns)
+        self._mmap_lock.post(self._task.cpu.id, t_ns)
         return t_ns
 
     def _resolve(self, asked_ns: int, t_ns: int, state: int, write: bool) -> int:
@@ -156,7 +158,7 @@ class FaultPath:
         self.faults += 1
         self.user_exits += 1
         if not refusal.reads:  # found out by GUP, not from the memory slots
-            t_ns = self._mmap_lock.visit(self._cpu, t_ns, LOCK + UNLOCK + LOCK)
+            t_ns = self._mmap_lock.visit(self._task.cpu.id, t_ns, LOCK + UNLOCK + LOCK)
             t_ns += costs.vma_ns + costs.gup_hit_ns
         if self.cached < self.cache_minimum:
             self.cached = CACHE_CAPACITY
@@ -174,7 +176,7 @@ class FaultPath:
         held = None
         wanted_ns = t_ns - self._costs.ptl_ns
         table = self.ptl_table
-        if host.aged_table == table or host.left.get(table, 0) > wanted_ns:
+        if table in host.locked or host.left.get(table, 0) > wanted_ns:
             held = host.blocked(leaf, wanted_ns)
         if held is None and not self._host_state[leaf]:
             # host.install(), written out for the page that most faults are about.
@@ -195,10 +197,10 @@ class FaultPath:
             t_ns = max(t_ns, freed + kvm.costs.line.transfer_ns + costs.ptl_ns)
             t_ns = yield from reach(self._env, t_ns)
         while kvm.host.fast[leaf] & MIGRATION:
-            self._task.cpu.sleep(t_ns)
+            kvm.sched.sleep(self._task, t_ns)
             moved: int = yield arrival(kvm.host, self._env, leaf)
             t_ns = max(t_ns, moved + kvm.costs.wakeup_ns)
-            self._task.cpu.enter_kernel(t_ns)
+            t_ns = yield from kvm.sched.wake(self._task, t_ns)
             t_ns = yield from reach(self._env, t_ns)
         if self._write and copies(kvm.host, kvm.host.fast[leaf]):
             t_ns = yield from kvm.notifier.split_huge(self._task, t_ns, leaf, leaf + 1)
@@ -217,7 +219,7 @@ class FaultPath:
 
     def take(self, t_ns: int) -> int | Event:
         """Take ``mmu_lock`` at ``t_ns``; returns what the lock's methods do."""
-        return self.take_lock(t_ns, self._cpu, FAULT, self.locked)
+        return self.take_lock(t_ns, self._task.cpu.id, FAULT, self.locked)
 
     def gives_up_ns(self, entry_ns: int) -> int:
         """How long a fault that has to be taken again holds the lock; -1 if it goes on."""
@@ -262,7 +264,11 @@ class FaultPath:
         In order of entry to ``mmu_lock``: new tables on the way, which some faults make and most
         do not, come after it in the hold.
         """
-        return 0 if self._pages_stat is None else self._pages_stat.serve(self._cpu, t_ns) - t_ns
+        return (
+            0
+            if self._pages_stat is None
+            else self._pages_stat.serve(self._task.cpu.id, t_ns) - t_ns
+        )
 
     def _linked(self, made: list[TableId], entry_ns: int) -> int:
         """New tables on the way to the leaf: returns what they add to the hold."""

@@ -103,13 +103,13 @@ class SizedFaultPath(FaultPath):
         """Take ``mmu_lock``: a pure change of rights may go by another lock than a map."""
         state, leaf = self._leaf_state[self._leaf], self._leaf
         if not (self._wants_write and state & (VALID | WRITE) == VALID):
-            return self.take_lock(t_ns, self._cpu, FAULT, self.locked)
+            return self.take_lock(t_ns, self._task.cpu.id, FAULT, self.locked)
         if self._maps_block(leaf) != self._kvm.stage2.is_block(leaf):
-            return self.take_lock(t_ns, self._cpu, PERMISSION_FAULT, self.locked)
+            return self.take_lock(t_ns, self._task.cpu.id, PERMISSION_FAULT, self.locked)
         if self._relax_lock == "none" and self._only_logged(self._leaf):
             return self.locked(t_ns)[1]
         take = self._locks.get(self._relax_lock, self.take_lock)
-        return take(t_ns, self._cpu, PERMISSION_FAULT, self.locked)
+        return take(t_ns, self._task.cpu.id, PERMISSION_FAULT, self.locked)
 
     def _maps_block(self, leaf: int) -> bool:
         kvm = self._kvm
@@ -206,7 +206,7 @@ class SizedFaultPath(FaultPath):
         kvm.entry_locked(self._leaf_tables(leaf), t_ns, made_ns)
         for table in tables:
             kvm.oracle.unlinked(table, made_ns)
-        kvm.collapse_free.unlinked(kvm, tables, made_ns, self._cpu)
+        kvm.collapse_free.unlinked(kvm, tables, made_ns, self._task.cpu.id)
         kvm.given(leaf, t_ns)
         entries = len(tables) * kvm.entries
         return made_ns + kvm.collapse_free.under_lock_ns(kvm.costs.free, len(tables), entries)

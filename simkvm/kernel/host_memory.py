@@ -7,6 +7,7 @@ mm/memory.c (``do_anonymous_page``, ``wp_page_copy``), mm/vmscan.c, v6.12.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -29,6 +30,14 @@ LOOK_BACK_NS: Final = 100_000  #: no fault asks later who had a table's lock whe
 REMEMBERED: Final = 64  #: tables that ageing let go of, beyond which old ones are forgotten
 
 
+@dataclass
+class TableHold:
+    """The lock of one host table: since when somebody has it, and one event for each who waits."""
+
+    from_ns: int
+    waiting: list[Event] = field(default_factory=list)
+
+
 class HostMemory:
     """Host mappings of one guest's ``leaves``; ``entries``: PTEs in one host table."""
 
@@ -48,11 +57,8 @@ class HostMemory:
         #: Host tables of small pages that were zapped: they stay, however empty, and in the place
         #: of one no fault maps a huge page (zap_pte_range(), __handle_mm_fault(), v6.12).
         self.kept: NDArray[np.bool_] = np.zeros(len(self.present), np.bool_)
-        self.aged_table = -1  #: the host table that ageing locked last
-        self.left: dict[int, int] = {}  #: tables that it let go of lately -> when
-        self._aged_from_ns = 0
-        self._aging = False
-        self._blocked: list[Event] = []  #: one for each fault that waits for ageing
+        self.locked: dict[int, TableHold] = {}  #: host tables whose lock ageing or reclaim has
+        self.left: dict[int, int] = {}  #: tables that they let go of lately -> when
         self.children = 0  #: forked processes that share the pages which are write-protected
         #: Who waits for the one that holds ``mmap_lock`` for write; None: nobody holds it so.
         self.mmap_writer: list[Event] | None = None
@@ -160,26 +166,30 @@ class HostMemory:
 
     # -- the page-table lock ------------------------------------------------------------------
 
-    def lock_for_ageing(self, table: int, t_ns: int) -> None:
-        """Ageing got the lock of ``table`` at ``t_ns``."""
-        self.aged_table, self._aged_from_ns, self._aging = table, t_ns, True
+    def lock_table(self, table: int, t_ns: int) -> None:
+        """Ageing or reclaim got the lock of ``table``, which nobody else has, at ``t_ns``."""
+        self.locked[table] = TableHold(t_ns)
 
-    def unlock(self, t_ns: int) -> None:
-        """Ageing lets go of its table at ``t_ns``."""
-        for released in self._blocked:
+    def unlock_table(self, table: int, t_ns: int) -> None:
+        """Who has ``table`` lets go of it at ``t_ns``."""
+        for released in self.locked.pop(table).waiting:
             released._ok = True
             released._value = t_ns
             self._env.schedule(released, delay=max(0, t_ns - int(self._env.now)))
-        self._blocked.clear()
-        self._aging = False
         if len(self.left) >= REMEMBERED:
             self.left = {table: at for table, at in self.left.items() if at > t_ns - LOOK_BACK_NS}
-        self.left[self.aged_table] = t_ns
+        self.left[table] = t_ns
 
-    @property
-    def contended(self) -> bool:
-        """Whether somebody waits for the lock that ageing has."""
-        return bool(self._blocked)
+    def contended(self, table: int) -> bool:
+        """Whether somebody waits for the lock of ``table``, which somebody has."""
+        return bool(self.locked[table].waiting)
+
+    def released(self, table: int) -> Event:
+        """The event of ``table``, which somebody has, being let go of; its value is when."""
+        # An event of its own: a process that one event resumes does not see the others coming.
+        released = Event(self._env)
+        self.locked[table].waiting.append(released)
+        return released
 
     def blocked(self, leaf: int, t_ns: int) -> int | Event | None:
         """Who took the lock of ``leaf``'s table before ``t_ns`` and holds it then.
@@ -187,10 +197,8 @@ class HostMemory:
         Returns None if nobody, the time of release if it is past, else the event of it.
         """
         table = leaf // self.entries
-        if not self._aging or table != self.aged_table or self._aged_from_ns > t_ns:
+        hold = self.locked.get(table)
+        if hold is None or hold.from_ns > t_ns:
             until = self.left.get(table, -1)
             return until if until > t_ns else None
-        # An event of its own: a process that one event resumes does not see the others coming.
-        released = Event(self._env)
-        self._blocked.append(released)
-        return released
+        return self.released(table)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,6 @@ from simkvm.kernel import table_free
 from simkvm.kernel.cacheline import CacheLine, LineCosts
 from simkvm.kernel.cmpxchg_race import CmpxchgRaces, Loads
 from simkvm.kernel.costs import Costs, FreeCosts
-from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dirty_log import DirtyLog
 from simkvm.kernel.dram import Dram
 from simkvm.kernel.geometry import GEOMETRIES
@@ -29,8 +28,11 @@ from simkvm.kernel.qrwlock import QueuedRwlock
 from simkvm.kernel.rcu import Rcu
 from simkvm.kernel.remote_flush import Ipi
 from simkvm.kernel.rmap import RmapLocks
+from simkvm.kernel.sched import OwnCpus, Scheduler
 from simkvm.kernel.split_cache import SplitCache
 from simkvm.kernel.stage2 import AF, BLOCK, VALID, WRITE, Stage2, TableId
+from simkvm.kernel.swappable import SwappableMemory
+from simkvm.kernel.task import Task
 from simkvm.kernel.tlb import TlbiPath
 from simkvm.kernel.unmap import UnmapCosts, UnmapWalk
 from simkvm.kernel.young_notifier import YoungCalls
@@ -43,6 +45,7 @@ from simkvm.scenario.schema import Guest
 
 if TYPE_CHECKING:
     from simkvm.guest.vcpu import Vcpu
+    from simkvm.kernel.pgdat import Pgdat
 
 
 NOTHING: NDArray[np.int64] = np.empty(0, np.int64)
@@ -66,9 +69,10 @@ class Kvm:
         break_lock: bool,
         block_bytes: int | None = None,
         logged: bool = False,
+        pgdat: Pgdat | None = None,
     ) -> None:
         """``block_bytes``: the size of blocks, if the guest may have them and pages as well;
-        ``logged``: whether its writes may be logged.
+        ``logged``: whether its writes may be logged. ``pgdat``: the host's memory, if it is short.
         """
         memory_bytes = guest.memory or guest.vcpus * (guest.memory_per_vcpu or 0)
         leaf_bytes = guest.mapping if block_bytes is None else guest.page_size
@@ -94,15 +98,20 @@ class Kvm:
         self.block_faults = blocks.fault
         self._block_unmap_ns = blocks.unmap.leaf_ns
         sized = logged or block_bytes is not None
+        self.pgdat = pgdat
         self.fault_path = self.mmu.sized_fault if sized else self.mmu.fault
+        if pgdat is not None:
+            self.fault_path = self.mmu.swap_fault
         self.huge_pages = block_bytes == guest.mapping  #: the host backs it with huge pages
         self.stage2 = Stage2(geometry, guest.ipa_base, self.pages, leaf_bytes, block_bytes)
         self.mmu_lock = QueuedRwlock(
             env, self.costs.line, self.costs.handoff_ns, self.costs.next_ns
         )
-        self.host = HostMemory(
-            env, self.leaves, geometry.entries, self.costs.line, kernel["promotion"] == "two_step"
-        )
+        memory_of = (env, self.leaves, geometry.entries, self.costs.line)
+        two_step = kernel["promotion"] == "two_step"
+        self.host = HostMemory(*memory_of, two_step)
+        if pgdat is not None:
+            self.host = SwappableMemory(*memory_of, two_step, pgdat.pages, pgdat.swap)
         self.notifier = MmuNotifier(self, Srcu(env, self.costs.wakeup_ns))
         self.rmap = RmapLocks()
         self.oracle = Oracle(name)
@@ -128,6 +137,8 @@ class Kvm:
         self.walks_page_tables = machine.hw_af or machine.arch != "arm64"
         self.vcpus: list[Vcpu] = []
         self.accesses: Accesses = Explicit(self.vcpus)
+        self.sched: Scheduler = OwnCpus()
+        self.last_ran: dict[int, int] = {}  #: where CPUs are shared: which vCPU ran on each last
         self.in_ioctl: list[Event] = []  #: one for the end of each fault that no running vCPU takes
         # Shares of the memory may meet inside a block.
         meeting = self.leaf_pages > 1 or block_bytes is not None or not _apart(guest.access)
@@ -158,10 +169,33 @@ class Kvm:
         self._pins = 0
         self._unpinned: Event | None = None
         memory.root(geometry.root_pages * self.table_bytes)
-        if guest.mapped:
-            self.host.map_all()
-            self.host.huge[:] = self.huge_pages
-            self.tables_linked(self.stage2.map_all(WRITE, self.huge_pages), 0)
+        self._take_table_pages(geometry.root_pages)
+
+    def prepare_to_map_all(self) -> None:
+        """Before any guest is mapped: fill the memory caches, and set pages for tables aside."""
+        for vcpu in self.vcpus:
+            vcpu.fault.fill_cache()
+        if self.pgdat is not None:
+            tables = sum(len(lower.counts) for _, lower, _, _ in self.stage2.steps)
+            self.pgdat.pages.spoken_for += tables + len(self.host.present)
+
+    def map_all(self) -> None:
+        """Have all of the memory mapped before the run begins, as far as the host has room."""
+        self.host.map_all()
+        self.host.huge[:] = self.huge_pages
+        tables = self.stage2.map_all(WRITE, self.huge_pages)
+        self._take_table_pages(len(tables))
+        if self.pgdat is not None:
+            self.pgdat.pages.spoken_for -= len(tables)
+        self.tables_linked(tables, 0)
+        if isinstance(self.host, SwappableMemory):
+            for first, last in self.host.swapped_out():
+                UnmapWalk(self.stage2, first, last, FREE, keep=True)
+            self.stage2.clear_young(np.arange(self.leaves))
+
+    def _take_table_pages(self, pages: int) -> None:
+        if self.pgdat is not None:
+            self.pgdat.pages.take(pages)
 
     @property
     def tlbi(self) -> TlbiPath:
@@ -202,6 +236,7 @@ class Kvm:
     def table_freed(self, table: TableId, t_ns: int, deferred: bool) -> None:
         """The page of ``table`` went back to the allocator at ``t_ns``."""
         self.tables_freed += 1
+        self._take_table_pages(-1)
         self.memory.freed(t_ns, self.table_bytes, deferred)
         self.oracle.freed(table, t_ns, deferred)
 
@@ -366,6 +401,7 @@ class Kvm:
 
     def forget_vmid(self, t_ns: int) -> None:
         """What :meth:`flush_vmid` does to the vCPUs."""
+        self.accesses.going(t_ns, 0, 0)
         self.accesses.flushed(t_ns, 0, 0)
 
     def leaf_changes(self, leaf: int, t_ns: int) -> None:
@@ -422,7 +458,7 @@ class Kvm:
 
         Returns when the walk and its invalidation are done.
         """
-        self.accesses.catch_up(t_ns, first, last)
+        self.accesses.going(t_ns, first, last)
         young = self.leaves_change(first, last)
         walk, end = unmap_walk(self, first, last, t_ns)
         self.leaves_changed(young, t_ns, walk.elapsed_ns)
@@ -450,7 +486,7 @@ class Kvm:
     @contextmanager
     def mappings_going(self, t_ns: int) -> Iterator[None]:
         """Around a change that takes rights or mappings away, and translations with them."""
-        self.accesses.catch_up(t_ns, 0, self.leaves)
+        self.accesses.going(t_ns, 0, self.leaves)
         yield
         self.accesses.flushed(t_ns, 0, self.leaves)
 
@@ -459,18 +495,22 @@ class Kvm:
 
         Returns how many pages they mapped, in units of a leaf.
         """
-        self.accesses.catch_up(t_ns, first, last)
+        self.accesses.going(t_ns, first, last)
         removed = UnmapWalk(self.stage2, first, last, FREE, keep=True).pages
         if removed:
             self.accesses.unmapped(t_ns, first, last)
         return removed
 
-    def lock_break(self, cpu: Cpu, t_ns: int) -> bool:
+    def lock_break(self, task: Task, t_ns: int) -> bool:
         """Whether ``cond_resched_rwlock_write`` lets go at ``t_ns``.
 
-        Nobody else runs on the CPUs of the model's actors, so only contention can ask for it.
+        For contention, where the kernel is preemptible, and for another thread that is to run.
         """
-        return self.break_lock and self.mmu_lock.contended
+        return task.need_resched or (self.break_lock and self.mmu_lock.contended)
+
+    def let_others_run(self, task: Task, t_ns: int) -> Generator[Event, Any, int]:
+        """``cond_resched()`` at ``t_ns``, with no lock held; returns when ``task`` goes on."""
+        return (yield from self.sched.checkpoint(task, t_ns + self.costs.ageing.resched_ns))
 
     def zap_host(self, t_ns: int, first: int, last: int) -> int:
         """Remove the host's mappings of these leaves from ``t_ns`` on; returns when it is done."""

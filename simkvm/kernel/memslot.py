@@ -72,14 +72,16 @@ class MemslotUpdate:
 
     def move_back(self, t_ns: int) -> Steps:
         """Undo :meth:`move_away`; where the slot was meanwhile, nothing is mapped."""
-        kvm, cpu = self._kvm, self._task.cpu
+        kvm, task = self._kvm, self._task
         hold_ns = kvm.costs.unmap.visit_ns  # one hole, seen from the root
         t_ns = yield from self._swap(t_ns, lambda: None)
         t_ns = yield from reach(kvm.env, t_ns)
-        cpu.spin(t_ns)
-        grant = kvm.mmu_lock.write(t_ns, cpu.id, MEMSLOT, lambda at_ns: (hold_ns, at_ns + hold_ns))
+        task.cpu.spin(t_ns)
+        grant = kvm.mmu_lock.write(
+            t_ns, task.cpu.id, MEMSLOT, lambda at_ns: (hold_ns, at_ns + hold_ns)
+        )
         t_ns = yield from acquired(grant)
-        cpu.enter_kernel(t_ns)
+        task.cpu.enter_kernel(t_ns)
         return (yield from self._swap(t_ns, self._there))
 
     def change_flags(self, t_ns: int, becomes: Callable[[], None]) -> Steps:
@@ -112,25 +114,24 @@ class MemslotUpdate:
         )
 
     def _swap(self, t_ns: int, becomes: Callable[[], None]) -> Steps:
-        kvm, cpu = self._kvm, self._task.cpu
+        kvm, task = self._kvm, self._task
         t_ns = yield from reach(kvm.env, t_ns)
         while (active := kvm.notifier.idle()) is not None:
-            cpu.sleep(t_ns)
+            kvm.sched.sleep(task, t_ns)
             ended: int = yield active
             t_ns = max(t_ns, ended + kvm.costs.wakeup_ns)
-            cpu.enter_kernel(t_ns)
+            t_ns = yield from kvm.sched.wake(task, t_ns)
             t_ns = yield from reach(kvm.env, t_ns)
         becomes()
         return (yield from self._synchronize_srcu_expedited(t_ns))
 
     def _synchronize_srcu_expedited(self, t_ns: int) -> Steps:
         """Wait for the faults in flight; without any it takes two wake-ups of the worker."""
-        kvm, cpu = self._kvm, self._task.cpu
+        kvm, task = self._kvm, self._task
         self.grace_periods += 1
         inside = [(vcpu, vcpu.fault.faults) for vcpu in kvm.vcpus if vcpu.faulting]
-        cpu.sleep(t_ns)
+        kvm.sched.sleep(task, t_ns)
         t_ns = yield from reach(kvm.env, t_ns + 2 * kvm.costs.wakeup_ns)
         while any(vcpu.faulting and vcpu.fault.faults == number for vcpu, number in inside):
             t_ns = yield from reach(kvm.env, t_ns + RETRY_CHECK_NS)
-        cpu.enter_kernel(t_ns)
-        return t_ns
+        return (yield from kvm.sched.wake(task, t_ns))

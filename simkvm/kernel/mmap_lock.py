@@ -51,10 +51,10 @@ def wait(kvm: Kvm, task: Task, t_ns: int) -> Steps:
     """Come to the lock at ``t_ns`` as a reader: sleep while a writer has it."""
     t_ns = yield from reach(kvm.env, t_ns)
     while kvm.host.mmap_writer is not None:
-        task.cpu.sleep(t_ns)
+        kvm.sched.sleep(task, t_ns)
         # One for each: a process that an event resumes does not see the others coming.
         woken = Event(kvm.env)
         kvm.host.mmap_writer.append(woken)
-        t_ns = yield woken
-        task.cpu.enter_kernel(t_ns)
+        woken_ns: int = yield woken
+        t_ns = yield from kvm.sched.wake(task, woken_ns)
     return t_ns

@@ -13,6 +13,7 @@ from simkvm.kernel.costs import Costs
 from simkvm.kernel.fault import FaultPath
 from simkvm.kernel.fault_sized import SizedFaultPath
 from simkvm.kernel.rmap import chain_ns
+from simkvm.kernel.swap_fault import SwapFaultPath
 from simkvm.kernel.x86_fault import ShadowFault, TdpFault
 from simkvm.kernel.yielding_walk import Walk
 from simkvm.kernel.zap_leafs import rmap_walk, table_walk
@@ -30,12 +31,27 @@ class SizedShadowFault(SizedFaultPath, ShadowFault):
     """The shadow MMU's faults of a guest with blocks and pages."""
 
 
+class SwapTdpFault(SwapFaultPath, TdpFault):
+    """The TDP MMU's faults on a host that may run out of memory."""
+
+    def _hopeless(self) -> bool:
+        return self._gave_up
+
+
+class SwapShadowFault(SwapFaultPath, ShadowFault):
+    """The shadow MMU's faults on a host that may run out of memory."""
+
+    def _hopeless(self) -> bool:
+        return self._gave_up
+
+
 class Stage2Mmu:
     """arm64's stage-2 table."""
 
     name: ClassVar[str] = "stage2"
     fault: ClassVar[type[FaultPath]] = FaultPath
     sized_fault: ClassVar[type[FaultPath]] = SizedFaultPath  #: of guests with blocks and pages
+    swap_fault: ClassVar[type[FaultPath]] = SwapFaultPath  #: on a host that may run out of memory
 
     def __init__(self, kernel: KernelVariant, chain: int) -> None:
         self.kernel = kernel
@@ -55,6 +71,7 @@ class TdpMmu(Stage2Mmu):
 
     name = "tdp"
     fault = TdpFault
+    swap_fault = SwapTdpFault
     sized_fault = SizedTdpFault
 
 
@@ -63,6 +80,7 @@ class ShadowMmu(Stage2Mmu):
 
     name = "shadow"
     fault = ShadowFault
+    swap_fault = SwapShadowFault
     sized_fault = SizedShadowFault
 
     def costs(self, costs: Costs) -> Costs:

@@ -70,7 +70,7 @@ class PageIdle(RmapAgeing):
         for folio in folios:
             if state[folio[0]] & IDLE:
                 t_ns, used = yield from self.check(t_ns, folio, report)
-                t_ns += self.costs.resched_ns
+                t_ns = yield from self.cond_resched(t_ns)
                 if used:
                     state[folio] &= np.uint8(~IDLE & 0xFF)
                     report.young += self.entries(folio)
@@ -84,7 +84,7 @@ class PageIdle(RmapAgeing):
         there = folio[(state[folio] & OWN) != 0]
         if len(there) and not state[there[0]] & IDLE:
             t_ns, _ = yield from self.check(t_ns, there, report)
-            t_ns += self.costs.resched_ns
+            t_ns = yield from self.cond_resched(t_ns)
             if not self.gone(there):
                 state[there[(state[there] & OWN) != 0]] |= np.uint8(IDLE)
         return t_ns

@@ -247,6 +247,10 @@ class Rcu:
 
     # -- ticks --------------------------------------------------------------------------------
 
+    def tick_after(self, t_ns: int) -> int:
+        """Time of the first timer tick later than ``t``."""
+        return self._config.tick_after(t_ns)
+
     def _plan_tick(self, t_ns: int) -> None:
         """Have the first tick after ``t`` simulated."""
         tick_ns = self._config.tick_after(t_ns)

@@ -102,22 +102,35 @@ class RmapAgeing:
         if token is not None:
             kvm.notifier.srcu.leave(token, t_ns)
         t_ns = yield from reach(kvm.env, t_ns)
-        kvm.host.unlock(t_ns)
+        kvm.host.unlock_table(table, t_ns)
         cpu.enter_kernel(t_ns)
         kvm.unpin(t_ns)
         return t_ns, young
 
     def _lock(self, t_ns: int, table: int) -> Generator[Event, Any, int]:
-        """Wait for the lock of host table ``table``; a fault may be installing an entry."""
+        """Wait for the lock of host table ``table``: others look too, or a fault installs."""
         kvm = self.kvm
         t_ns = yield from reach(kvm.env, t_ns)
-        while until_ns := self.faults_until(t_ns, table):
-            t_ns = yield from reach(kvm.env, until_ns)
-        kvm.host.lock_for_ageing(table, t_ns)
+        while True:
+            if table in kvm.host.locked:
+                self.task.cpu.spin(t_ns)
+                released: int = yield kvm.host.released(table)
+                t_ns = max(t_ns, released + kvm.costs.line.transfer_ns)
+            elif not (until_ns := self.faults_until(t_ns, table)):
+                break
+            else:
+                t_ns = until_ns
+            t_ns = yield from reach(kvm.env, t_ns)
+        kvm.host.lock_table(table, t_ns)
         self.task.cpu.spin(t_ns)
         first = table * kvm.host.entries
         kvm.accesses.catch_up(t_ns, first, min(first + kvm.host.entries, kvm.leaves))
         return t_ns
+
+    def cond_resched(self, t_ns: int) -> Generator[Event, Any, int]:
+        """Between two folios another thread may run; returns when this one goes on."""
+        t_ns += self.costs.resched_ns
+        return (yield from self.kvm.sched.checkpoint(self.task, t_ns))
 
     def faults_until(self, t_ns: int, table: int) -> int:
         """When the last of the faults that want or have host table ``table`` now is done; or 0."""
@@ -129,5 +142,7 @@ class RmapAgeing:
         if not self.kvm.notifier.hears(first, last):
             return t_ns, False
         report.calls += 1
+        began_ns = t_ns
         t_ns, young = yield from self.notifier.clear(t_ns, first, last, flush)
+        self.task.spend("notifier", t_ns - began_ns)
         return t_ns, bool(len(young))

@@ -17,10 +17,23 @@ from simkvm.kernel.cpu import Cpu
 
 @dataclass(eq=False)
 class Task:
-    """An actor: its name for people, and the CPU that it runs on."""
+    """An actor: its name for people, and the CPU that it runs on, or ran on last.
+
+    ``on_cpu``: it has the CPU; ``need_resched``: it has to give it up at its next checkpoint. Both
+    are the scheduler's to change (:mod:`simkvm.kernel.sched`).
+    """
 
     name: str
     cpu: Cpu
+    #: What functions took of its time, for those that are accounted; names as a profile has them.
+    functions: dict[str, int] | None = None
+    on_cpu: bool = True
+    need_resched: bool = False
+
+    def spend(self, function: str, ns: int) -> None:
+        """``function`` took ``ns`` of this task's time, what it called included."""
+        if self.functions is not None:
+            self.functions[function] = self.functions.get(function, 0) + ns
 
 
 def reach(env: Environment, t_ns: int) -> Generator[Event, Any, int]:

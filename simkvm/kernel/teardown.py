@@ -43,7 +43,7 @@ class Teardown:
 
     def __init__(self, kvm: Kvm, task: Task, way: str, at_ns: int, last: bool = True) -> None:
         self._kvm = kvm
-        self._task = task
+        self.task = task
         self._way = way
         self._at_ns = at_ns
         self._last = last
@@ -71,7 +71,8 @@ class Teardown:
         """The whole of it, as one process; returns when it is done."""
         kvm = self._kvm
         t_ns = yield from reach(kvm.env, self._at_ns)
-        self._task.cpu.enter_kernel(t_ns)
+        if self.task.on_cpu:
+            self.task.cpu.enter_kernel(t_ns)
         t_ns = yield from self._stop_vcpus(t_ns)
         if self._way == "process_exit":
             t_ns = yield from self._wait_for_walkers(t_ns)
@@ -80,7 +81,7 @@ class Teardown:
             t_ns = yield from reach(kvm.env, kvm.zap_host(t_ns, 0, kvm.leaves))
         if self._last and not self._in_release:
             t_ns = yield from self._free_stage2(t_ns)
-        self._task.cpu.sleep(t_ns)
+        kvm.sched.sleep(self.task, t_ns)
         self.done = True
         return t_ns
 
@@ -98,16 +99,15 @@ class Teardown:
         while kvm.in_ioctl:
             yield kvm.in_ioctl[0]  # who is inside an ioctl holds the file, and the address space
         t_ns = max(t_ns, int(kvm.env.now), *(vcpu.finished_ns for vcpu in kvm.vcpus))
-        self._task.cpu.enter_kernel(t_ns)
+        t_ns = yield from kvm.sched.wake(self.task, t_ns)
         return (yield from reach(kvm.env, t_ns))
 
     def _wait_for_walkers(self, t_ns: int) -> Steps:
         while (held := self._kvm.unpinned()) is not None:
-            self._task.cpu.sleep(t_ns)
+            self._kvm.sched.sleep(self.task, t_ns)
             yield held
             t_ns = max(t_ns, int(self._kvm.env.now))
-        self._task.cpu.enter_kernel(t_ns)
-        return t_ns
+        return (yield from self._kvm.sched.wake(self.task, t_ns))
 
     def _unregister(self, t_ns: int) -> Steps:
         """Call ``->release`` under SRCU, unlink the subscription, wait for SRCU."""
@@ -118,11 +118,9 @@ class Teardown:
                 t_ns = yield from self._free_stage2(t_ns)
             kvm.notifier.srcu.leave(token, t_ns)
             kvm.notifier.subscribed = False
-        self._task.cpu.sleep(t_ns)
+        kvm.sched.sleep(self.task, t_ns)
         yield kvm.notifier.srcu.synchronize(t_ns)
-        t_ns = max(t_ns, int(kvm.env.now))
-        self._task.cpu.enter_kernel(t_ns)
-        return t_ns
+        return (yield from kvm.sched.wake(self.task, max(t_ns, int(kvm.env.now))))
 
     def _free_stage2(self, t_ns: int) -> Steps:
         """``kvm_uninit_stage2_mmu``: whoever finds the root detaches it under the lock and frees.
@@ -131,6 +129,7 @@ class Teardown:
         does (message 20260504224213.1049426-1-jthoughton@google.com and the answers to it).
         """
         kvm = self._kvm
+        self.walk.cpu = self.task.cpu
         mine = False
 
         def detach(entry_ns: int) -> tuple[int, int]:
@@ -139,16 +138,16 @@ class Teardown:
             end = entry_ns + kvm.costs.unmap.bookkeeping_ns
             if self._exclusive:
                 end = self.walk.run(end, atomic=True) if mine else end
-                end = kvm.split_cache.free_alone(self._task, end)
+                end = kvm.split_cache.free_alone(self.task, end)
             return end - entry_ns, end
 
         t_ns = yield from reach(kvm.env, t_ns)
-        self._task.cpu.spin(t_ns)
-        t_ns = yield from acquired(kvm.mmu_lock.write(t_ns, self._task.cpu.id, TEARDOWN, detach))
-        self._task.cpu.enter_kernel(t_ns)
+        self.task.cpu.spin(t_ns)
+        t_ns = yield from acquired(kvm.mmu_lock.write(t_ns, self.task.cpu.id, TEARDOWN, detach))
+        self.task.cpu.enter_kernel(t_ns)
         t_ns = yield from reach(kvm.env, t_ns)
         if self._exclusive:
             return t_ns
         if mine:
             t_ns = yield from reach(kvm.env, self.walk.run(t_ns))
-        return (yield from kvm.split_cache.free(self._task, t_ns))
+        return (yield from kvm.split_cache.free(self.task, t_ns))

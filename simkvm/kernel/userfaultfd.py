@@ -217,9 +217,11 @@ class UserfaultPath(FaultPath):
         self.ptl_table = -1  # no entry is installed, so no lock is taken for one
         while not self._host_state[self._leaf]:  # mmap_lock was let go of before the fault sleeps
             t_ns = yield from self.uffd.handle(self._task, t_ns, self._leaf)
-            t_ns = self._mmap_lock.visit(self._cpu, t_ns, LOCK + UNLOCK) + self._costs.vma_ns
+            t_ns = (
+                self._mmap_lock.visit(self._task.cpu.id, t_ns, LOCK + UNLOCK) + self._costs.vma_ns
+            )
             t_ns = yield from reach(self._env, t_ns + self._costs.gup_hit_ns)
-            self._mmap_lock.post(self._cpu, t_ns)
+            self._mmap_lock.post(self._task.cpu.id, t_ns)
         return t_ns
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Generator, Iterator
-from itertools import count
+from functools import partial
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,27 @@ from simpy import Environment, Event, Process
 from simkvm import contenders, selftests
 from simkvm.contenders.contender import Contender
 from simkvm.guest import patterns, workloads
+from simkvm.guest.lazy import Lazy
 from simkvm.guest.software_af import vcpu_class
 from simkvm.kernel import bugs
 from simkvm.kernel.aging import AgeingThread
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dram import Dram
+from simkvm.kernel.kswapd import Kswapd
 from simkvm.kernel.kvm import Kvm
+from simkvm.kernel.lru_gen_file import LruGenWriter
+from simkvm.kernel.lrugen import ANON, ListedLruvec
 from simkvm.kernel.mglru import Lruvec
+from simkvm.kernel.oom_kill import OomKiller
+from simkvm.kernel.page_alloc import HostPages, Watermarks
+from simkvm.kernel.pgdat import Pgdat
 from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
 from simkvm.kernel.remote_flush import FLUSHES
+from simkvm.kernel.sched import FairScheduler, OwnCpus
+from simkvm.kernel.swap import SwapDevice
 from simkvm.kernel.task import Task
 from simkvm.kernel.teardown import Teardown
+from simkvm.kernel.vmscan import Reclaimer
 from simkvm.kernel.zap_roots import teardown_of
 from simkvm.observe.record import Record
 from simkvm.observe.recorder import SAMPLES, Recorder
@@ -39,6 +50,7 @@ from simkvm.scenario.schema import Teardown as TeardownSpec
 from simkvm.selftests.main_thread import MainThread
 
 FIRST_SAMPLE_NS = 1_000_000
+NS_PER_S = 1_000_000_000
 
 
 def simulate(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Record:
@@ -68,7 +80,10 @@ class World:
         self.cpus = self._cpus()
         self.rcu = self._rcu()
         self.teardowns: list[Teardown] = []
-        self._free_cpus = iter(self.cpus)
+        self.sched = self._scheduler()
+        self.pgdat = self._pgdat()
+        shared = isinstance(self.sched, FairScheduler)
+        self._free_cpus: Iterator[Cpu] = cycle(self.cpus) if shared else iter(self.cpus)
         self.kvms = [self._guest(name, guest) for name, guest in self.guests.items()]
         self._charge(self.guests)
         self.selftest: MainThread | None = None
@@ -78,11 +93,27 @@ class World:
         else:
             self.selftest = selftests.build(self)
             self._free_cpus = self.selftest.spare_cpus
+        mapped = [kvm for kvm in self.kvms if self.guests[kvm.name].mapped]
+        for kvm in mapped:
+            kvm.prepare_to_map_all()
+        for kvm in mapped:
+            kvm.map_all()
         self.ageing: AgeingThread | None = None
         if scenario.ageing is not None:
             task = Task("ageing", next(self._free_cpus))
             self.ageing = AgeingThread(self.kvms, task, scenario.ageing)
         by_name = {kvm.name: kvm for kvm in self.kvms}
+        self.kswapd: Kswapd | None = None
+        self.lru_gen: LruGenWriter | None = None
+        if self.pgdat is not None:
+            task = Task("kswapd", next(self._free_cpus), {})
+            self.kswapd = Kswapd(self.pgdat, task, round(machine["wakeup_ns"]))
+            self.pgdat.pages.reclaimer = partial(Reclaimer, self.pgdat)
+            OomKiller(self.pgdat, self.kvms, self._process_exit)
+            if scenario.host.memory is not None and scenario.host.memory.commands:
+                task = Task("lru_gen", next(self._free_cpus))
+                writes = scenario.host.memory.commands
+                self.lru_gen = LruGenWriter(self.pgdat, task, writes, self.recorder)
         self.contenders = [
             contender
             for name, spec in scenario.contenders.items()
@@ -98,6 +129,7 @@ class World:
         ]
         self._running = sum(len(kvm.vcpus) for kvm in self.kvms) + len(self.teardowns)
         self._over = Event(self.env)
+        self._meet()
         bugs.put_back(self, scenario.bugs)
 
     @property
@@ -152,6 +184,30 @@ class World:
             on_batch=self.recorder.batch,
         )
 
+    def _scheduler(self) -> OwnCpus | FairScheduler:
+        if self.scenario.host.scheduler == "none":
+            return OwnCpus()
+        switch_ns = round(self.machine["context_switch_ns"])
+        return FairScheduler(self.env, self.cpus, switch_ns, self.rcu.tick_after)
+
+    def _meet(self) -> None:
+        """Tell the scheduler of every thread; none has a CPU before it asks for one."""
+        for kvm in self.kvms:
+            for vcpu in kvm.vcpus:
+                self.sched.add(vcpu.task, vcpu)
+        for task in self._other_tasks():
+            self.sched.add(task)
+
+    def _other_tasks(self) -> Iterator[Task]:
+        if self.ageing is not None:
+            yield self.ageing.task
+        if self.kswapd is not None:
+            yield self.kswapd.task
+        if self.lru_gen is not None:
+            yield self.lru_gen.task
+        yield from (contender.task for contender in self.contenders)
+        yield from (teardown.task for teardown in self.teardowns)
+
     def _grace_period(self, number: int, start_ns: int, end_ns: int, scans: int) -> None:
         self.recorder.grace_period(number, start_ns, end_ns, scans)
         for kvm in self.kvms:
@@ -160,7 +216,7 @@ class World:
     def _guest(self, name: str, guest: Guest) -> Kvm:
         scenario = self.scenario
         theirs = workers(scenario, name)
-        return Kvm(
+        made = Kvm(
             name,
             guest,
             self.env,
@@ -173,6 +229,31 @@ class World:
             break_lock=scenario.host.preemptible or self.kernel["lock_break"] == "build",
             block_bytes=block_bytes(guest, theirs),
             logged=logs_writes(theirs),
+            pgdat=self.pgdat,
+        )
+        made.sched = self.sched
+        return made
+
+    def _pgdat(self) -> Pgdat | None:
+        """The host's memory, if it can run out."""
+        host = self.scenario.host
+        if host.memory is None:
+            return None
+        page_bytes = next(iter(self.guests.values())).page_size
+        total = host.memory.size // page_bytes
+        marks = Watermarks.of(total, page_bytes, host.memory.min_free, host.memory.watermark_scale)
+        swap = None
+        if host.swap is not None:
+            stream = self.stream("swap")
+            swap = SwapDevice.of(self.env, host.swap, self.machine, stream, self.dram, page_bytes)
+        return Pgdat(
+            HostPages(self.env, total, page_bytes, marks),
+            swap,
+            self.sched,
+            lru_gen=host.memory.lru_gen,
+            swappiness=host.memory.swappiness,
+            min_ttl_ns=host.memory.min_ttl,
+            jiffy_ns=NS_PER_S // host.hz,
         )
 
     def _vcpus(self, kvm: Kvm, guest: Guest) -> None:
@@ -181,6 +262,11 @@ class World:
         if workloads.is_workload(guest.access):
             streams = [self.stream(f"{name}/vcpu{index}") for index in range(guest.vcpus)]
             workloads.join(kvm, guest, self._free_cpus, streams, layout, self.machine)
+            return
+        if guest.engine == "lazy":
+            engine = Lazy(kvm, guest.access, layout, self.stream(f"{name}/accesses"))
+            kvm.accesses = engine
+            kvm.vcpus += [engine.add(n, next(self._free_cpus)) for n in range(guest.vcpus)]
             return
         for index in range(guest.vcpus):
             chunks = patterns.build(
@@ -198,11 +284,32 @@ class World:
 
     def _charge(self, guests: dict[str, Guest]) -> None:
         """Put guests of one memcg on one lruvec."""
+        if self.pgdat is not None:
+            self._charge_listed(guests, self.pgdat)
+            return
         lruvecs: dict[str, Lruvec] = {}
         for kvm in self.kvms:
             memcg = guests[kvm.name].memcg
             if memcg is not None:
                 lruvecs.setdefault(memcg, kvm.host.lru.lruvec).add(kvm.host.lru)
+
+    def _charge_listed(self, guests: dict[str, Guest], pgdat: Pgdat) -> None:
+        """As :meth:`_charge`, where lruvecs have lists."""
+        memcgs: dict[str, list[Kvm]] = {}  # the order of the first guest of each
+        for kvm in self.kvms:
+            memcgs.setdefault(guests[kvm.name].memcg or f"/{kvm.name}", []).append(kvm)
+        two_step = self.kernel["promotion"] == "two_step"
+        lruvecs: list[ListedLruvec] = []
+        for kvms in memcgs.values():
+            shapes = [(kvm.leaves, ANON) for kvm in kvms]
+            line, now = kvms[0].costs.line, lambda: int(self.env.now)
+            lruvecs.append(ListedLruvec(shapes, two_step, line, now, pgdat.vmstat))
+            for kvm, lru in zip(kvms, lruvecs[-1].listed_guests, strict=True):
+                kvm.host.lru = lru
+                lru.pages = pgdat.memory_of(kvm)
+            pgdat.kvms.append(kvms)
+        pgdat.paths += [f"/{name.removeprefix('/')}" for name in memcgs]
+        pgdat.charge(lruvecs, self.stream("memcg_lru"))
 
     def _contender(self, name: str, spec: Any, kvms: list[Kvm]) -> list[Contender]:
         """A thread: one contender, or one for each guest that it serves in turn."""
@@ -223,6 +330,11 @@ class World:
         yield end(kvm, task, "process_exit", spec.at, last=False)
         yield end(kvm, other, "close_vm", spec.close_at or spec.at)
 
+    def _process_exit(self, kvm: Kvm, t_ns: int) -> Generator[Event, Any, Any]:
+        """The owner of a VM ends at ``t_ns``, unasked."""
+        task = Task(f"{kvm.name}/exit", kvm.vcpus[0].cpu, on_cpu=False)
+        return teardown_of(self.kernel)(kvm, task, "process_exit", t_ns).run()
+
     # -- running ------------------------------------------------------------------------------
 
     def run(self) -> Record:
@@ -239,6 +351,10 @@ class World:
         if self.ageing is not None:
             self._running += 1
             self._until_done(self.ageing.run(self._vcpus_run))
+        if self.kswapd is not None:
+            env.process(self.kswapd.run())
+        if self.lru_gen is not None:
+            env.process(self.lru_gen.run())
         for contender in self.contenders:
             env.process(contender.thread())
         env.process(self._samples())

@@ -57,11 +57,11 @@ class TdpFault(FaultPath):
         if (state & OWN or (state and not write)) and (state < MIGRATION or usable(state, write)):
             return t_ns + self._hit_ns
         self.lacking = True
-        locked_ns = self._mmap_lock.visit(self._cpu, t_ns, LOCK)
+        locked_ns = self._mmap_lock.visit(self._task.cpu.id, t_ns, LOCK)
         t_ns = self._resolve(t_ns, locked_ns, state, write)
         self.ptl_until_ns = t_ns
         self.ptl_table = leaf // kvm.host.entries
-        self._mmap_lock.post(self._cpu, t_ns)
+        self._mmap_lock.post(self._task.cpu.id, t_ns)
         return t_ns
 
     def _take_unless_stale(self, t_ns: int, cpu: int, site: int, section: Section) -> int | Event:

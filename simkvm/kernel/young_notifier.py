@@ -113,6 +113,7 @@ class YoungNotifier:
 
         def section(entry_ns: int) -> tuple[int, int]:
             nonlocal flushed_ns
+            self.task.spend("read_lock" if shared else "write_lock", entry_ns - t_ns)
             young, walk_ns = np.empty(0, np.int64), self._walk_ns(first, last)
             if kvm.stage2.attached:
                 young = first + np.flatnonzero(kvm.stage2.young(first, last))

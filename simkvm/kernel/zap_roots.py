@@ -51,9 +51,10 @@ class ZapRoots(Teardown):
 
     def run(self) -> Steps:
         """The whole of it, as one process; returns when it is done."""
-        kvm, cpu = self._kvm, self._task.cpu
+        kvm = self._kvm
         t_ns = yield from reach(kvm.env, self._at_ns)
-        cpu.enter_kernel(t_ns)
+        if self.task.on_cpu:
+            self.task.cpu.enter_kernel(t_ns)
         t_ns = yield from self._stop_vcpus(t_ns)
         if self._way == "process_exit":
             t_ns = yield from self._wait_for_walkers(t_ns)
@@ -77,21 +78,21 @@ class ZapRoots(Teardown):
         self.walk.elapsed_ns = t_ns - began_ns
         t_ns = yield from reach(kvm.env, t_ns)
         kvm.mmu_lock.release(t_ns)
-        self._task.cpu.enter_kernel(t_ns)
+        self.task.cpu.enter_kernel(t_ns)
         return t_ns
 
     def _lock(self, t_ns: int) -> Steps:
         kvm = self._kvm
         t_ns = yield from reach(kvm.env, t_ns)
-        self._task.cpu.spin(t_ns)
-        grant = kvm.mmu_lock.write(t_ns, self._task.cpu.id, TEARDOWN, lambda at: (OPEN, at))
+        self.task.cpu.spin(t_ns)
+        grant = kvm.mmu_lock.write(t_ns, self.task.cpu.id, TEARDOWN, lambda at: (OPEN, at))
         return (yield from reach(kvm.env, (yield from acquired(grant))))
 
     def _let_go(self, t_ns: int) -> Steps:
         kvm = self._kvm
         kvm.mmu_lock.release(t_ns)
-        self._task.cpu.enter_kernel(t_ns)
-        return (yield from self._lock(t_ns + kvm.costs.ageing.resched_ns))
+        self.task.cpu.enter_kernel(t_ns)
+        return (yield from self._lock((yield from kvm.let_others_run(self.task, t_ns))))
 
     # -- the TDP MMU --------------------------------------------------------------------------
 
@@ -162,7 +163,7 @@ class ZapRoots(Teardown):
             for entry in (first + linked).tolist():
                 table = stage2.unlink(number, entry)
                 kvm.oracle.unlinked(table, t_ns, stage2.entries_in(table))
-                kvm.table_free.unlinked(kvm, table, t_ns, self._task.cpu.id)
+                kvm.table_free.unlinked(kvm, table, t_ns, self.task.cpu.id)
 
     def _reached(self, walk: Walk, done: int, stop: int) -> list[tuple[int, int]]:
         """What to zap at the level of pages: no block, which is for the pass over its own level."""
@@ -208,7 +209,7 @@ class ZapRoots(Teardown):
         t_ns = kvm.ipi.flush(kvm, (yield from reach(kvm.env, t_ns)))
         for table in mine:
             t_ns += kvm.table_free.under_lock_ns(costs.free)
-            kvm.table_free.unlinked(kvm, table, t_ns, self._task.cpu.id)
+            kvm.table_free.unlinked(kvm, table, t_ns, self.task.cpu.id)
         return t_ns
 
     def _leaves_ns(self, table: TableId) -> int:
@@ -235,7 +236,7 @@ class ZapRoots(Teardown):
 
     def _destroy(self, t_ns: int) -> Steps:
         """Drop the root, wait for every callback: then the VM is gone."""
-        kvm, cpu = self._kvm, self._task.cpu
+        kvm, cpu = self._kvm, self.task.cpu
         kvm.stage2.attached = False
         kvm.tree_freed = True
         size = kvm.stage2.geometry.root_pages * kvm.table_bytes
@@ -253,7 +254,7 @@ class ZapRoots(Teardown):
             t_ns += kvm.costs.free.free_ns
             freed(t_ns)
         t_ns = yield from reach(kvm.env, t_ns)
-        cpu.sleep(t_ns)
+        kvm.sched.sleep(self.task, t_ns)
         yield kvm.rcu.barrier(t_ns)
         return max(t_ns, int(kvm.env.now))
 

@@ -11,11 +11,13 @@ import numpy as np
 
 from simkvm.observe import requests
 from simkvm.observe.lock_stat import LockStat
+from simkvm.observe.pressure import pressure_summary
 from simkvm.observe.record import PHASE_COLUMNS, Record, table
 from simkvm.observe.table_memory import time_average
 
 if TYPE_CHECKING:
     from simkvm.kernel.aging_call import Pass
+    from simkvm.kernel.pgdat import Pgdat
     from simkvm.kernel.world import World
 
 NS_PER_S = 1_000_000_000
@@ -55,12 +57,15 @@ class Recorder:
     def finish(self, world: World, end_ns: int) -> Record:
         """The record of ``world``, which ended at ``end_ns``."""
         for kvm in world.kvms:
-            kvm.accesses.catch_up(end_ns, 0, kvm.leaves)
+            kvm.accesses.catch_up(end_ns, 0, 0)
         self.absorb(world, everything=True)
         passes = [
             *(world.ageing.passes if world.ageing else []),
             *(world.selftest.passes if world.selftest else []),
+            *(world.pgdat.passes if world.pgdat else []),
         ]
+        if world.pgdat is not None:
+            self._generations(world.pgdat, end_ns)
         timeline = world.memory.timeline(end_ns)
         timeline["deferred_tables"] = timeline["deferred_bytes"] // min(
             kvm.table_bytes for kvm in world.kvms
@@ -102,6 +107,13 @@ class Recorder:
             fingerprint=self._fingerprint(world, passes),
             phases=_columns(PHASE_COLUMNS, self.phases),
         )
+
+    def _generations(self, pgdat: Pgdat, end_ns: int) -> None:
+        """What /sys/kernel/debug/lru_gen reads at the end."""
+        from simkvm.kernel.lru_gen_file import generations
+
+        for number, line in enumerate(generations(pgdat, end_ns)):
+            self.phase("lru_gen", number, end_ns, end_ns, line)
 
     def absorb(self, world: World, everything: bool = False) -> None:
         """Fold the locks' raw accounts into statistics, so that memory stays bounded."""
@@ -146,7 +158,9 @@ class Recorder:
             **requests.summary(world, end_ns),
             **_passes_summary(passes),
             **_young_summary(world),
+            **pressure_summary(world, end_ns),
             **self._lock_summary(world),
+            **world.sched.summary(end_ns),
             "grace_periods": len(self.grace_periods),
             "grace_period_p50_ns": int(np.percentile(lengths, 50, method="lower")),
             "grace_period_p99_ns": int(np.percentile(lengths, 99, method="lower")),

@@ -11,7 +11,7 @@ from typing import Any
 
 from simkvm.kernel.bugs import BUGS
 from simkvm.kernel.geometry import GEOMETRIES
-from simkvm.scenario.access import Access, Phases, Populate, Trace
+from simkvm.scenario.access import Access, HotCold, Phases, Populate, Trace, Uniform, Zipf
 from simkvm.scenario.contenders import (
     Compaction,
     Contender,
@@ -25,9 +25,11 @@ from simkvm.scenario.fields import KIB
 from simkvm.scenario.groups import every_guest, meant, member_names, virtual_machines
 from simkvm.scenario.kernel import KernelVariant
 from simkvm.scenario.machine import Machine
+from simkvm.scenario.memory import memory_problems
 from simkvm.scenario.possible import kernel_problems
 from simkvm.scenario.schema import BLOCK_BYTES, Guest, Scenario
 from simkvm.scenario.selftest import Selftest
+from simkvm.scenario.swap import swap_problems
 from simkvm.scenario.workload_check import workload_problems
 from simkvm.scenario.workloads import ENDLESS, Workload
 from simkvm.units import exact_duration, exact_size
@@ -65,8 +67,48 @@ def problems(
     for name, contender in scenario.contenders.items():
         yield from _contender(scenario, guests, contender, ("contenders", name))
         yield from _sized(scenario, guests, name, kernel)
+    yield from _swap(scenario, guests, machine)
+    yield from memory_problems(scenario, guests)
+    yield from _lazy(scenario, machine)
     yield from _times(scenario)
     yield from _bugs(scenario)
+
+
+def _swap(scenario: Scenario, guests: Mapping[str, Guest], machine: Machine) -> Iterator[Problem]:
+    if scenario.host.swap is None:
+        return
+    pages = {name: guest.page_size for name, guest in guests.items()}
+    for key, message in swap_problems(scenario.host.swap, machine, pages):
+        yield Problem(("host", "swap", *([key] if key else [])), message)
+
+
+def _lazy(scenario: Scenario, machine: Machine) -> Iterator[Problem]:
+    """The lazy engine draws what independent touches did, and nothing else."""
+    for name, guest in scenario.guests.items():
+        if guest.engine != "lazy":
+            continue
+        key = ("guests", name, "engine")
+        if not isinstance(guest.access, Uniform | Zipf | HotCold):
+            message = f"lazy is for uniform, zipf and hot_cold touches, not {guest.access.pattern}"
+            yield Problem(key, message, "explicit")
+        if not machine.hw_af:
+            message = f"lazy needs a CPU that sets accessed flags, {machine.name} does not"
+            yield Problem(key, message, "explicit")
+        mine = {name, *member_names(name, guest.count)}
+        for other, contender in scenario.contenders.items():
+            needs = _needs_explicit(contender)
+            if needs and mine & set(meant(scenario, contender.guest)):
+                message = f"{other} {needs}, which lazy touches do not tell"
+                yield Problem(key, message, "explicit")
+
+
+def _needs_explicit(contender: Contender) -> str:
+    """What ``contender`` does that only touches followed one by one allow."""
+    if contender.dates_touches:
+        return "asks when pages were touched last"
+    if contender.logs:
+        return "logs which pages are written to"
+    return "changes the size of leaves" if contender.resizes else ""
 
 
 def _bugs(scenario: Scenario) -> Iterator[Problem]:
@@ -119,7 +161,10 @@ def _host(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Iterat
     if cpus > machine.cores:
         message = f"{cpus} CPUs are more than the {machine.cores} cores of {machine.name}"
         yield Problem(("host", "cpus"), message)
-    if scenario.guests:
+    if scenario.host.scheduler == "fair" and scenario.selftest is not None:
+        message = "a selftest's threads have a CPU each"
+        yield Problem(("host", "scheduler"), message, "none")
+    elif scenario.guests and scenario.host.scheduler == "none":
         yield from _threads(scenario, cpus)
 
 
@@ -179,6 +224,7 @@ def _enough(
         (others, "thread of the test"),
         (int(scenario.ageing is not None), "ageing thread"),
         (len(scenario.contenders), "contender"),
+        (int(scenario.host.memory is not None), "kswapd"),
         (sum(map(_closed_apart, scenario.guests.values())), "process that drops a last reference"),
     ]
     needed = sum(count for count, _ in parts)

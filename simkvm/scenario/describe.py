@@ -116,12 +116,20 @@ def _swept(one: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tag_schema(branch: type, tag: str) -> dict[str, Any]:
-    names = [tag_value(other, tag) for other in _branches().values() if _tag_of(other) == tag]
+    names = [tag_value(other, tag) for other in _alternatives(branch)]
     options = [
         {"const": tag_value(branch, tag)},
         {"type": "array", "items": {"enum": names}, "minItems": 1},
     ]
-    return {"description": TAGS[tag], "anyOf": options}
+    about = keys_of(branch)[tag].info.description or TAGS[tag]
+    return {"description": about, "anyOf": options}
+
+
+def _alternatives(branch: type) -> tuple[type, ...]:
+    """The branches that may stand in the place of this one, itself among them."""
+    inner = (key.shape for other in _branches().values() for key in keys_of(other).values())
+    shapes = (shape if shape.names is None else shape_of(shape.names) for shape in inner)
+    return next(shape.branches for shape in shapes if branch in shape.branches)
 
 
 # --- keys and what is known of them ----------------------------------------------------------

@@ -28,8 +28,12 @@ UNITS: Final = {
     "_ratio": "ratio",
     "_bytes_per_s": "bytes/s",
     "_entries": "entries",
+    "_channels": "channels",
 }
 """Unit by the suffix of a parameter's name."""
+
+COUNTS: Final = ("entries", "channels")
+"""Units of whole numbers."""
 
 BASES: Final = ("V", "D", "R", "E", "M")
 ARCHITECTURES: Final = ("arm64", "x86")
@@ -332,7 +336,7 @@ def _complaint(name: str, value: float) -> str | None:
     """
     if not -MOST <= value <= MOST:
         return "must be finite, and fit a signed 64-bit number"
-    if _unit(name) == "entries" and value != int(value):
+    if _unit(name) in COUNTS and value != int(value):
         return "must be a whole number"
     may_be_zero = _unit(name) == "ns" or name == "tlbi_bystander_slowdown_ratio"
     if value < 0 or (value == 0 and not may_be_zero):

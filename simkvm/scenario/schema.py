@@ -32,9 +32,11 @@ from simkvm.scenario.fields import (
     as_tuple,
     refuse,
 )
+from simkvm.scenario.memory import Memory
 from simkvm.scenario.reference import KernelRef, MachineRef
 from simkvm.scenario.selftest import Vm
 from simkvm.scenario.selftests import AnySelftest
+from simkvm.scenario.swap import Swap
 
 BLOCK_BYTES: Mapping[int, tuple[int, ...]] = {
     4 * KIB: (2 * MIB, GIB),
@@ -96,6 +98,11 @@ class Host(Model):
     cpus: int | None = Field(
         default=None, ge=1, description="CPUs in use; default: every core of the machine."
     )
+    scheduler: Literal["none", "fair"] = Field(
+        default="none",
+        description="Who shares CPUs: with none every vCPU and every other thread has one to "
+        "itself; fair: they share them after EEVDF (kernel/sched/fair.c), and there may be fewer.",
+    )
     hz: Literal[100, 250, 300, 1000] = Field(
         default=250, description="Timer ticks a second (CONFIG_HZ); grace periods last whole ticks."
     )
@@ -110,6 +117,14 @@ class Host(Model):
         "Such a CPU is an extended quiescent state for RCU while in the guest.",
     )
     rcu: Rcu = Field(default=Rcu(), description="How RCU is built and booted.")
+    memory: Memory | None = Field(
+        default=None, description="Memory that can run out; null: there is always enough."
+    )
+    swap: Swap | None = Field(
+        default=None,
+        description="Where anonymous pages go when memory is short: one swap device; null: none, "
+        "and they stay.",
+    )
 
     @property
     def preemptible(self) -> bool:
@@ -219,6 +234,13 @@ class Guest(Model):
         "reverse-map chain (x86's shadow MMU only).",
     )
     access: Access = Field(description="What each vCPU touches.")
+    engine: Literal["explicit", "lazy"] = Field(
+        default="explicit",
+        description="How touches are followed: one by one, or (lazy) counted, with accessed flags "
+        "and faults drawn when somebody could tell, so that a run costs what its faults and scans "
+        "cost however much is touched. lazy is for uniform, zipf and hot_cold, and gives the same "
+        "in distribution, not touch for touch.",
+    )
     mapped: bool = Field(
         default=False,
         description="Whether all of the memory is mapped, in the host and in stage 2, when the "

@@ -1,9 +1,12 @@
-"""Queueing theory: one server, first come first served. Times in one unit, rates in its inverse."""
+"""Queueing theory: first come first served, one server unless there are channels.
+
+Times are in one unit, rates in its inverse.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import comb, exp, factorial, prod
+from math import comb, exp, factorial, lgamma, log, prod
 
 Transform = Callable[[float], float]
 """Laplace-Stieltjes transform of a service time: s to E[exp(-s S)]."""
@@ -73,3 +76,48 @@ def machine_repair(customers: int, think: float, service: float, transform: Tran
         for i in range(customers)
     )
     return services / (services * service + think / customers)
+
+
+def mean_wait_m_d_c(load: float, service: float, channels: int) -> float:
+    """Mean wait in M/D/c; `load` is that of each of the `channels`, below 1.
+
+    Crommelin, Post Office Electrical Engineers' Journal 25 (1932), 41-50.
+    """
+    offered, total, term = load * channels, 0.0, 1.0
+    services = 0
+    while term > 1e-12 * total:
+        services += 1
+        rate, enough = services * offered, services * channels
+        beyond = _poisson_beyond(rate, enough)
+        term = _poisson(rate, enough) + beyond - beyond / load
+        total += term
+    return service * total
+
+
+def _poisson(rate: float, number: int) -> float:
+    return exp(number * log(rate) - rate - lgamma(number + 1))
+
+
+def _poisson_beyond(rate: float, number: int) -> float:
+    """The probability of more than `number`, which is above the mean."""
+    total, term = 0.0, _poisson(rate, number)
+    while term > 1e-17 * total:
+        number += 1
+        term *= rate / number
+        total += term
+    return total
+
+
+def channels_repair(customers: int, think: float, service: float, channels: int) -> float:
+    """Throughput of `customers` that think for an exponential time, then need a channel: M/M/c//N.
+
+    Birth and death: Kleinrock, Queueing Systems I (1975), section 3.9.
+    """
+    weight = weights = busy = 0.0
+    for asking in range(customers + 1):
+        working = min(asking, channels)
+        weight *= (customers - asking + 1) / think * service / max(working, 1)
+        weight = weight if asking else 1.0
+        weights += weight
+        busy += weight * working
+    return busy / weights / service

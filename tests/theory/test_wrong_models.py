@@ -9,14 +9,19 @@ from typing import Any
 import pytest
 
 from simkvm.guest.vcpu import Vcpu
+from simkvm.kernel import latency
 from simkvm.kernel.cacheline import CacheLine, LineCosts
+from simkvm.kernel.dram import Dram
+from simkvm.kernel.drive import Media
 from simkvm.kernel.geometry import Geometry
 from simkvm.kernel.qrwlock import QueuedRwlock, Section
 from simkvm.kernel.rcu import Rcu, RcuConfig
+from simkvm.kernel.run_queue import RunQueue, Thread
+from simkvm.kernel.sched import FairScheduler
 from simkvm.kernel.stage2 import AF
 from simkvm.kernel.tlb import TlbiPath
 from simkvm.kernel.unmap import UnmapWalk
-from simkvm.validate import theory_locks, theory_rounds
+from simkvm.validate import theory_locks, theory_rounds, theory_swap
 from simkvm.validate.theory import rows
 
 Patch = pytest.MonkeyPatch
@@ -133,9 +138,94 @@ def empty_tables_stay(patch: Patch) -> None:
     patch.setattr(UnmapWalk, "__init__", lambda walk, *args: made(walk, *args, keep=True))
 
 
+def drives_are_slower(patch: Patch) -> None:
+    """By 3 %."""
+    served = Media.serve
+
+    def longer(media: Media, t_ns: int, latency_ns: int, *args: int) -> int:
+        return served(media, t_ns, round(1.03 * latency_ns), *args)
+
+    patch.setattr(Media, "serve", longer)
+
+
+def a_channel_more(patch: Patch) -> None:
+    made = Media.__init__
+    patch.setattr(Media, "__init__", lambda media, channels: made(media, channels + 1))
+
+
+def channels_take_turns(patch: Patch) -> None:
+    """A request waits for the next channel, not for the one that is free first."""
+
+    class InTurn(Media):
+        turn = 0
+
+        def serve(self, t_ns: int, latency_ns: int, size: int, bytes_per_s: int) -> int:
+            self.turn = (self.turn + 1) % len(self.free)
+            self.free[self.turn] = max(t_ns, self.free[self.turn]) + latency_ns
+            return self.free[self.turn]
+
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels)
+            self.free = [0] * channels
+
+    patch.setattr("simkvm.kernel.drive.Media", InTurn)
+
+
+def data_take_no_time(patch: Patch) -> None:
+    served = Media.serve
+
+    def free(media: Media, t_ns: int, latency_ns: int, *_: int) -> int:
+        return served(media, t_ns, latency_ns, 1, 1 << 60)
+
+    patch.setattr(Media, "serve", free)
+
+
+def the_tail_is_that_of_1000(patch: Patch) -> None:
+    patch.setattr(latency, "TAIL", 6.908)
+
+
+def there_is_no_tail(patch: Patch) -> None:
+    """Every time is the mean."""
+    law = latency.LatencyLaw
+    patch.setattr(law, "of", classmethod(lambda made, mean, *_: made(mean, 0)))
+
+
+def decompressing_is_free_of_memory(patch: Patch) -> None:
+    patch.setattr(Dram, "write", lambda dram, t_ns, end_ns, size: end_ns)
+
+
+def a_thread_runs_to_its_end(patch: Patch) -> None:
+    """First come, first served."""
+    pick = RunQueue.pick
+    patch.setattr(RunQueue, "pick", lambda queue: queue.current or pick(queue))
+
+
+def the_latest_slice_comes_first(patch: Patch) -> None:
+    """Whoever is there already waits for those who come."""
+
+    def pick(queue: RunQueue) -> Thread:
+        threads = [*queue.waiting, *([queue.current] if queue.current else [])]
+        return max(threads, key=lambda thread: thread.deadline)
+
+    patch.setattr(RunQueue, "pick", pick)
+
+
+def idle_cpus_pull_nobody(patch: Patch) -> None:
+    patch.setattr(FairScheduler, "_longest", lambda _: None)
+
+
+def turns_are_of_three_slices(patch: Patch) -> None:
+    made = RunQueue.__init__
+    patch.setattr(RunQueue, "__init__", lambda q, cpu, slice_ns, *a: made(q, cpu, 3 * slice_ns, *a))
+
+
 @pytest.mark.parametrize(
     ("mistake", "seen_by"),
     [
+        (a_thread_runs_to_its_end, ["sched/in-turn/*", "sched/m-g-1-ps", "sched/closed/*"]),
+        (the_latest_slice_comes_first, ["sched/m-g-1-ps"]),
+        (idle_cpus_pull_nobody, ["sched/work-conserved/3"]),
+        (turns_are_of_three_slices, ["sched/in-turn/*"]),
         (holds_are_longer, ["lock/m-d-1/0.5/[bw]*", "lock/repair/constant/8/*"]),
         (holds_are_longer, ["lock/in-turn/*", "lock/rounds/*"]),
         (readers_hold_exclusively, ["lock/rounds/3-1", "lock/batch/*"]),
@@ -149,12 +239,19 @@ def empty_tables_stay(patch: Patch) -> None:
         (some_touches_are_lost, ["young/uniform", "young/hot-cold"]),
         (eight_roots_at_most, ["tables/*/widths"]),
         (empty_tables_stay, ["tables/*/unmap*"]),
+        (drives_are_slower, ["swap/alone/*", "swap/m-d-4/*", "swap/saturated/channels/*"]),
+        (a_channel_more, ["swap/m-[dg]-*", "swap/repair/*", "swap/saturated/channels/*"]),
+        (channels_take_turns, ["swap/repair/*"]),
+        (data_take_no_time, ["swap/saturated/bandwidth/*"]),
+        (the_tail_is_that_of_1000, ["swap/p9999/*"]),
+        (there_is_no_tail, ["swap/p9999/*", "swap/m-g-1/*", "swap/repair/*"]),
+        (decompressing_is_free_of_memory, ["swap/saturated/zram"]),
     ],
 )
 def test_a_mistake_is_found(
     mistake: Callable[[Patch], None], seen_by: list[str], monkeypatch: Patch
 ) -> None:
-    for subject in (theory_locks, theory_rounds):  # fewer are enough to see that much
+    for subject in (theory_locks, theory_rounds, theory_swap):  # fewer are enough to see that much
         monkeypatch.setattr(subject, "REPLICATIONS", 8)
     mistake(monkeypatch)
     for only in seen_by:

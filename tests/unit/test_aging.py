@@ -302,8 +302,8 @@ def test_fetching_them_is_part_of_holding_the_host_table() -> None:
     made = Lab(2 * MIB, kernel="linux-6.12")
     made.fill(range(511))
     left = []
-    unlock = made.kvm.host.unlock
-    made.kvm.host.unlock = lambda t_ns: (left.append(t_ns), unlock(t_ns))  # type: ignore[method-assign]
+    unlock = made.kvm.host.unlock_table
+    made.kvm.host.unlock_table = lambda table, t_ns: (left.append(t_ns), unlock(table, t_ns))  # type: ignore[method-assign]
     report = made.age()
     costs = made.kvm.costs.ageing
     assert left == [report.end_ns - costs.lru_lock_ns - costs.resched_ns]

@@ -485,6 +485,37 @@ WRONG = {
         "w.yaml:5:14: host.rcu.preemptible: preemption full always has preemptible RCU "
         "(did you mean 'true'?)",
     ),
+    "swap and pages": (
+        changed(("duration: 1 s", "duration: 1 s\nhost: {swap: {kind: zram, size: 6 KiB}}")),
+        "w.yaml:5:27: host.swap.size: 6 KiB is not a multiple of the guests' page_size, 4 KiB",
+    ),
+    "swap and latencies that no drive has": (
+        changed(
+            ("duration: 1 s", "duration: 1 s\nhost: {swap: {kind: nvme, read_p9999: 80 us}}"),
+        ),
+        "w.yaml:5:27: host.swap.read_p9999: 80 us is not 1 to 9.2 times the mean, 90 us",
+    ),
+    "swap and a mean that the machine's tail does not fit": (
+        changed(
+            ("duration: 1 s", "duration: 1 s\nhost: {swap: {kind: optane, write_latency: 1 ms}}"),
+        ),
+        "w.yaml:5:29: host.swap.write_latency: 30 us is not 1 to 9.2 times the mean, 1 ms",
+    ),
+    "swap of guests with pages of two sizes": (
+        changed(
+            ("duration: 1 s", "duration: 1 s\nhost: {swap: {kind: zram}}"),
+            (
+                "guests:\n",
+                "guests:\n  other:\n    memory: 64 MiB\n    page_size: 64 KiB\n"
+                "    access: {pattern: populate}\n",
+            ),
+        ),
+        "w.yaml:5:8: host.swap: slots hold pages of one size, guests have pages of 4 KiB and 64",
+    ),
+    "a swap device of another kind's keys": (
+        changed(("duration: 1 s", "duration: 1 s\nhost: {swap: {kind: nvme, ratio: 0.3}}")),
+        "w.yaml:5:27: host.swap.ratio: ",
+    ),
     "range and pages": (
         changed(("2 MiB", "6 KiB")),
         "w.yaml:18:5: contenders.drop.range: 6 KiB is not a multiple of the guest's page_size",
@@ -1048,6 +1079,7 @@ def test_json_schema_accepts_files_and_sweeps(file: Path) -> None:
         changed(("linux-6.12", "[linux-6.12, {base: linux-7.1, set: {table_free: [inline]}}]")),
         changed(("pattern: zipf", "pattern: [zipf, uniform]")),
         changed(("ageing:\n  interval: 1 ms", "ageing: [null, {}]")),
+        changed(("duration: 1 s", "duration: 1 s\nhost: {swap: [null, {kind: [zram, nvme]}]}")),
     ]
     for text in texts:
         file.write_text(text)
@@ -1069,6 +1101,9 @@ def test_json_schema_accepts_files_and_sweeps(file: Path) -> None:
         ("      pattern: zipf\n", ""),
         ("zipf", "uniform\n      exponent: 1"),
         ("machine: graviton3-64c\n", ""),
+        ("duration: 1 s", "duration: 1 s\nhost: {swap: {kind: ksm}}"),
+        ("duration: 1 s", "duration: 1 s\nhost: {swap: {kind: [zram, ksm]}}"),
+        ("duration: 1 s", "duration: 1 s\nhost: {swap: {kind: zram, channels: 2}}"),
     ],
 )
 def test_json_schema_refuses_what_loading_refuses(file: Path, old: str, new: str) -> None:
@@ -1108,6 +1143,10 @@ def test_defaults_in_the_json_schema_are_valid_themselves() -> None:
         ("contenders.x.delay", ["PAGE_REPORTING_DELAY", "Default: 2 s."]),
         ("contenders.x", ["mapping by name", "kind: madvise_dontneed - "]),
         ("ageing", ["mapping or null", "interval - Pause", "Default: null."]),
+        ("host.swap", ["kind: zram - ", "mapping or null", "Default: null."]),
+        ("host.swap.kind", ["zram, nvme, optane. Required", "Which swap device"]),
+        ("host.swap.read_latency", ["nvme_in_mean_ns", "Of kind: nvme, optane."]),
+        ("contenders.x.kind", ["madvise_dontneed", "thp_split. Required"]),
         ("access.pattern", ["populate, uniform, zipf, hot_cold, phases, trace", "Required."]),
     ],
 )
