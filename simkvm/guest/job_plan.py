@@ -89,6 +89,9 @@ class JobPlan(Vcpu):
         self._ended = 0  #: jobs since then
         self._debt_ns = 0
         self._share_ns = 0
+        # Where CPUs are shared.
+        self._halts = False  #: whether its thread gives its CPU up when there is no job
+        self._halts_until_ns = 0  #: the plan ends with that, up to then
 
     # -- stages and batches -------------------------------------------------------------------
 
@@ -147,11 +150,11 @@ class JobPlan(Vcpu):
             if asked[self._askers[-1]] < each:
                 heappush(clients, (free_ns + gaps[job - 1], self._askers[-1]))
         settle_at_ns, wakeup_ns, debt_ns = self._settle_at_ns, self._wakeup_ns, self._debt_ns
-        begin_ns = FAR
+        begin_ns, halts = FAR, self._halts
         while job <= faulting and clients:
             arrival_ns, client = clients[0]
             begin_ns = free_ns if arrival_ns <= free_ns else arrival_ns + wakeup_ns
-            if begin_ns >= settle_at_ns or job == stop:
+            if begin_ns >= settle_at_ns or job == stop or (halts and begin_ns > free_ns):
                 break
             share_ns = 0
             if debt_ns:
@@ -184,7 +187,8 @@ class JobPlan(Vcpu):
             return self._fault_at(touch)
         self._exit_ns = FAR
         over = not clients or (job == len(totals) and self._last_batch)
-        return free_ns if over else begin_ns
+        self._halts_until_ns = begin_ns if halts and begin_ns > free_ns and not over else 0
+        return free_ns if over or self._halts_until_ns else begin_ns
 
     def _fault_at(self, touch: int) -> int:
         """The plan ends with a fault at ``touch``: returns when it comes to the host."""
@@ -217,23 +221,28 @@ class JobPlan(Vcpu):
 
     def _cut(self, touch: int) -> int:
         """The plan ends with a fault at ``touch``; the jobs behind go back to their clients."""
-        kept = bisect_right(self._offsets, touch) - 1 - self._job
-        askers, arrivals, asked = self._askers, self._arrivals, self._asked
-        asking = {client: at for at, client in self._clients}
-        for job in range(len(askers) - 1, kept, -1):
-            asking[askers[job]] = arrivals[job]
-            asked[askers[job]] -= 1
-            self._debt_ns += self._shares[job]
-        asking.pop(askers[kept], None)
-        self._clients = [(at, client) for client, at in asking.items()]
-        heapify(self._clients)
-        for planned in (self._origins, self._ends, arrivals, askers, self._shares):
-            del planned[kept + 1 :]
-        self._ends[kept] = FAR
+        self._unplan(bisect_right(self._offsets, touch) - self._job)
         self._faults = True
+        self._halts_until_ns = 0
         self._run_to = touch
         self._due()
         return self._fault_at(touch)
+
+    def _unplan(self, count: int) -> None:
+        """The first ``count`` jobs of the plan stay, the last of them without an end."""
+        askers, arrivals, asked = self._askers, self._arrivals, self._asked
+        asking = {client: at for at, client in self._clients}
+        for job in range(len(askers) - 1, count - 1, -1):
+            asking[askers[job]] = arrivals[job]
+            asked[askers[job]] -= 1
+            self._debt_ns += self._shares[job]
+        for planned in (self._origins, self._ends, arrivals, askers, self._shares):
+            del planned[count:]
+        if count:
+            asking.pop(askers[-1], None)
+            self._ends[-1] = FAR
+        self._clients = [(at, client) for client, at in asking.items()]
+        heapify(self._clients)
 
     # -- settling -----------------------------------------------------------------------------
 

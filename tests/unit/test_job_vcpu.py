@@ -406,6 +406,17 @@ def test_ranges_taken_back_cut_plans_alike() -> None:
         assert many.fingerprint == one.fingerprint
 
 
+def test_under_memory_pressure_it_changes_nothing_either() -> None:
+    """Pages swapped out and in, and every victim's flags asked for one by one."""
+    keys = {
+        "guest": {"memory": 48 * MIB, "mapped": True},
+        "host": {"memory": {"size": 36 * MIB, "watermark_scale": 100}, "swap": {"kind": "optane"}},
+    }
+    one, many = (planned(limit, SERVER, **keys) for limit in (1, 64))
+    assert int(one.summary["faults"]) > 100
+    assert many.fingerprint == one.fingerprint
+
+
 def unmapped_at(t_ns: int, page: int) -> tuple[str, list[tuple[int, int]], int]:
     """Requests of a world in which ``page`` goes at ``t_ns``, and how many were planned anew."""
     guest = {"vcpus": 1, "memory": 32 * MIB, "mapped": True, "access": SERVER}
