@@ -236,7 +236,10 @@ class LabVm:
         )
 
     def _give(self) -> None:
+        """Have the guest run. The emulated processor's TLB is empty then: HCR_EL2 was written."""
         self.lab.env.run(max(self.lab.t_ns, int(self.lab.env.now) + 1))
+        for vcpu in self._kvm.vcpus:
+            vcpu.forget_translations()
         self._orders.give(self.lab.t_ns)
 
     def _wait(self) -> None:

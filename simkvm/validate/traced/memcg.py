@@ -1,12 +1,12 @@
 """The memory cgroup of the program that drove KVM, where its runs evict.
 
 The guest's memory was not alone in it. There were the pages that the VMM itself used, some that it
-did not use any more, and files in tmpfs that earlier runs had written: pages that nobody maps, which
-eviction writes to swap unasked. They were there before the guest's memory and so are the first that
-eviction comes by, and fill its first batch. And the last pages that the guest's memory got were not
-on the LRU yet: each CPU keeps up to 31 new pages to itself before it puts them there (``lru_add``),
-and eviction knows nothing of them. What of all that there was is not the model's to say. It is read
-from the trace (:class:`Others`), and part of the state that a run begins with.
+did not use any more, and files in tmpfs that it and earlier runs had written: pages that nobody
+maps, which eviction writes to swap unasked. They were there before the guest's memory, so they are
+the first that eviction comes by, and part of its first batch. And the last pages that the guest's
+memory got were not on the LRU yet: each CPU keeps up to 31 new pages to itself before it puts them
+there (``lru_add``), and eviction knows nothing of them. What there was of all that is not the
+model's to say: it is state that a run begins with, read from the trace (:class:`Others`).
 
 Pages of the VMM lie in no memory slot. Here they are a second guest of the same memcg that never
 runs: calls about them reach no slot and take no ``mmu_lock`` of the guest that is counted.
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -44,6 +45,13 @@ class Others:
     the last that it got, that never were on the LRU; ``code_listed``: whether the page of code was.
     ``files``: pages of tmpfs. Of the VMM's pages ``used`` ones, used before each command, and
     ``cold`` ones, never used, of which it wants ``back`` when the vCPU runs at last.
+
+    Where they were read: ``files`` are calls of folio_referenced() more than of
+    lru_gen_look_around(), ``cold`` notifier ranges more than unmaps, ``used`` pgrefill of the run
+    whose guest is cold (the other runs have the same number), ``back`` faults of the last command
+    more than unmaps before it. ``waiting`` is by how much nr_anon_pages grew more than
+    nr_active_anon over the first command, less the VMM's two pages of those where they waited, too.
+    The page of code was listed where its page tables went with it, or a CPU's batch had it.
     """
 
     waiting: int
@@ -89,9 +97,7 @@ class Memcg:
     def _fill(self) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
         others, vmm, pages = self._others, self._vmm, self._pgdat.pages
         ends = np.cumsum([0, others.files, others.used, others.cold])
-        files, used, cold = (
-            np.arange(first, last) for first, last in zip(ends, ends[1:], strict=False)
-        )
+        files, used, cold = (np.arange(first, last) for first, last in pairwise(ends.tolist()))
         pages.take(int(ends[-1]))
         for leaf in files.tolist():
             assert vmm.device is not None
@@ -114,15 +120,15 @@ class Memcg:
         def evict_folios(*args: Any) -> Generator[Any, Any, tuple[int, int]]:
             scanned, t_ns = yield from evict(*args)
             self._batches["evict_folios"] += 1
-            self._batches["mm_vmscan_lru_shrink_inactive: nr_scanned"] += scanned
+            self._batches["mm_vmscan_lru_shrink_inactive nr_scanned"] += scanned
             return scanned, t_ns
 
         def shrink_folio_list(*args: Any) -> Generator[Any, Any, int]:
             self._batches["shrink_folio_list"] += 1
             return (yield from shrink(*args))
 
-        reclaimer.lru_gen.evict_folios = evict_folios  # type: ignore[method-assign]
-        reclaimer.shrink_folio_list = shrink_folio_list  # type: ignore[method-assign]
+        reclaimer.lru_gen.evict_folios = evict_folios  # type: ignore[method-assign,assignment]
+        reclaimer.shrink_folio_list = shrink_folio_list  # type: ignore[method-assign,assignment]
 
     # -- between commands -----------------------------------------------------------------------
 
@@ -161,9 +167,7 @@ class Memcg:
         self.run_vmm()
         lab, lruvec = self._lab, self._lruvec
         seq = lruvec.min_seqs[ANON] + ahead
-        return self._done(
-            self._reclaimer.evict_on_command(lruvec, seq, nr, lab.t_ns, SWAPPINESS)
-        )
+        return self._done(self._reclaimer.evict_on_command(lruvec, seq, nr, lab.t_ns, SWAPPINESS))
 
     def pageout(self, first: int, last: int) -> None:
         """madvise(MADV_PAGEOUT) over the leaves ``first`` up to ``last``."""
@@ -172,7 +176,7 @@ class Memcg:
 
     def _done(self, steps: Generator[Any, Any, tuple[int, int]]) -> Counts:
         error, self._lab.t_ns = self._lab.run(steps)
-        return Counter({"errno of the write": error})
+        return Counter({"errno": error})
 
     # -- what is counted ------------------------------------------------------------------------
 
