@@ -1,7 +1,7 @@
 """madvise(MADV_PAGEOUT): reclaim of a range of a guest's memory, whether or not it was used.
 
 Source: mm/madvise.c (``madvise_cold_or_pageout_pte_range``) and mm/vmscan.c (``reclaim_pages``),
-v6.12. Table by table the pages that are on the LRU are taken off, the last one first, and each is
+v6.12. Table by table the pages that are on the LRU are taken off, and each in order of addresses is
 unmapped with a notifier range of its own and written to swap; nobody is asked about it.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 from simpy import Event
 
 from simkvm.kernel.host_memory import OWN
+from simkvm.kernel.lrugen import ListedLruvec
 from simkvm.kernel.scan_control import ScanControl
 from simkvm.kernel.task import Task, reach
 from simkvm.kernel.vmscan import Reclaimer
@@ -37,6 +38,7 @@ class Pageout:
         Returns when it is done.
         """
         kvm, lruvec = self._pgdat.kvms[number][place], self._pgdat.lruvecs[number]
+        assert isinstance(lruvec, ListedLruvec)
         host, entries = kvm.host, kvm.host.entries
         for start in range(first // entries * entries, last, entries):
             t_ns = yield from reach(self._pgdat.pages.env, t_ns)
@@ -46,8 +48,6 @@ class Pageout:
             t_ns += len(ids) * kvm.costs.reclaim.isolate_ns
             if len(ids):
                 sc = ScanControl(len(ids), kswapd=False)
-                t_ns = yield from self.reclaimer.shrink_folio_list(
-                    number, lruvec, ids[::-1], sc, t_ns
-                )
+                t_ns = yield from self.reclaimer.shrink_folio_list(number, lruvec, ids, sc, t_ns)
             t_ns = yield from self.reclaimer.cond_resched(number, t_ns)
         return t_ns

@@ -40,6 +40,7 @@ MEANINGS: Final[Mapping[str, str]] = {
     "kvm_mmu_notifier_invalidate_range_end": "notifier ranges ended",
     "kvm_pgtable_stage2_unmap": "walks",
     "kvm_unmap_gfn_range": "unmaps asked for by notifier ranges",
+    "kvm_unmap_hva_range backwards": "notifier ranges that lie below the one before",
     "stage2_unmap_walker": "entries visited by unmaps",
     "kvm_s2_put_page": "references to pages of tables dropped",
     "__kvm_tlb_flush_vmid_ipa, _range": "invalidations of an address or a range",

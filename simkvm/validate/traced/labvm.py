@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -376,6 +376,8 @@ class LabVm:
         for walk in self._tally.walks:
             size = (walk.last - walk.first) * PAGE // KIB
             counts[f"kvm_pgtable_stage2_unmap of {size} KiB"] += 1
+        starts = [walk.first for walk in self._tally.walks]
+        counts["kvm_unmap_hva_range backwards"] = sum(a > b for a, b in pairwise(starts))
         found = self._tally.take()
         counts["kvm_pgtable_stage2_unmap"] += found["calls"]
         counts["stage2_unmap_walker"] += found["visits"]

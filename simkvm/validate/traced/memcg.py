@@ -23,7 +23,7 @@ from typing import Any, Final
 import numpy as np
 
 from simkvm.kernel.host_memory import YOUNG
-from simkvm.kernel.lrugen import ANON, TYPES, ListedLruGen, ListedLruvec
+from simkvm.kernel.lrugen import ListedLruvec
 from simkvm.kernel.pageout import Pageout
 from simkvm.kernel.sites import NAMES
 from simkvm.kernel.swappable import CACHED, DIRTY, SLOT, SwappableMemory
@@ -50,8 +50,9 @@ class Others:
     lru_gen_look_around(), ``cold`` notifier ranges more than unmaps, ``used`` pgrefill of the run
     whose guest is cold (the other runs have the same number), ``back`` faults of the last command
     more than unmaps before it. ``waiting`` is by how much nr_anon_pages grew more than
-    nr_active_anon over the first command, less the VMM's two pages of those where they waited, too.
-    The page of code was listed where its page tables went with it, or a CPU's batch had it.
+    nr_active_anon over the first command, less the VMM's two pages of those if they waited, too;
+    in the run of MADV_PAGEOUT the addresses of its ranges say the same. The page of code was listed
+    if its page tables went with it.
     """
 
     waiting: int
@@ -76,8 +77,10 @@ class Memcg:
     def __init__(self, lab: Lab, others: Others) -> None:
         pgdat = lab.world.pgdat
         assert pgdat is not None
-        self._lab, self._others, self._pgdat = lab, others, pgdat
-        self._lruvec: ListedLruvec = pgdat.lruvecs[0]
+        lruvec = pgdat.lruvecs[0]
+        assert isinstance(lruvec, ListedLruvec)
+        self._lab, self._others, self._pgdat, self._lruvec = lab, others, pgdat, lruvec
+        self._lru = lruvec.listed_guests[1]
         self._vmm: SwappableMemory = pgdat.memory(0, 1)
         self._reclaimer = Reclaimer(pgdat, lab.task)
         self._pageout = Pageout(pgdat, lab.task)
@@ -91,7 +94,7 @@ class Memcg:
     def _set_generations(self) -> None:
         lruvec, others = self._lruvec, self._others
         lruvec.max_seq, lruvec.min_seq = others.max_seq, others.min_seq
-        lruvec.min_seqs = [others.min_seq for _ in TYPES]
+        lruvec.min_seqs = [others.min_seq for _ in lruvec.min_seqs]
         lruvec.mms.seq = others.max_seq - 1
 
     def _fill(self) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
@@ -108,10 +111,6 @@ class Memcg:
             vmm.install(leaf, own=True)
         vmm.state[cold] &= np.uint8(~YOUNG & 0xFF)
         return [files, used, cold]
-
-    @property
-    def _lru(self) -> ListedLruGen:
-        return self._lruvec.listed_guests[1]
 
     def _watch(self, reclaimer: Reclaimer) -> None:
         """Count its batches."""
@@ -166,7 +165,7 @@ class Memcg:
         """Write ``-`` to lru_gen, for the generation ``ahead`` of the oldest."""
         self.run_vmm()
         lab, lruvec = self._lab, self._lruvec
-        seq = lruvec.min_seqs[ANON] + ahead
+        seq = lruvec.min_seqs[0] + ahead
         return self._done(self._reclaimer.evict_on_command(lruvec, seq, nr, lab.t_ns, SWAPPINESS))
 
     def pageout(self, first: int, last: int) -> None:

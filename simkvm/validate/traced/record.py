@@ -19,6 +19,7 @@ function's calls or:
 * ``kvm_guest_fault``: the event, once a call of kvm_handle_guest_abort();
 * ``nr_sec_page_table_pages``: /proc/vmstat after the command, where that changed it;
 * ``min_seq``, ``max_seq``: generations in debugfs's lru_gen after the command;
+* ``kvm_unmap_hva_range backwards``: events whose addresses lie below those of the one before;
 * ``errno``: what the write to it failed with, or 0;
 * ``mm_vmscan_lru_shrink_inactive nr_scanned``: the sum over the events;
 * ``pg...``, ``pswp...``, ``workingset_...``: changes of /proc/vmstat.
