@@ -5,10 +5,12 @@ Source: include/linux/mmzone.h (``pg_data_t``) and the names of /proc/vmstat, v6
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from simkvm.kernel.lrugen import DEFAULT_SWAPPINESS, ListedLruvec
+from simkvm.kernel.listed import DEFAULT_SWAPPINESS, FolioLists
+from simkvm.kernel.lrugen import ListedLruvec
 from simkvm.kernel.memcg_lru import MemcgLru
 from simkvm.kernel.mglru import MIN_LRU_BATCH
 from simkvm.kernel.page_alloc import HostPages
@@ -33,12 +35,13 @@ class Pgdat:
     pages: HostPages
     swap: SwapDevice | None
     vmstat: Vmstat = field(default_factory=Vmstat)
-    lruvecs: list[ListedLruvec] = field(default_factory=list)
+    lruvecs: list[FolioLists] = field(default_factory=list)
     kvms: list[list[Kvm]] = field(default_factory=list)
     passes: list[Pass] = field(default_factory=list)  #: of ageing that reclaim asked for
     paths: list[str] = field(default_factory=list)  #: of memcgs
     lru_gen: int = LRU_GEN_ALL  #: its capabilities (/sys/kernel/mm/lru_gen/enabled)
     swappiness: int = DEFAULT_SWAPPINESS
+    next_memcg: int = 0  #: at which a direct reclaimer of the classic LRU begins
     min_ttl_ns: int = 0  #: what may not be evicted for that long (min_ttl_ms); 0: no matter
     walked_at: dict[str, int] = field(default_factory=dict)  #: touches of a guest when walked last
     stalls: list[int] = field(default_factory=list)  #: begin, end, begin, end... of stalled tasks
@@ -49,10 +52,15 @@ class Pgdat:
         if swap is not None:
             self.pages.pool = lambda: swap.pool_pages
 
-    def charge(self, lruvecs: list[ListedLruvec], rng: np.random.Generator) -> None:
+    def charge(self, lruvecs: Sequence[FolioLists], rng: np.random.Generator) -> None:
         """These are the memcgs; ``rng`` draws their places in the order of reclaim."""
         self.lruvecs += lruvecs
         self.memcg_lru = MemcgLru(len(lruvecs), rng)
+
+    @property
+    def generations(self) -> list[ListedLruvec]:
+        """The lruvecs, if they are the multi-gen LRU's, or none."""
+        return [lruvec for lruvec in self.lruvecs if isinstance(lruvec, ListedLruvec)]
 
     def swappiness_now(self) -> int:
         """How readily anonymous folios are evicted: not at all when swap is (almost) full."""

@@ -14,6 +14,7 @@ class Vmstat:
     pgsteal_kswapd: int = 0
     pgsteal_direct: int = 0
     pgactivate: int = 0  #: folios that reclaim found in use
+    pgdeactivate: int = 0  #: folios that went from an active list to an inactive one
     pgrefill: int = 0  #: folios that it sorted, or moved to another list, without a look at them
     pswpin: int = 0
     pswpout: int = 0

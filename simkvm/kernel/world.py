@@ -18,12 +18,15 @@ from simkvm.guest import patterns, workloads
 from simkvm.guest.software_af import vcpu_class
 from simkvm.kernel import bugs
 from simkvm.kernel.aging import AgeingThread
+from simkvm.kernel.classic_lru import ClassicLruvec
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dram import Dram
 from simkvm.kernel.kswapd import Kswapd
 from simkvm.kernel.kvm import Kvm
+from simkvm.kernel.listed import ANON, FolioLists
 from simkvm.kernel.lru_gen_file import LruGenWriter
-from simkvm.kernel.lrugen import ANON, ListedLruvec
+from simkvm.kernel.lru_walk import LRU_GEN_CORE
+from simkvm.kernel.lrugen import ListedLruvec
 from simkvm.kernel.mglru import Lruvec
 from simkvm.kernel.oom_kill import OomKiller
 from simkvm.kernel.page_alloc import HostPages, Watermarks
@@ -286,11 +289,15 @@ class World:
         for kvm in self.kvms:
             memcgs.setdefault(guests[kvm.name].memcg or f"/{kvm.name}", []).append(kvm)
         two_step = self.kernel["promotion"] == "two_step"
-        lruvecs: list[ListedLruvec] = []
+        lruvecs: list[FolioLists] = []
         for kvms in memcgs.values():
             shapes = [(kvm.leaves, ANON) for kvm in kvms]
             line, now = kvms[0].costs.line, lambda: int(self.env.now)
-            lruvecs.append(ListedLruvec(shapes, two_step, line, now, pgdat.vmstat))
+            if pgdat.lru_gen & LRU_GEN_CORE:
+                lruvecs.append(ListedLruvec(shapes, two_step, line, now, pgdat.vmstat))
+            else:
+                page_bytes = pgdat.pages.page_bytes
+                lruvecs.append(ClassicLruvec(shapes, line, page_bytes, pgdat.vmstat))
             for kvm, lru in zip(kvms, lruvecs[-1].listed_guests, strict=True):
                 kvm.host.lru = lru
                 lru.pages = pgdat.memory_of(kvm)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from simkvm.kernel.cacheline import LineCosts
 from simkvm.kernel.folio_list import FolioList
+from simkvm.kernel.listed import ANON, FILE, ISOLATED
 from simkvm.kernel.lru_tiers import (
     COUNT,
     FIRST,
@@ -21,7 +22,7 @@ from simkvm.kernel.lru_tiers import (
     Controller,
     may_evict,
 )
-from simkvm.kernel.lrugen import ANON, FILE, ISOLATED, ListedLruGen, ListedLruvec
+from simkvm.kernel.lrugen import ListedLruGen, ListedLruvec
 from simkvm.kernel.mglru import MAX_NR_GENS
 
 LINE = LineCosts(1, 2, 2, 64)

@@ -270,10 +270,10 @@ def test_memcgs_go_through_three_slots() -> None:
 
 def test_who_was_aged_is_not_reclaimed_from_again_in_that_round() -> None:
     made = Pressed(guests=3)
-    for lruvec in made.pgdat.lruvecs:
+    for lruvec in made.pgdat.generations:
         lruvec.min_seqs[:] = [lruvec.max_seq - 1] * 2  # nothing to evict
     made.shrink(ScanControl(10_000, False, priority=3))
-    assert [lruvec.max_seq for lruvec in made.pgdat.lruvecs] == [4, 4, 4]
+    assert [lruvec.max_seq for lruvec in made.pgdat.generations] == [4, 4, 4]
     assert made.pgdat.memcg_lru.seq == MEMCG_NR_GENS + 1
 
 
