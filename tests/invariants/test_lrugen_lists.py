@@ -157,6 +157,20 @@ class Lists(RuleBasedStateMachine):
         for folio in writing:
             self.plain.place(self.plain.folios[folio], self.plain.max_seq - 1)
 
+    @rule(of_type=st.sampled_from(TYPES), ages=st.integers(0, 3))
+    def evict_and_bring_back(self, of_type: int, ages: int) -> None:
+        before = len(self.isolated)
+        self.scan(of_type, 0, 1)
+        gone, self.isolated = self.isolated[before:], self.isolated[:before]
+        for folio in gone:
+            self.lru(folio).evicted(self.at(folio))
+            self.plain.evict(folio)
+        for _ in range(ages):
+            self.age()
+        self.advance()
+        for folio in sorted(gone):
+            self.fault((folio, 1))
+
     @rule(picks=PICKS)
     def write_ends(self, picks: list[int]) -> None:
         for folio in picks:
@@ -164,6 +178,14 @@ class Lists(RuleBasedStateMachine):
             self.lru(folio).rotate(self.at(folio))
             if plain is not None and plain.on >= 0:
                 self.plain.place(plain, self.plain.min_seqs[plain.file], old_end=True)
+
+    def order(self, of_type: int) -> list[list[int]]:
+        """Folios of each list, from the oldest to the newest."""
+        found = []
+        for generation, part in enumerate(self.made.lists[of_type]):
+            pieces = [*part._pieces, np.array(part._new, np.int64)]
+            found.append(self.made._valid(np.concatenate(pieces), generation).tolist())
+        return found
 
     # -- what holds after each --------------------------------------------------------------------
 
@@ -178,6 +200,9 @@ class Lists(RuleBasedStateMachine):
             assert made.sizes_of(of_type) == self.plain.sizes(of_type)
             lists = [len(part) for part in self.plain.lists[of_type]]
             assert made.on_list[of_type] == lists
+            assert self.order(of_type) == [
+                [folio.leaf for folio in part] for part in self.plain.lists[of_type]
+            ]
             assert sum(lists) == sum(made.sizes_of(of_type)), "none is lost or counted twice"
 
     @invariant()
