@@ -114,11 +114,11 @@ class Lists(RuleBasedStateMachine):
 
     # -- eviction ---------------------------------------------------------------------------------
 
-    @rule(of_type=st.sampled_from(TYPES), tier=st.integers(0, 3), ages=st.integers(0, 2))
-    def scan(self, of_type: int, tier: int, ages: int) -> None:
-        for _ in range(ages):
-            self.age()
+    @rule(of_type=st.sampled_from(TYPES), tier=st.integers(0, 3))
+    def scan(self, of_type: int, tier: int) -> None:
         self.advance()
+        if self.made.nr_gens(of_type) == MIN_NR_GENS:
+            self.age()
         ids, examined = self.made.scan(of_type, tier)
         taken = self.plain.scan(of_type, tier, self.written)
         assert ids.tolist() == taken, "in this order"
@@ -157,10 +157,16 @@ class Lists(RuleBasedStateMachine):
         for folio in writing:
             self.plain.place(self.plain.folios[folio], self.plain.max_seq - 1)
 
+    @rule(picks=PICKS, times=st.integers(2, 5), late=st.booleans(), of_type=st.sampled_from(TYPES))
+    def use_and_scan(self, picks: list[int], times: int, late: bool, of_type: int) -> None:
+        self.mark_accessed(picks, times)
+        self.see_young(picks[:3], late)
+        self.scan(of_type, 0)
+
     @rule(of_type=st.sampled_from(TYPES), ages=st.integers(0, 3))
     def evict_and_bring_back(self, of_type: int, ages: int) -> None:
         before = len(self.isolated)
-        self.scan(of_type, 0, 1)
+        self.scan(of_type, 3)
         gone, self.isolated = self.isolated[before:], self.isolated[:before]
         for folio in gone:
             self.lru(folio).evicted(self.at(folio))
