@@ -347,6 +347,8 @@ class Classic:
         written = vmstat.pswpout
         t_ns = yield from self._reclaimer.shrink_folio_list(memcg, lruvec, ids, sc, t_ns)
         kept = len(ids) - (sc.reclaimed - before)
+        if kept == len(ids):
+            self._pgdat.wake_flusher()  # if it was for dirty pages that all stayed
         lruvec.note_cost(of_type, vmstat.pswpout - written, kept)
         return t_ns
 

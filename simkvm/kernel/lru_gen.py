@@ -141,7 +141,9 @@ class MultiGen:
         t_ns = lruvec.lock.occupy(reclaimer.task.cpu.id, t_ns, hold_ns)
         if lruvec.max_seq - lruvec.oldest(swappiness) + 1 == MIN_NR_GENS:
             scanned = 0
-        if len(ids):
+        if not len(ids):
+            self._pgdat.wake_flusher()  # if it was for dirty pages that there was nothing
+        else:
             t_ns = yield from reclaimer.shrink_folio_list(memcg, lruvec, ids, sc, t_ns)
         return scanned, t_ns
 

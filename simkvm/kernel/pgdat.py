@@ -5,7 +5,7 @@ Source: include/linux/mmzone.h (``pg_data_t``) and the names of /proc/vmstat, v6
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -41,6 +41,8 @@ class Pgdat:
     paths: list[str] = field(default_factory=list)  #: of memcgs
     lru_gen: int = LRU_GEN_ALL  #: its capabilities (/sys/kernel/mm/lru_gen/enabled)
     swappiness: int = DEFAULT_SWAPPINESS
+    drive: SwapDevice | None = None  #: of files
+    wake_flusher: Callable[[], None] = lambda: None
     next_memcg: int = 0  #: at which a direct reclaimer of the classic LRU begins
     min_ttl_ns: int = 0  #: what may not be evicted for that long (min_ttl_ms); 0: no matter
     walked_at: dict[str, int] = field(default_factory=dict)  #: touches of a guest when walked last

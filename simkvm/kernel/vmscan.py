@@ -232,6 +232,8 @@ class Reclaimer:
         swap = host.fast_swap[leaf]
         if not swap & CACHED:
             return "gone", t_ns
+        if swap & DIRTY and host.file:
+            return "active", t_ns  # the flusher's to write
         if swap & DIRTY:
             t_ns, written = yield from self._write(host, leaf, t_ns)
             if not written:

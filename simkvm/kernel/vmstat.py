@@ -18,7 +18,8 @@ class Vmstat:
     pgrefill: int = 0  #: folios that it sorted, or moved to another list, without a look at them
     pswpin: int = 0
     pswpout: int = 0
-    pgmajfault: int = 0  #: faults that read from swap
+    nr_written: int = 0  #: pages of files that were written back
+    pgmajfault: int = 0  #: faults that read from swap, or from a file
     swap_cache_hits: int = 0  #: faults that found their page in the swap cache
     first_faults: int = 0  #: faults on pages that were never there
     workingset_refault: int = 0  #: evicted folios that came back

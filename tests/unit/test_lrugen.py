@@ -177,6 +177,22 @@ def test_reworked_a_fresh_folio_is_in_the_second_youngest_generation() -> None:
     assert by_age(made) == [0, 1, 0, 0]
 
 
+def test_reworked_what_is_known_of_the_working_set_comes_back_to_the_youngest() -> None:
+    made = aged(1, two_step=True)
+    lru = lru_of(made)
+    for _ in range(2):
+        lru.promote(array(0))
+    for _ in range(3):
+        made.inc_max_seq()
+    made.advance_min_seq()
+    assert taken(made) == [0]
+    lru.evicted(0)
+    assert lru.refault(0)
+    lru.add(0)
+    assert by_age(made) == [1, 0, 0, 0]
+    assert made.vmstat.workingset_restore == 1
+
+
 def test_reworked_once_promoted_a_folio_needs_one_sighting_more_each_time() -> None:
     """folio_update_gen() leaves PG_workingset behind."""
     made = aged(2, two_step=True)
