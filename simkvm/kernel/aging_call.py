@@ -252,6 +252,7 @@ class PerFolio(AgeingCall):
         if count < 2:
             return 0, t_ns
         arrivals = ends[:count] - periods[:count]
+        self.task.spend(f"{self.lock}_lock", count * atomic_ns)
         rows = np.empty((count, 6), np.int64)
         rows[:] = (AGE, 1, 0, atomic_ns, costs.walk_ns, FAST)
         rows[:, 2] = arrivals

@@ -198,10 +198,10 @@ class Drive(SwapDevice):
         )
         end_ns = self._dram.write(t_ns, end_ns, self.page_bytes)
         asleep_ns = t_ns + costs.switch_ns
-        task.cpu.sleep(asleep_ns)
+        self.sched.sleep(task, asleep_ns)
         woken_ns = max(asleep_ns, end_ns + costs.interrupt_ns) + costs.wakeup_ns
         t_ns = yield from reach(self.env, woken_ns)
-        task.cpu.enter_kernel(t_ns)
+        t_ns = yield from self.sched.wake(task, t_ns)
         self._was_read(began_ns, t_ns)
         return t_ns
 

@@ -30,7 +30,6 @@ class Kswapd:
         self._env = pgdat.pages.env
         self._wakeup_ns = wakeup_ns
         self._reclaimer = Reclaimer(pgdat, task)
-        self._failures = 0
         self._woken: Event | None = None  # while it sleeps
         self._busy_ns = 0
         self._began_ns = NEVER  #: since when it has worked, if it does
@@ -48,7 +47,7 @@ class Kswapd:
     def wake(self, t_ns: int) -> None:
         """An allocation at ``t_ns`` found too few pages free (``wakeup_kswapd``)."""
         woken = self._woken
-        if woken is None or self._failures >= MAX_RECLAIM_RETRIES:
+        if woken is None or self._pgdat.kswapd_failures >= MAX_RECLAIM_RETRIES:
             return
         self._woken = None
         woken._ok = True
@@ -57,18 +56,25 @@ class Kswapd:
 
     def run(self) -> Generator[Event, Any, None]:
         """Sleep, balance, sleep..."""
-        cpu = self._task.cpu
-        t_ns = 0
+        sched, task = self._pgdat.sched, self._task
+        t_ns = yield from sched.checkpoint(task, 0)
         while True:
-            cpu.sleep(t_ns)
-            self._woken = Event(self._env)
-            t_ns = yield self._woken
-            cpu.enter_kernel(t_ns)
+            if self._may_sleep():
+                sched.sleep(task, t_ns)
+                self._woken = Event(self._env)
+                t_ns = yield self._woken
+                t_ns = yield from sched.wake(task, t_ns)
             self._began_ns = t_ns
             t_ns = yield from self._balance(t_ns)
-            t_ns = yield from reach(self._env, t_ns + cpu.take_stolen())
+            t_ns = yield from reach(self._env, t_ns + task.cpu.take_stolen())
+            t_ns = yield from sched.checkpoint(task, t_ns)
             self._busy_ns += t_ns - self._began_ns
             self._began_ns = NEVER
+
+    def _may_sleep(self) -> bool:
+        """Whether the node is balanced, or hopeless (``prepare_kswapd_sleep``)."""
+        pages = self._pgdat.pages
+        return pages.free >= pages.marks.high or self._pgdat.kswapd_failures >= MAX_RECLAIM_RETRIES
 
     def _balance(self, t_ns: int) -> Steps:
         """``balance_pgdat``: rounds of growing effort until the high watermark is reached."""
@@ -84,5 +90,5 @@ class Kswapd:
             total += sc.reclaimed
             if sc.scanned < sc.nr_to_reclaim or not sc.reclaimed:
                 sc.priority -= 1
-        self._failures = 0 if total else self._failures + 1
+        self._pgdat.kswapd_failures = 0 if total else self._pgdat.kswapd_failures + 1
         return t_ns

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,6 @@ from simkvm.kernel import table_free
 from simkvm.kernel.cacheline import CacheLine, LineCosts
 from simkvm.kernel.cmpxchg_race import CmpxchgRaces, Loads
 from simkvm.kernel.costs import Costs, FreeCosts
-from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dirty_log import DirtyLog
 from simkvm.kernel.dram import Dram
 from simkvm.kernel.file_memory import FileMemory
@@ -34,6 +33,7 @@ from simkvm.kernel.sched import OwnCpus, Scheduler
 from simkvm.kernel.split_cache import SplitCache
 from simkvm.kernel.stage2 import AF, BLOCK, VALID, WRITE, Stage2, TableId
 from simkvm.kernel.swappable import SwappableMemory
+from simkvm.kernel.task import Task
 from simkvm.kernel.tlb import TlbiPath
 from simkvm.kernel.unmap import UnmapCosts, UnmapWalk
 from simkvm.kernel.young_notifier import YoungCalls
@@ -175,14 +175,22 @@ class Kvm:
         memory.root(geometry.root_pages * self.table_bytes)
         self._take_table_pages(geometry.root_pages)
 
-    def map_all(self) -> None:
-        """Have all of the memory mapped before the run begins, as far as the host has room."""
+    def prepare_to_map_all(self) -> None:
+        """Before any guest is mapped: fill the memory caches, and set pages for tables aside."""
         for vcpu in self.vcpus:
             vcpu.fault.fill_cache()
+        if self.pgdat is not None:
+            tables = sum(len(lower.counts) for _, lower, _, _ in self.stage2.steps)
+            self.pgdat.pages.spoken_for += tables + len(self.host.present)
+
+    def map_all(self) -> None:
+        """Have all of the memory mapped before the run begins, as far as the host has room."""
         self.host.map_all()
         self.host.huge[:] = self.huge_pages
         tables = self.stage2.map_all(WRITE, self.huge_pages)
         self._take_table_pages(len(tables))
+        if self.pgdat is not None:
+            self.pgdat.pages.spoken_for -= len(tables)
         self.tables_linked(tables, 0)
         if isinstance(self.host, SwappableMemory):
             for first, last in self.host.swapped_out():
@@ -397,6 +405,7 @@ class Kvm:
 
     def forget_vmid(self, t_ns: int) -> None:
         """What :meth:`flush_vmid` does to the vCPUs."""
+        self.accesses.going(t_ns, 0, 0)
         self.accesses.flushed(t_ns, 0, 0)
 
     def leaf_changes(self, leaf: int, t_ns: int) -> None:
@@ -453,7 +462,7 @@ class Kvm:
 
         Returns when the walk and its invalidation are done.
         """
-        self.accesses.catch_up(t_ns, first, last)
+        self.accesses.going(t_ns, first, last)
         young = self.leaves_change(first, last)
         walk, end = unmap_walk(self, first, last, t_ns)
         self.leaves_changed(young, t_ns, walk.elapsed_ns)
@@ -481,7 +490,7 @@ class Kvm:
     @contextmanager
     def mappings_going(self, t_ns: int) -> Iterator[None]:
         """Around a change that takes rights or mappings away, and translations with them."""
-        self.accesses.catch_up(t_ns, 0, self.leaves)
+        self.accesses.going(t_ns, 0, self.leaves)
         yield
         self.accesses.flushed(t_ns, 0, self.leaves)
 
@@ -490,18 +499,22 @@ class Kvm:
 
         Returns how many pages they mapped, in units of a leaf.
         """
-        self.accesses.catch_up(t_ns, first, last)
+        self.accesses.going(t_ns, first, last)
         removed = UnmapWalk(self.stage2, first, last, FREE, keep=True).pages
         if removed:
             self.accesses.unmapped(t_ns, first, last)
         return removed
 
-    def lock_break(self, cpu: Cpu, t_ns: int) -> bool:
+    def lock_break(self, task: Task, t_ns: int) -> bool:
         """Whether ``cond_resched_rwlock_write`` lets go at ``t_ns``.
 
-        Nobody else runs on the CPUs of the model's actors, so only contention can ask for it.
+        For contention, where the kernel is preemptible, and for another thread that is to run.
         """
-        return self.break_lock and self.mmu_lock.contended
+        return task.need_resched or (self.break_lock and self.mmu_lock.contended)
+
+    def let_others_run(self, task: Task, t_ns: int) -> Generator[Event, Any, int]:
+        """``cond_resched()`` at ``t_ns``, with no lock held; returns when ``task`` goes on."""
+        return (yield from self.sched.checkpoint(task, t_ns + self.costs.ageing.resched_ns))
 
     def zap_host(self, t_ns: int, first: int, last: int) -> int:
         """Remove the host's mappings of these leaves from ``t_ns`` on; returns when it is done."""

@@ -34,9 +34,15 @@ class SizedShadowFault(SizedFaultPath, ShadowFault):
 class SwapTdpFault(SwapFaultPath, TdpFault):
     """The TDP MMU's faults on a host that may run out of memory."""
 
+    def _hopeless(self) -> bool:
+        return self._gave_up
+
 
 class SwapShadowFault(SwapFaultPath, ShadowFault):
     """The shadow MMU's faults on a host that may run out of memory."""
+
+    def _hopeless(self) -> bool:
+        return self._gave_up
 
 
 class Stage2Mmu:

@@ -3,16 +3,19 @@
 Source: mm/oom_kill.c (``out_of_memory``, ``oom_badness``, ``__oom_kill_process``), v6.12. The
 victim is the process with the most memory: pages, swap entries and page tables. That is a result
 of the run, and the others go on. The victim's memory is free at once, as if the OOM reaper
-had no walk to make; :mod:`simkvm.contenders.oom_reaper` has that walk.
+had no walk to make; :mod:`simkvm.contenders.oom_reaper` has that walk. Its page tables and its
+vCPUs' memory caches follow when its process has ended (:mod:`simkvm.kernel.teardown`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from simpy import Event
 
+from simkvm.kernel.swap_fault import SwapFaultPath
 from simkvm.kernel.swappable import SLOT, SwappableMemory
 
 if TYPE_CHECKING:
@@ -20,11 +23,15 @@ if TYPE_CHECKING:
     from simkvm.kernel.pgdat import Pgdat
 
 
-class OomKiller:
-    """Kills VMs among ``kvms``; ``kills``: when, and whom."""
+ProcessExit = Callable[["Kvm", int], Generator[Event, Any, Any]]
 
-    def __init__(self, pgdat: Pgdat, kvms: Sequence[Kvm]) -> None:
+
+class OomKiller:
+    """Kills VMs among ``kvms``; ``kills``: when, and whom. ``exit_of``: how a process ends."""
+
+    def __init__(self, pgdat: Pgdat, kvms: Sequence[Kvm], exit_of: ProcessExit) -> None:
         self._pgdat = pgdat
+        self._exit_of = exit_of
         self._kvms = kvms
         self.kills: list[tuple[int, str]] = []
         pgdat.pages.out_of_memory = self.kill
@@ -43,6 +50,18 @@ class OomKiller:
         host.give_all_up()
         self._pgdat.vmstat.oom_kills += 1
         self.kills.append((t_ns, victim.name))
+        self._pgdat.pages.env.process(self._exit(victim, t_ns))
+
+    def _exit(self, victim: Kvm, t_ns: int) -> Generator[Event, Any, None]:
+        """The victim's process ends, with KVM's hold on it."""
+        yield from self._exit_of(victim, t_ns)
+        host = victim.host
+        assert isinstance(host, SwappableMemory)
+        host.free_tables()
+        for vcpu in victim.vcpus:
+            assert isinstance(vcpu.fault, SwapFaultPath)
+            vcpu.fault.free_cache()
+        self._pgdat.pages.put(victim.stage2.geometry.root_pages)
 
 
 def _badness(kvm: Kvm) -> int:

@@ -3,8 +3,9 @@
 Source: mm/page_alloc.c (``get_page_from_freelist``, ``__alloc_pages_slowpath``,
 ``__setup_per_zone_wmarks``), v6.12. One node, one zone, single pages. Above the low watermark an
 allocation just takes its page; below it kswapd is woken; at the min watermark the allocator
-reclaims by itself (direct reclaim), again and again, until it got its page or has made no progress
-``MAX_RECLAIM_RETRIES`` times: then somebody is killed.
+reclaims by itself (direct reclaim), again and again, until it got its page. When that made no
+progress more than ``MAX_RECLAIM_RETRIES`` times in a row, or all that could be reclaimed would not
+do, somebody is killed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from simkvm.kernel.task import Task, reach
 if TYPE_CHECKING:
     from simkvm.kernel.vmscan import Reclaimer
 
-Steps = Generator[Event, Any, int]
 MAX_RECLAIM_RETRIES: Final = 16
 MIN_FREE_KBYTES: Final = (128, 262144)  #: bounds of what the kernel chooses itself
 
@@ -62,9 +62,10 @@ class HostPages:
         #: Makes the reclaimer of a task that allocates.
         self.reclaimer: Callable[[Task], Reclaimer] | None = None
         self.out_of_memory: Callable[[int], None] = lambda t_ns: None
+        self.reclaimable: Callable[[], int] = lambda: 0  #: pages that reclaim might take
+        self.spoken_for = 0  #: for page tables of guests that are about to be mapped as a whole
         self.allocstalls = 0  #: allocations that had to reclaim themselves
         self.stall_ns = 0
-        self._waiting: list[Event] = []
 
     @property
     def free(self) -> int:
@@ -76,42 +77,73 @@ class HostPages:
         self._unused -= pages
         self.lowest = min(self.lowest, self.free)
 
+    def take_and_wake(self, t_ns: int, pages: int) -> None:
+        """As :meth:`take` at ``t_ns``; kswapd hears of it."""
+        self.take(pages)
+        if self.free <= self.marks.low:
+            self.wake_kswapd(t_ns)
+
     def put(self, pages: int) -> None:
         """Pages are free again."""
         self._unused += pages
 
     def quickly(self, t_ns: int, pages: int = 1) -> bool:
         """Take pages if that needs no reclaim by the caller; may wake kswapd at ``t_ns``."""
-        left = self.free - pages
-        if left <= self.marks.low:
-            self.wake_kswapd(t_ns)
-            if left <= self.marks.min:
-                return False
+        if self._take_above(self.marks.low, pages):
+            return True
+        self.wake_kswapd(t_ns)
+        return self._take_above(self.marks.min, pages)
+
+    def _take_above(self, mark: int, pages: int) -> bool:
+        """Take pages one by one, if each finds more than ``mark`` free (__zone_watermark_ok())."""
+        if self.free - (pages - 1) <= mark:
+            return False
         self.take(pages)
         return True
 
-    def allocate(self, task: Task, t_ns: int, alive: Callable[[], bool], pages: int = 1) -> Steps:
+    def allocate(
+        self, task: Task, t_ns: int, alive: Callable[[], bool], pages: int = 1
+    ) -> Generator[Event, Any, tuple[int, bool]]:
         """Take pages for ``task`` at ``t_ns``, with direct reclaim as long as it takes.
 
-        Returns when it has them; an allocation for somebody who is not ``alive`` any more (the OOM
-        killer's victim) may use the reserve.
+        Returns when it goes on, and whether it has them. Who is ``alive`` always gets them. The OOM
+        killer's victim may use half of the reserve (ALLOC_OOM), and then none.
         """
         t_ns = yield from reach(self.env, t_ns)
         if self.quickly(t_ns, pages):
-            return t_ns
+            return t_ns, True
+        self.allocstalls += 1
+        began_ns = t_ns
+        t_ns, got = yield from self._reclaim_until(task, t_ns, alive, pages)
+        self.stall_ns += t_ns - began_ns
+        return t_ns, got
+
+    def _reclaim_until(
+        self, task: Task, t_ns: int, alive: Callable[[], bool], pages: int
+    ) -> Generator[Event, Any, tuple[int, bool]]:
+        """``__alloc_pages_slowpath``, where the min watermark is not met."""
         assert self.reclaimer is not None
         reclaimer = self.reclaimer(task)
-        self.allocstalls += 1
-        began_ns, fruitless = t_ns, 0
-        while not self.quickly(t_ns, pages):
-            if not alive():
-                self.take(pages)
-                break
-            if fruitless >= MAX_RECLAIM_RETRIES:
-                self.out_of_memory(t_ns)
-                fruitless = 0
+        fruitless = 0
+        while alive():
             progress, t_ns = yield from reclaimer.direct(t_ns)
             t_ns = yield from reach(self.env, t_ns)
+            if self.quickly(t_ns, pages):
+                return t_ns, True
             fruitless = 0 if progress else fruitless + 1
-        self.stall_ns += t_ns - began_ns
-        return t_ns
+            if self._worth_retrying(fruitless, pages):
+                continue
+            # The last look: somebody else may have had the killer come (__alloc_pages_may_oom()).
+            if alive() and self._take_above(self.marks.high, pages):
+                return t_ns, True
+            if alive():
+                self.out_of_memory(t_ns)
+            fruitless = 0
+            if self.quickly(t_ns, pages):
+                return t_ns, True
+        return t_ns, self._take_above(self.marks.min // 2, pages)
+
+    def _worth_retrying(self, fruitless: int, pages: int) -> bool:
+        """Whether reclaim may yet help, if it took all that it can (``should_reclaim_retry``)."""
+        available = self.free + self.reclaimable()
+        return fruitless <= MAX_RECLAIM_RETRIES and available - (pages - 1) > self.marks.min

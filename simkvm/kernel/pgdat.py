@@ -5,7 +5,7 @@ Source: include/linux/mmzone.h (``pg_data_t``) and the names of /proc/vmstat, v6
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -14,6 +14,8 @@ from simkvm.kernel.lrugen import ListedLruvec
 from simkvm.kernel.memcg_lru import MemcgLru
 from simkvm.kernel.mglru import MIN_LRU_BATCH
 from simkvm.kernel.page_alloc import HostPages
+from simkvm.kernel.reclaim_throttle import ReclaimThrottle
+from simkvm.kernel.sched import Scheduler
 from simkvm.kernel.swap import SwapDevice
 from simkvm.kernel.vmstat import Vmstat
 
@@ -34,6 +36,7 @@ class Pgdat:
 
     pages: HostPages
     swap: SwapDevice | None
+    sched: Scheduler
     vmstat: Vmstat = field(default_factory=Vmstat)
     lruvecs: list[FolioLists] = field(default_factory=list)
     kvms: list[list[Kvm]] = field(default_factory=list)
@@ -46,13 +49,39 @@ class Pgdat:
     next_memcg: int = 0  #: at which a direct reclaimer of the classic LRU begins
     min_ttl_ns: int = 0  #: what may not be evicted for that long (min_ttl_ms); 0: no matter
     walked_at: dict[str, int] = field(default_factory=dict)  #: touches of a guest when walked last
+    kswapd_failures: int = 0  #: runs of kswapd in a row that took nothing; others reset it
     stalls: list[int] = field(default_factory=list)  #: begin, end, begin, end... of stalled tasks
 
+    jiffy_ns: int = 4_000_000
+
     def __post_init__(self) -> None:
+        self.throttle = ReclaimThrottle(self, self.jiffy_ns)
         self.memcg_lru: MemcgLru
         swap = self.swap
         if swap is not None:
+            swap.sched = self.sched
             self.pages.pool = lambda: swap.pool_pages
+        if self.drive is not None:
+            self.drive.sched = self.sched
+        self.pages.reclaimable = self._reclaimable
+
+    def _reclaimable(self) -> int:
+        """Pages of files, and anonymous ones if there is a slot left (``zone_reclaimable_pages``).
+
+        Isolated ones count, as they did up to v4.8: a batch is a small part of a host's memory, but
+        may be a large one of a host that was scaled down.
+        """
+        slots = self.swap is not None and self.swap.free_slots > 0
+        return sum(self._hosts(lambda host: host.page_count if slots or host.file else 0))
+
+    def write_pending(self) -> int:
+        """Pages that are being written (NR_ZONE_WRITE_PENDING)."""
+        return sum(self._hosts(lambda host: len(host.writing)))
+
+    def _hosts(self, what: Callable[[SwappableMemory], int]) -> Iterator[int]:
+        for number, kvms in enumerate(self.kvms):
+            for place in range(len(kvms)):
+                yield what(self.memory(number, place))
 
     def charge(self, lruvecs: Sequence[FolioLists], rng: np.random.Generator) -> None:
         """These are the memcgs; ``rng`` draws their places in the order of reclaim."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from simkvm.kernel.cpu import GUEST
 from simkvm.kernel.tlb import TlbiPath
 from simkvm.scenario.machine import Machine
 
@@ -51,12 +50,7 @@ class Ipi:
 
     def flush(self, kvm: Kvm, t_ns: int) -> int:
         """Flush all vCPUs of ``kvm`` at ``t_ns``, not later than now; returns when that is done."""
-        running = 0
-        for vcpu in kvm.vcpus:
-            inside = vcpu.task.on_cpu and vcpu.cpu.state(t_ns) is GUEST
-            vcpu.catch_up(t_ns)
-            vcpu.interrupted(t_ns, self._exit_ns if inside else 0)
-            running += inside
+        running = kvm.accesses.interrupted(t_ns, self._exit_ns)
         self.flushes += 1
         self.interrupts += running
         if not running:

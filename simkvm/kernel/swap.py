@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from simpy import Environment, Event
 
+from simkvm.kernel.sched import OwnCpus, Scheduler
 from simkvm.kernel.task import Task
 from simkvm.observe.histogram import Histogram
 
@@ -47,6 +48,7 @@ class SwapDevice(ABC):
 
     def __init__(self, env: Environment, capacity: int, page_bytes: int) -> None:
         self.env = env
+        self.sched: Scheduler = OwnCpus()  #: whom readers leave their CPUs to
         self.capacity = capacity
         self.page_bytes = page_bytes
         self.used = 0

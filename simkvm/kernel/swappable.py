@@ -89,12 +89,13 @@ class SwappableMemory(HostMemory):
 
     # -- pages that come and go -----------------------------------------------------------------
 
-    def table_page(self, leaf: int) -> None:
-        """The host's own table for ``leaf`` needs a page, once."""
-        table = leaf // self.entries
-        if not self._tables[table]:
-            self._tables[table] = True
-            self.pages.take()
+    def lacks_table(self, leaf: int) -> bool:
+        """Whether there is no table of the host's own for ``leaf`` yet."""
+        return not self._tables[leaf // self.entries]
+
+    def table_linked(self, leaf: int) -> None:
+        """A page that was allocated became the host's own table for ``leaf``."""
+        self._tables[leaf // self.entries] = True
 
     @property
     def table_pages(self) -> int:
@@ -115,20 +116,50 @@ class SwappableMemory(HostMemory):
         leaves = len(self.state)
         self._tables[:] = True
         self.pages.take(len(self.present))
-        room = max(0, self.pages.free - self.pages.marks.high)
-        out = max(0, leaves - room)
+        self.pages.spoken_for -= len(self.present)
+        out = self._without_room(leaves)
         super().map_all()
         if out:
-            gone = np.arange(out)
-            assert self.device is not None, "checked before: there is swap for what does not fit"
-            self.device.allocate(out)
-            self.lru.remove(gone)
-            self.state[:out] = 0
-            self.swap[:out] = SLOT
-            self._recount()
+            self._swap_out(np.arange(out))
         self.state &= np.uint8(~YOUNG & 0xFF)
         self.lru.all_old()  # type: ignore[attr-defined]
         self.pages.take(leaves - out)
+
+    def _without_room(self, leaves: int) -> int:
+        """Slots for those of ``leaves`` that have no room, above the high watermark; their number.
+
+        Compressed swap takes room itself.
+        """
+        pages, out = self.pages, 0
+        kept = pages.marks.high + pages.spoken_for
+        while out < leaves and (lacking := leaves - out - (pages.free - kept)) > 0:
+            assert self.device is not None, "checked before: there is swap for what does not fit"
+            taken = self.device.allocate(min(lacking, leaves - out))
+            assert taken, "checked before: it holds what does not fit"
+            out += taken
+        return out
+
+    def populate(self, first: int, last: int, huge: bool) -> int:
+        """As :meth:`HostMemory.populate`, before the run begins: what is too much is swapped out.
+
+        As eviction would: what was written first goes first.
+        """
+        before = self.page_count_of(first, last)
+        lacking = super().populate(first, last, huge)
+        self._tables[first // self.entries : -(-last // self.entries)] = True
+        self.pages.take(len(self.present))
+        came = self.page_count_of(first, last) - before
+        out = self._without_room(came)
+        if out:
+            self._swap_out(first + np.arange(out))
+        self.pages.take(came - out)
+        return lacking
+
+    def _swap_out(self, leaves: NDArray[np.int64]) -> None:
+        self.lru.remove(leaves)
+        self.state[leaves] = 0
+        self.swap[leaves] = SLOT
+        self._recount()
 
     def swapped_out(self) -> list[tuple[int, int]]:
         """Ranges of leaves whose content is in swap alone."""
@@ -147,7 +178,7 @@ class SwappableMemory(HostMemory):
         slots = int(np.count_nonzero(swap & SLOT))
         self._free_slots(slots)
         cached = first + np.flatnonzero((swap & CACHED) > (self.state[first:last] & OWN))
-        for leaf in cached.tolist():
+        for leaf in (first + np.flatnonzero(swap & WRITEBACK)).tolist():
             self.writing.pop(leaf, None)
         swap[:] = 0
         self.lru.remove(cached)
@@ -167,6 +198,11 @@ class SwappableMemory(HostMemory):
     def give_all_up(self) -> None:
         """The owner was killed: nothing of its memory is left."""
         self.zap(0, len(self.state))
+
+    def free_tables(self) -> None:
+        """The end of the address space: its page tables go (``free_pgtables``)."""
+        self.pages.put(self.table_pages)
+        self._tables[:] = False
 
     # -- out and in -----------------------------------------------------------------------------
 

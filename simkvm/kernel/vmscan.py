@@ -71,6 +71,9 @@ class Reclaimer:
         for priority in range(DEF_PRIORITY, -1, -1):
             sc.priority = priority
             t_ns = yield from self.shrink_node(sc, t_ns)
+            t_ns = yield from self._pgdat.throttle.consider(
+                self._task, t_ns, priority, sc.reclaimed, sc.scanned
+            )
             if sc.reclaimed >= sc.nr_to_reclaim:
                 break
         return sc.reclaimed, t_ns
@@ -183,6 +186,8 @@ class Reclaimer:
     def _account(self, sc: ScanControl, scanned: int, freed: int, active: int) -> None:
         sc.scanned += scanned
         sc.reclaimed += freed
+        if freed:
+            self._pgdat.kswapd_failures = 0
         vmstat = self._pgdat.vmstat
         vmstat.pgactivate += active
         if sc.kswapd:
@@ -223,6 +228,8 @@ class Reclaimer:
             t_ns = yield from reach(self._env, t_ns)
             if used:
                 return "used", t_ns
+            if not host.fast[leaf] & OWN:
+                return "gone", t_ns  # somebody gave it up while it was looked at
             if not self._add_to_swap(host, leaf):
                 return "active", t_ns
             t_ns = yield from self._unmap(kvm, host, leaf, t_ns)
@@ -236,8 +243,10 @@ class Reclaimer:
             return "active", t_ns  # the flusher's to write
         if swap & DIRTY:
             t_ns, written = yield from self._write(host, leaf, t_ns)
-            if not written:
+            if not written and host.fast_swap[leaf] & CACHED:
                 return "writeback", t_ns
+        if not host.fast_swap[leaf] & CACHED:
+            return "gone", t_ns  # somebody gave it up while it was written
         if host.fast[leaf] & OWN or host.fast_swap[leaf] & DIRTY:
             return "active", t_ns
         return "freed", self._free(kvm, host, leaf, t_ns)
@@ -302,6 +311,8 @@ class Reclaimer:
             t_ns = yield from reach(self._env, t_ns)
             host.fast_swap[leaf] &= ~WRITEBACK & 0xFF
             return t_ns, True
+        if not host.fast_swap[leaf] & WRITEBACK:
+            return t_ns, False  # somebody gave it up meanwhile
         token = host.writing[leaf] = object()
         self._env.process(self._end_writeback(host, leaf, token, done[0]))
         return t_ns, False

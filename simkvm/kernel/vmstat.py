@@ -21,7 +21,7 @@ class Vmstat:
     nr_written: int = 0  #: pages of files that were written back
     pgmajfault: int = 0  #: faults that read from swap, or from a file
     swap_cache_hits: int = 0  #: faults that found their page in the swap cache
-    first_faults: int = 0  #: faults on pages that were never there
+    first_faults: int = 0  #: faults that took a fresh page, cleared
     workingset_refault: int = 0  #: evicted folios that came back
     workingset_activate: int = 0  #: of those the ones that came back after a short time
     workingset_restore: int = 0  #: and that had been, or are at once, in the working set

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Generator, Iterator
 from functools import partial
-from itertools import count, cycle
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from simpy import Environment, Event, Process
 from simkvm import contenders, selftests
 from simkvm.contenders.contender import Contender
 from simkvm.guest import patterns, workloads
+from simkvm.guest.lazy import Lazy
 from simkvm.guest.software_af import vcpu_class
 from simkvm.kernel import bugs
 from simkvm.kernel.aging import AgeingThread
@@ -54,6 +55,7 @@ from simkvm.scenario.swap import Nvme
 from simkvm.selftests.main_thread import MainThread
 
 FIRST_SAMPLE_NS = 1_000_000
+NS_PER_S = 1_000_000_000
 
 
 def simulate(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Record:
@@ -80,11 +82,11 @@ class World:
         self.dram = Dram.of(machine)
         self.remote_flush = FLUSHES[kernel["remote_flush"]].of(machine)
         self.guests = virtual_machines(scenario, machine)
-        self.pgdat = self._pgdat()
         self.cpus = self._cpus()
         self.rcu = self._rcu()
         self.teardowns: list[Teardown] = []
         self.sched = self._scheduler()
+        self.pgdat = self._pgdat()
         shared = isinstance(self.sched, FairScheduler)
         self._free_cpus: Iterator[Cpu] = cycle(self.cpus) if shared else iter(self.cpus)
         self.kvms = [self._guest(name, guest) for name, guest in self.guests.items()]
@@ -96,9 +98,11 @@ class World:
         else:
             self.selftest = selftests.build(self)
             self._free_cpus = self.selftest.spare_cpus
-        for kvm in self.kvms:
-            if self.guests[kvm.name].mapped:
-                kvm.map_all()
+        mapped = [kvm for kvm in self.kvms if self.guests[kvm.name].mapped]
+        for kvm in mapped:
+            kvm.prepare_to_map_all()
+        for kvm in mapped:
+            kvm.map_all()
         self.ageing: AgeingThread | None = None
         if scenario.ageing is not None:
             task = Task("ageing", next(self._free_cpus))
@@ -111,7 +115,7 @@ class World:
             task = Task("kswapd", next(self._free_cpus), {})
             self.kswapd = Kswapd(self.pgdat, task, round(machine["wakeup_ns"]))
             self.pgdat.pages.reclaimer = partial(Reclaimer, self.pgdat)
-            OomKiller(self.pgdat, self.kvms)
+            OomKiller(self.pgdat, self.kvms, self._process_exit)
             files = [kvm for kvm in self.kvms if self.pgdat.memory_of(kvm).file]
             if files:
                 task = Task("flusher", next(self._free_cpus))
@@ -207,6 +211,8 @@ class World:
     def _other_tasks(self) -> Iterator[Task]:
         if self.ageing is not None:
             yield self.ageing.task
+        if self.kswapd is not None:
+            yield self.kswapd.task
         if self.lru_gen is not None:
             yield self.lru_gen.task
         if self.flusher is not None:
@@ -260,10 +266,12 @@ class World:
         return Pgdat(
             HostPages(self.env, total, page_bytes, marks),
             swap,
+            self.sched,
             lru_gen=host.memory.lru_gen,
             swappiness=host.memory.swappiness,
             min_ttl_ns=host.memory.min_ttl,
             drive=drive,
+            jiffy_ns=NS_PER_S // host.hz,
         )
 
     def _vcpus(self, kvm: Kvm, guest: Guest) -> None:
@@ -272,6 +280,12 @@ class World:
         if workloads.is_workload(guest.access):
             streams = [self.stream(f"{name}/vcpu{index}") for index in range(guest.vcpus)]
             workloads.join(kvm, guest, self._free_cpus, streams, layout, self.machine)
+            return
+        if guest.engine == "lazy":
+            cpus = islice(self._free_cpus, guest.vcpus)
+            engine = Lazy(kvm, guest.access, cpus, layout, self.stream(f"{name}/accesses"))
+            kvm.accesses = engine
+            kvm.vcpus += engine.vcpus
             return
         for index in range(guest.vcpus):
             chunks = patterns.build(
@@ -338,6 +352,11 @@ class World:
         other = Task(f"{kvm.name}/close", next(self._free_cpus))
         yield end(kvm, task, "process_exit", spec.at, last=False)
         yield end(kvm, other, "close_vm", spec.close_at or spec.at)
+
+    def _process_exit(self, kvm: Kvm, t_ns: int) -> Generator[Event, Any, Any]:
+        """The owner of a VM ends at ``t_ns``, unasked."""
+        task = Task(f"{kvm.name}/exit", kvm.vcpus[0].cpu, on_cpu=False)
+        return teardown_of(self.kernel)(kvm, task, "process_exit", t_ns).run()
 
     # -- running ------------------------------------------------------------------------------
 

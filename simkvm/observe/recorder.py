@@ -57,7 +57,7 @@ class Recorder:
     def finish(self, world: World, end_ns: int) -> Record:
         """The record of ``world``, which ended at ``end_ns``."""
         for kvm in world.kvms:
-            kvm.accesses.catch_up(end_ns, 0, kvm.leaves)
+            kvm.accesses.catch_up(end_ns, 0, 0)
         self.absorb(world, everything=True)
         passes = [
             *(world.ageing.passes if world.ageing else []),

@@ -240,6 +240,13 @@ class Guest(Model):
         "anonymous, swapped out if there is swap; or a shared mapping of a file on a drive, whose "
         "pages are dropped when they are clean and written back when they are not.",
     )
+    engine: Literal["explicit", "lazy"] = Field(
+        default="explicit",
+        description="How touches are followed: one by one, or (lazy) counted, with accessed flags "
+        "and faults drawn when somebody could tell, so that a run costs what its faults and scans "
+        "cost however much is touched. lazy is for uniform, zipf and hot_cold, and gives the same "
+        "in distribution, not touch for touch.",
+    )
     mapped: bool = Field(
         default=False,
         description="Whether all of the memory is mapped, in the host and in stage 2, when the "

@@ -36,6 +36,8 @@ from simkvm.units import format_count, format_duration, format_size
 WIDTH = 100
 END_OF_VMS = "End of VMs"
 WORK = "Requests and work done"
+RECLAIM = "Reclaim, in pages"
+KSWAPD = "kswapd's time, by function with what it calls"
 TABLES_AND_RCU = "RCU and stage-2 tables"
 CALLBACKS = "What RCU callbacks do"
 MOST_VIOLATIONS = 5
@@ -52,7 +54,9 @@ def run_report(result: ResultLike) -> Group:
         headline(result),
         *printed(result),
         guest_table(result),
-        *work_table(result),
+        *one_row(result, WORK),
+        *one_row(result, RECLAIM),
+        *one_row(result, KSWAPD),
         ageing_table(result),
         *lock_tables(result),
         rcu_table(result),
@@ -154,15 +158,14 @@ def guest_table(result: ResultLike) -> RenderableType:
     return titled_table("Guests", headers, [*_rows_by_guest(result), *rows])
 
 
-def work_table(result: ResultLike) -> list[RenderableType]:
-    """What users of the guests saw; nothing if no guest works for any."""
-    columns = SWEEP_TABLES[WORK]
-    shown = [(header, cell(result)) for header, cell in columns]
+def one_row(result: ResultLike, title: str) -> list[RenderableType]:
+    """A table of a sweep for one run; nothing if no column has anything to say."""
+    shown = [(header, cell(result)) for header, cell in SWEEP_TABLES[title]]
     shown = [(header, found) for header, found in shown if found != NOTHING]
     if not shown:
         return []
     headers, row = zip(*shown, strict=True)
-    return [titled_table(WORK, headers, [row], left=0)]
+    return [titled_table(title, headers, [row], left=0)]
 
 
 def ageing_table(result: ResultLike) -> RenderableType:
@@ -475,6 +478,15 @@ def _some(value: Any) -> str:
     return _count(value) if value else NOTHING
 
 
+def _share(value: Any) -> str:
+    """A share in percent; nothing for none at all."""
+    return NOTHING if _missing(value) or not value else f"{100 * value:.3g}%"
+
+
+def _quotient(value: Any) -> str:
+    return NOTHING if _missing(value) else f"{value:.3g}"
+
+
 def _size_of(value: object) -> str:
     return format_size(value) if isinstance(value, int) else str(value)
 
@@ -502,6 +514,31 @@ SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("max", _figure("latency_max_ns", _time)),
         ("bytes/s", _figure("bytes_per_s", _size)),
         ("loads/s", _figure("loads_per_s", _count)),
+    ),
+    RECLAIM: (
+        ("scanned\nkswapd", _figure("pgscan_kswapd", _count_made)),
+        ("direct", _figure("pgscan_direct", _count_made)),
+        ("stolen\nkswapd", _figure("pgsteal_kswapd", _count_made)),
+        ("direct", _figure("pgsteal_direct", _count_made)),
+        ("swapped\nin", _figure("pswpin", _count_made)),
+        ("out", _figure("pswpout", _count_made)),
+        ("alloc\nstalls", _figure("allocstall", _count_made)),
+        ("stalled\nsome", _figure("psi_some_ratio", _share)),
+        ("full", _figure("psi_full_ratio", _share)),
+        ("mmu_lock\nwrites\na page", _figure("mmu_lock_writes_per_stolen_page", _quotient)),
+        ("OOM\nkills", _figure("oom_kills", _count_made)),
+    ),
+    KSWAPD: (
+        ("busy", _figure("kswapd_busy_ratio", _share)),
+        ("folio_\nreferenced", _figure("kswapd_share_folio_referenced_ratio", _share)),
+        ("look_\naround", _figure("kswapd_share_look_around_ratio", _share)),
+        ("notifier", _figure("kswapd_share_notifier_ratio", _share)),
+        ("write\nlock", _figure("kswapd_share_write_lock_ratio", _share)),
+        ("read\nlock", _figure("kswapd_share_read_lock_ratio", _share)),
+        ("ageing\nwalk", _figure("kswapd_share_ageing_ratio", _share)),
+        ("unmap", _figure("kswapd_share_unmap_ratio", _share)),
+        ("compres-\nsion", _figure("kswapd_share_compression_ratio", _share)),
+        ("swap\nwrite", _figure("kswapd_share_swap_writepage_ratio", _share)),
     ),
     "mmu_lock": (
         ("fault\nwait\np50", _at_site("fault", "wait", "p50")),
