@@ -28,7 +28,7 @@ MIN_FREE_KBYTES: Final = (128, 262144)  #: bounds of what the kernel chooses its
 
 @dataclass(frozen=True)
 class Watermarks:
-    """In pages: below ``low`` kswapd starts, at ``high`` it stops, ``min`` is a reserve."""
+    """In pages: below ``low`` kswapd starts, above ``high`` it stops, ``min`` is a reserve."""
 
     min: int
     low: int
@@ -71,6 +71,11 @@ class HostPages:
     def free(self) -> int:
         """Free pages."""
         return self._unused - self.pool()
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the high watermark is met (``pgdat_balanced``)."""
+        return self.free > self.marks.high
 
     def take(self, pages: int = 1) -> None:
         """Take pages that nobody can refuse."""
@@ -127,9 +132,6 @@ class HostPages:
             fruitless = 0 if progress else fruitless + 1
             if self._worth_retrying(fruitless, pages):
                 continue
-            # The last look: somebody else may have had the killer come (__alloc_pages_may_oom()).
-            if alive() and self._take_above(self.marks.high, pages):
-                return t_ns, True
             if alive():
                 self.out_of_memory(t_ns)
             fruitless = 0

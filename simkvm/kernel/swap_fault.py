@@ -4,8 +4,8 @@ Source: mm/memory.c (``do_anonymous_page``, ``do_swap_page``), v6.12. A page tha
 one that is free: the allocation may reclaim. A swapped page is read; while it is read its folio is
 locked, and who else comes for it waits. One that is still in the swap cache is just mapped again.
 
-Whatever had to be waited for, the host's entry is looked at again, under its table's lock, before it
-is changed (``pte_same``): if somebody was quicker the page is given back and GUP begins anew.
+Whatever had to be waited for, the host's entry is looked at again, under its table's lock, before
+it is changed (``pte_same``): if somebody was quicker the page is given back and GUP begins anew.
 
 KVM looked at the invalidation sequence before all that (``mmu_invalidate_seq``): if anything of the
 VM was taken back meanwhile, which under pressure is likely, the fault is taken a second time. Pages
@@ -106,14 +106,19 @@ class SwapFaultPath(FaultPath):
         return t_ns
 
     def _wait_for_folio(self, t_ns: int) -> Steps:
-        """Somebody reads the page in, or is about to evict it: sleep until the folio is free."""
-        sched = self._kvm.sched
+        """Somebody reads the page in, or is about to evict it: sleep until the folio is free.
+
+        That is a stall (PSI) if it went a short time ago (``folio_wait_bit_common``: a folio of the
+        working set that is not up to date).
+        """
+        sched, thrashing = self._kvm.sched, self._leaf in self._host.thrashing
         sched.sleep(self._task, t_ns)
         at_ns: int = yield self._host.folio_unlocked(self._leaf)
         woken_ns = max(t_ns, at_ns + self._kvm.costs.wakeup_ns)
         woken_ns = yield from reach(self._env, woken_ns)
         woken_ns = yield from sched.wake(self._task, woken_ns)
-        self._pgdat.stalled(t_ns, woken_ns)
+        if thrashing:
+            self._pgdat.stalled(t_ns, woken_ns)
         return woken_ns
 
     def _beaten_ns(self) -> int:
@@ -233,9 +238,12 @@ class SwapFaultPath(FaultPath):
         began_ns = t_ns
         vmstat.pgmajfault += 1
         vmstat.pswpin += 1
+        if self._host.lru.refault(self._leaf):  # type: ignore[attr-defined]
+            self._host.thrashing.add(self._leaf)
         t_ns = yield from device.read(self._task, t_ns)
-        self._pgdat.stalled(began_ns, t_ns)
-        self._host.lru.refault(self._leaf)  # type: ignore[attr-defined]
+        if self._leaf in self._host.thrashing:
+            self._host.thrashing.remove(self._leaf)
+            self._pgdat.stalled(began_ns, t_ns)
         return t_ns + self._costs.gup_swap_ns
 
     # -- the host's entry -----------------------------------------------------------------------

@@ -238,7 +238,9 @@ class World:
         if host.swap is not None:
             stream = self.stream("swap")
             swap = SwapDevice.of(self.env, host.swap, self.machine, stream, self.dram, page_bytes)
-        return Pgdat(HostPages(self.env, total, page_bytes, marks), swap, self.sched, jiffy_ns=jiffy_ns)
+        return Pgdat(
+            HostPages(self.env, total, page_bytes, marks), swap, self.sched, jiffy_ns=jiffy_ns
+        )
 
     def _vcpus(self, kvm: Kvm, guest: Guest) -> None:
         name = kvm.name

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from worlds import KIB, MIB, MS, US, scenario
+from worlds import KIB, MS, US, scenario
 
 from simkvm.kernel.host_memory import OWN, PRESENT, WRPROTECT
 from simkvm.kernel.kvm import Kvm
@@ -27,6 +27,7 @@ KERNELS = {
     "x86": ["linux-6.12-x86", "linux-6.15-x86", "linux-6.12-x86-shadow"],
 }
 MACHINES = {"arm64": ["ampere-altra-80c", "graviton3-64c"], "x86": ["x86-icelake-64c"]}
+PLACES = (0, SLOT, SLOT | CACHED)  #: of a page that is not mapped: nowhere, in swap, in its cache
 STEPS = 400_000  #: events after which a run is taken for one that never ends
 DURATION = 6 * MS
 
@@ -76,7 +77,9 @@ def pressed(dice: Random) -> Scenario:
         },
         guests=guests,
         duration=DURATION if takers or dice.random() < 0.5 else None,
-        ageing={"interval": dice.choice([0, 300 * US]), "passes": 3} if dice.random() < 0.2 else None,
+        ageing={"interval": dice.choice([0, 300 * US]), "passes": 3}
+        if dice.random() < 0.2
+        else None,
         contenders=takers,
         ties=dice.choice(["fifo", "shuffle"]),
     )
@@ -154,7 +157,6 @@ class Watch:
             self.hosts.append(kvm.host)
         self.contents = [Contents(kvm) for kvm in world.kvms]
         self.steps = 0
-        self.ended: set[str] = set()  # VMs that are gone with all they had
 
     def after_event(self) -> None:
         """What must hold now."""
@@ -172,22 +174,22 @@ class Watch:
         pages = self.pgdat.pages
         held = sum(host.page_count + host.table_pages for host in self.hosts)
         for kvm in self.world.kvms:
-            if self.gone(kvm):
-                continue
-            held += kvm.tables_allocated - kvm.tables_freed + kvm.stage2.geometry.root_pages
+            held += kvm.tables_allocated - kvm.tables_freed  # with those that wait for RCU
             for vcpu in kvm.vcpus:
                 assert isinstance(vcpu.fault, SwapFaultPath)
                 assert vcpu.fault.cached >= 0
                 held += vcpu.fault.cached + vcpu.fault.in_flight
+            if kvm.alive or any(vcpu.fault.cached for vcpu in kvm.vcpus):
+                held += kvm.stage2.geometry.root_pages
         pool = 0 if self.pgdat.swap is None else self.pgdat.swap.pool_pages
         assert pages.total - pages.free == held + pool, "a page is lost, or there twice"
         assert pages.free >= 0, "more was taken than there is"
 
-    def gone(self, kvm: Kvm) -> bool:
-        """Whether the OOM killer's work on a VM is over."""
-        return not kvm.alive and kvm.tree_freed and not any(
-            vcpu.fault.cached for vcpu in kvm.vcpus
-        )
+    def quiet(self) -> bool:
+        """Whether nobody gives pages up and the run came to its end."""
+        scenario = self.world.scenario
+        killed = self.pgdat.vmstat.oom_kills
+        return scenario.duration is None and not scenario.contenders and not killed
 
     def slots_are_those_of_leaves(self) -> None:
         """Slots in use are those that leaves have."""
@@ -197,10 +199,11 @@ class Watch:
     def at_end(self, record: Record) -> None:
         """What must hold of the whole run."""
         vmstat, contents = self.pgdat.vmstat, self.contents
-        assert vmstat.first_faults == sum(each.fresh for each in contents)
-        assert vmstat.swap_cache_hits == sum(each.hits for each in contents)
-        assert vmstat.pswpout == sum(each.written for each in contents)
-        assert vmstat.pgmajfault >= sum(each.read for each in contents)
+        fresh, read, cached = (sum(each.came[where] for each in contents) for where in PLACES)
+        assert (vmstat.first_faults, vmstat.swap_cache_hits) == (fresh, cached)
+        in_vain = vmstat.pgmajfault - read  # given up while they were read, or not yet there
+        assert in_vain >= 0
+        assert in_vain == 0 or not self.quiet()
         stalls = np.array(self.pgdat.stalls, np.int64).reshape(-1, 2)
         assert (stalls[:, 0] < stalls[:, 1]).all()
         assert 0 <= record.summary["psi_full_ratio"] <= record.summary["psi_some_ratio"] <= 1
@@ -246,18 +249,23 @@ class Contents:
         self.host = kvm.host
         self.versions = np.zeros(kvm.leaves, np.int64)
         self.stored = np.zeros(kvm.leaves, np.int64)
-        self.state, self.swap = self.host.state.copy(), self.host.swap.copy()
+        self.swap = self.host.swap.copy()
         self.writable = np.zeros(kvm.leaves, np.bool_)
-        self.fresh = self.hits = self.read = self.written = 0
+        self.written = 0
+        self.came = dict.fromkeys(PLACES, 0)  # pages that faults mapped, by their places
+        self.install = self.host.install
+        self.host.install = self.installed  # type: ignore[method-assign]
+
+    def installed(self, leaf: int, own: bool) -> None:
+        """A fault maps a page."""
+        if own and not self.host.fast[leaf] & OWN:
+            self.came[self.host.fast_swap[leaf] & (SLOT | CACHED)] += 1
+        self.install(leaf, own)
 
     def follow(self) -> None:
         """What the last event did."""
-        host, before, swap = self.host, self.state, self.swap
+        host, swap = self.host, self.swap
         state, now = host.state, host.swap
-        came = ((state & OWN) != 0) & ((before & OWN) == 0)
-        self.fresh += int(np.count_nonzero(came & (swap == 0)))
-        self.hits += int(np.count_nonzero(came & ((swap & CACHED) != 0)))
-        self.read += int(np.count_nonzero(came & (swap == SLOT)))
         written = ((swap & (SLOT | DIRTY)) != SLOT) & ((now & (SLOT | DIRTY)) == SLOT)
         self.stored[written] = self.versions[written]
         self.written += int(np.count_nonzero(written))
@@ -269,7 +277,7 @@ class Contents:
         writable = (self.kvm.stage2.leaf.entries[: self.kvm.leaves] & WRITE) != 0
         self.versions[writable & ~self.writable] += 1
         self.writable = writable
-        self.state, self.swap = state.copy(), now.copy()
+        self.swap = now.copy()
 
 
 def run_watched(spec: Scenario) -> tuple[World, Record]:
