@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import ceil
 from typing import TYPE_CHECKING, Final
 
 from pydantic import Field
 
 from simkvm.scenario.errors import Keys, Problem
 from simkvm.scenario.fields import Model, Size
+from simkvm.scenario.swap import Swap, Zram
 from simkvm.units import exact_size
 
 if TYPE_CHECKING:
@@ -96,8 +98,21 @@ def _room(scenario: Scenario, memory: Memory, guests: Mapping[str, Guest]) -> It
         yield Problem(("host", "memory", "size"), message)
         return
     mapped = sum(guest.memory_pages for guest in guests.values() if guest.mapped)
-    over = (mapped + fixed + marks.high - total) * page
-    swap = scenario.host.swap
-    if over > 0 and (swap is None or (swap.size is not None and swap.size < over)):
-        message = f"guests that are mapped from the start exceed it by {exact_size(over)}"
-        yield Problem(("host", "memory", "size"), f"{message}: host.swap has to hold that")
+    over = mapped + fixed + marks.high - total
+    if over > 0:
+        yield from _swapped_from_the_start(scenario.host.swap, over, mapped, page)
+
+
+def _swapped_from_the_start(
+    swap: Swap | None, over: int, mapped: int, page: int
+) -> Iterator[Problem]:
+    """Whether ``over`` of the ``mapped`` pages have a place in swap; a compressed one needs room."""
+    stored = swap.stored if isinstance(swap, Zram) else 0.0
+    out = ceil(over / (1 - stored)) if stored < 1 else mapped + 1
+    message = f"guests that are mapped from the start exceed it by {exact_size(over * page)}"
+    if out > mapped:
+        message = f"{message}, and compressed they have no room either"
+        yield Problem(("host", "memory", "size"), message)
+    elif swap is None or (swap.size is not None and swap.size < out * page):
+        message = f"{message}: host.swap has to hold {exact_size(out * page)}"
+        yield Problem(("host", "memory", "size"), message)

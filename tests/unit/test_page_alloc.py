@@ -20,7 +20,9 @@ ROUND_NS = 1000
 class Host:
     """A host of 100 pages whose reclaim gives what it is told to."""
 
-    def __init__(self, used: int = 0, gains: list[int] | None = None, reclaimable: int = 50) -> None:
+    def __init__(
+        self, used: int = 0, gains: list[int] | None = None, reclaimable: int = 50
+    ) -> None:
         self.env = Environment()
         self.pages = HostPages(self.env, 100, 4 * KIB, MARKS)
         self.pages.take(used)
@@ -74,7 +76,9 @@ def test_the_scale_factor_widens_the_marks() -> None:
     assert (marks.min, marks.low, marks.high) == (1024, 4024, 7024)
 
 
-@pytest.mark.parametrize(("free", "wakes", "gets"), [(21, 0, 1), (20, 1, 1), (11, 1, 1), (10, 1, 0)])
+@pytest.mark.parametrize(
+    ("free", "wakes", "gets"), [(21, 0, 1), (20, 1, 1), (11, 1, 1), (10, 1, 0)]
+)
 def test_marks_are_compared_with_what_is_free_before(free: int, wakes: int, gets: int) -> None:
     """``__zone_watermark_ok``: an order-0 page may be taken if more than the mark are free."""
     host = Host(used=100 - free)
