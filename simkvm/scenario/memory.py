@@ -32,7 +32,7 @@ class Memory(Model):
     min_free: Size | None = Field(
         default=None,
         description="Reserve below which an allocation reclaims by itself (vm.min_free_kbytes); "
-        "null: what the kernel computes of the size, 4 times the root of 16 times the KiB.",
+        "null: what the kernel computes of the size, the root of 16 times the KiB.",
     )
     watermark_scale: int = Field(
         default=10,
@@ -106,7 +106,7 @@ def _room(scenario: Scenario, memory: Memory, guests: Mapping[str, Guest]) -> It
 def _swapped_from_the_start(
     swap: Swap | None, over: int, mapped: int, page: int
 ) -> Iterator[Problem]:
-    """Whether ``over`` of the ``mapped`` pages have a place in swap; a compressed one needs room."""
+    """Whether ``over`` of the ``mapped`` pages have a place in swap; compressed ones need room."""
     stored = swap.stored if isinstance(swap, Zram) else 0.0
     out = ceil(over / (1 - stored)) if stored < 1 else mapped + 1
     message = f"guests that are mapped from the start exceed it by {exact_size(over * page)}"

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from worlds import KIB, MS, US, scenario
+from worlds import KIB, MIB, MS, US, scenario
 
 from simkvm.kernel.host_memory import OWN, PRESENT, WRPROTECT
 from simkvm.kernel.kvm import Kvm
@@ -28,6 +28,7 @@ KERNELS = {
 }
 MACHINES = {"arm64": ["ampere-altra-80c", "graviton3-64c"], "x86": ["x86-icelake-64c"]}
 PLACES = (0, SLOT, SLOT | CACHED)  #: of a page that is not mapped: nowhere, in swap, in its cache
+TIGHT = 0.9  #: share of a page that one takes in a compressed pool that gains little
 STEPS = 400_000  #: events after which a run is taken for one that never ends
 DURATION = 6 * MS
 
@@ -54,7 +55,7 @@ def pressed(dice: Random) -> Scenario:
     high = reserve + 2 * max(reserve // 4, total * scale // 10_000)
     over = max(0, sum(one["memory"] // page for one in guests.values()) + fixed + high - total)
     swap = device(dice, page, over)
-    if swap is None or swap.get("size") is not None:
+    if swap is None or swap.get("size") is not None or swap.get("ratio") == TIGHT:
         for one in guests.values():
             one["mapped"] = False
     fair = dice.random() < 0.3
@@ -100,7 +101,13 @@ def guest(dice: Random, page: int, software: bool) -> dict[str, Any]:
             {"pattern": "hot_cold"} | random,
         ]
     )
-    lazy = not software and access["pattern"] != "populate" and dice.random() < 0.3
+    if not software and dice.random() < 0.25:
+        access = workload(dice, pages, page)
+    lazy = (
+        not software
+        and access["pattern"] in ("uniform", "zipf", "hot_cold")
+        and dice.random() < 0.3
+    )
     return {
         "vcpus": vcpus,
         "memory": pages * page,
@@ -111,6 +118,19 @@ def guest(dice: Random, page: int, software: bool) -> dict[str, Any]:
     }
 
 
+def workload(dice: Random, pages: int, page: int) -> dict[str, Any]:
+    """Jobs in a closed loop, few enough to come to an end."""
+    memcached = {"pattern": "memcached", "clients": 6, "keys": 200, "value_size": 1024}
+    memcached |= {"requests": 60, "get_ratio": dice.choice([0.0, 0.5, 1.0])}
+    made: list[dict[str, Any]] = [
+        {"pattern": "chase", "loads": 1000, "span": dice.choice(["vcpu", "guest"])},
+        {"pattern": "sort", "data": pages // 2 * page, "block": 4 * page},
+        {"pattern": "interactive", "tabs": 3, "tab_size": pages // 4 * page, "visits": 4}
+        | {"bursts": 2, "burst_cpu": 20 * US, "pause": 50 * US},
+    ]
+    return dice.choice(made if pages * page < 3 * MIB else [*made, memcached])
+
+
 def device(dice: Random, page: int, over: int) -> dict[str, Any] | None:
     """Where pages go; none in some worlds, too little in others."""
     kind = dice.choice(["optane", "nvme", "optane", "zram", "zram", "zram", "none"])
@@ -119,7 +139,7 @@ def device(dice: Random, page: int, over: int) -> dict[str, Any] | None:
     size = {"size": max(1, int(over * dice.choice([0.3, 0.9, 1.1, 1.5]))) * page}
     spec: dict[str, Any] = {"kind": kind} | (size if dice.random() < 0.4 else {})
     if kind == "zram":
-        spec["ratio"] = dice.choice([0.1, 0.35, 0.9])
+        spec["ratio"] = dice.choice([0.1, 0.35, TIGHT])
     elif dice.random() < 0.3:
         spec |= {"queue_depth": dice.choice([1, 4]), "channels": dice.choice([1, 3])}
     return spec

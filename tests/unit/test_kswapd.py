@@ -13,8 +13,8 @@ from simkvm.kernel.kswapd import NAP_NS, Kswapd
 from simkvm.kernel.page_alloc import MAX_RECLAIM_RETRIES, HostPages, Watermarks
 from simkvm.kernel.pgdat import Pgdat
 from simkvm.kernel.sched import OwnCpus
-from simkvm.kernel.vmscan import ScanControl
 from simkvm.kernel.task import Task
+from simkvm.kernel.vmscan import ScanControl
 
 MARKS = Watermarks(min=100, low=200, high=300)
 WAKEUP_NS = 700

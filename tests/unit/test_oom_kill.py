@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import worlds
 from worlds import MIB, MS
 
@@ -124,3 +125,26 @@ def test_a_guest_that_can_never_fit_is_killed_at_the_first_look() -> None:
     record = world(size=8 * MIB, a=small(16 * MIB)).run()
     assert record.summary["oom_kills"] == 1
     assert record.summary["allocstall"] == 1
+
+
+@pytest.mark.parametrize(
+    "access",
+    [
+        {"pattern": "chase", "loads": 100_000},
+        {"pattern": "sort", "data": MIB, "rounds": 1000},
+        {"pattern": "memcached", "clients": 4, "keys": 200, "requests": 10**6},
+        {"pattern": "interactive", "tabs": 2, "tab_size": MIB, "visits": 10**6},
+        {"pattern": "uniform", "touches": 10**6},
+    ],
+)
+@pytest.mark.parametrize("engine", ["explicit", "lazy"])
+def test_the_run_ends_with_its_last_victim(access: dict[str, Any], engine: str) -> None:
+    if engine == "lazy" and access["pattern"] != "uniform":
+        return
+    made = world(
+        {"kind": "optane"}, a={"memory": 4 * MIB, "vcpus": 2, "access": access, "engine": engine}
+    )
+    made.env.timeout(MS).callbacks.append(lambda _: killer(made).kill(MS))  # type: ignore[union-attr]
+    record = made.run()
+    assert record.summary["oom_kills"] == 1
+    assert all(0 <= vcpu.finished_ns < 1000 * MS for vcpu in made.kvms[0].vcpus)

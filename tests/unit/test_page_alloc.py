@@ -29,9 +29,9 @@ class Host:
         self.gains = gains or []
         self.pages.reclaimable = lambda: reclaimable
         self.pages.reclaimer = lambda task: self  # type: ignore[assignment,return-value]
-        self.pages.wake_kswapd = lambda t_ns: self.woken.append(t_ns)
         self.pages.out_of_memory = self.kill
         self.woken: list[int] = []
+        self.pages.wake_kswapd = self.woken.append
         self.killed: list[int] = []
         self.rounds = 0
         self.victim_pages = 40
@@ -58,7 +58,7 @@ class Host:
 
 
 def test_watermarks_of_a_host() -> None:
-    """``init_per_zone_wmark_min``: 4 times the root of the KiB times 16, a quarter between marks."""
+    """``init_per_zone_wmark_min``: the root of 16 times the KiB; a quarter between marks."""
     marks = Watermarks.of(64 * MIB // 4096, 4096, None, 10)
     assert marks.min == 1024 * KIB // 4096  # sqrt(65536 KiB * 16) = 1024 KiB
     assert (marks.low, marks.high) == (marks.min * 5 // 4, marks.min * 3 // 2)
