@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from heapq import heapreplace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,37 @@ def numpy_touches() -> int:
     return TOUCHES
 
 
+# -- requests -----------------------------------------------------------------------------------
+
+WORKERS, CONNECTIONS = 64, 256
+SERVICE_NS, NETWORK_NS = 15_000, 50_000
+
+
+def request_run() -> int:
+    """Requests of a server on 64 vCPUs that has all its memory."""
+    access = {
+        "pattern": "memcached",
+        "clients": CONNECTIONS,
+        "service": SERVICE_NS,
+        "network": NETWORK_NS,
+    }
+    guest = {"vcpus": WORKERS, "memory": 1 << 30, "mapped": True, "access": access}
+    scene = scenario(guests={"vm0": guest}, ageing=None, duration=50_000_000)
+    return int(world_of(scene).run().summary["requests"])
+
+
+def heap_of_requests(requests: int = 200_000) -> int:
+    """The same queues alone, as a heap for each worker: who asks when."""
+    each = CONNECTIONS // WORKERS
+    for _ in range(WORKERS):
+        clients, free = [(at, at) for at in range(each)], 0
+        for _ in range(requests // WORKERS):
+            arrival, client = clients[0]
+            free = max(free, arrival) + SERVICE_NS
+            heapreplace(clients, (free + NETWORK_NS, client))
+    return requests
+
+
 # -- memory -------------------------------------------------------------------------------------
 
 BIG_GUEST = """
@@ -223,6 +255,7 @@ def measure() -> list[Figure]:
     rates = [(*fault_run(), timed(bare_loop)) for _ in range(ROUNDS)]
     faults, events, bare = (statistics.median(column) for column in zip(*rates, strict=True))
     touches, plain = side_by_side(touch_run, numpy_touches)
+    requests, queues = side_by_side(request_run, heap_of_requests)
     before, peak = big_guest_bytes()
     sleep = "bare SimPy timeouts"
     return [
@@ -230,6 +263,7 @@ def measure() -> list[Figure]:
         Figure("fault run, events", events, "/s", sleep, bare, ">= 0.4x"),
         Figure("fault run, faults", faults, "/s", sleep, bare, "-"),
         Figure("touches", touches, "/s", "NumPy draw and mark", plain, "-"),
+        Figure("requests", requests, "/s", "a heap for each worker", queues, "-"),
         Figure(
             "64 GiB guest, peak", peak / 1e6, "MB", "the process before", before / 1e6, "<= 500"
         ),

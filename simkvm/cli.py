@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from simkvm.scenario.errors import InputError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from simkvm.scenario.load import Study
     from simkvm.study.result import Result, Results
     from simkvm.study.sensitivity import Sensitivity
     from simkvm.validate.row import Row
@@ -127,6 +130,9 @@ def main() -> None:
 @sets_option
 @click.option("--out", metavar="DIR", help="Keep the result in this store, and draw its figures.")
 @click.option("--lock-stat", metavar="FILE", help="Write the locks as /proc/lock_stat would.")
+@click.option(
+    "--lru-gen", is_flag=True, help="Print the generations as /sys/kernel/debug/lru_gen does."
+)
 @seed_option
 @json_option
 @click.pass_context
@@ -137,13 +143,20 @@ def run(
     sets: tuple[str, ...],
     out: str | None,
     lock_stat: str | None,
+    lru_gen: bool,
     seed: int | None,
     as_json: bool,
 ) -> None:
-    """Simulate one point and report on it."""
+    """Simulate one point and report on it, or the points that a sweep says to run first."""
     from simkvm.show import document, points, tables
+    from simkvm.show.lru_gen import text as generations
 
-    result = api.run(file, sets, seed, out)
+    study = api.load(file, sets, seed)
+    if study.first:
+        if lock_stat is not None:
+            raise click.UsageError("--lock-stat writes one run; set the axes of the sweep")
+        ctx.exit(_run_first(study, out, as_json))
+    result = api.run(study, out=out)
     if lock_stat is not None:
         from simkvm.show.lock_stat import text
 
@@ -154,8 +167,28 @@ def run(
         click.echo(document.as_json(document.run_document(result)))
     else:
         _show(tables.run_report(result))
+        if lru_gen:
+            click.echo(generations(result))
     _warn_of_unfulfilled([result])
     ctx.exit(VIOLATED if points.unexpected(result) else 0)
+
+
+def _run_first(study: Study, out: str | None, as_json: bool) -> int:
+    """Run the points that a sweep says to run first, each against the first; the exit status."""
+    from simkvm.show import document, points, tables
+    from simkvm.show.change import change_table
+
+    with tempfile.TemporaryDirectory() as aside:
+        with _going_on():
+            results = api.sweep(replace(study, points=study.first), out or aside)
+        if as_json:
+            click.echo(document.as_json(document.sweep_document(results, results.failed)))
+        else:
+            for part in (tables.sweep_report(results, results.failed), *change_table(results)):
+                _show(part)
+        _warn_of_unfulfilled(results)
+        bad = results.failed or any(points.unexpected(result) for result in results)
+    return VIOLATED if bad else 0
 
 
 @main.command()

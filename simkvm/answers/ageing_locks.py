@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from simkvm.answers import eviction
 from simkvm.answers.headline import OF_LOCKS
 from simkvm.answers.page import bases, duration, ending, fill, percent, put, table, times
 from simkvm.answers.runs import Place, Points, Runs, Values, interval, place, ratio, summary
@@ -168,9 +169,11 @@ class AgeingLocks:
                 sections.append(_section(situation, found, drawn))
             else:
                 sections.append(_section(situation, found, None))
+        with_eviction, section = eviction.section(runs, KERNELS, folder)
+        sections.append(section)
         return fill(
             "write-read-or-no-lock",
-            answer=_answer(everything),
+            answer=f"{_answer(everything)}\n{with_eviction}",
             unmatched=_unmatched(everything),
             replications=runs.replications,
             clean=format_duration(load_machine(MACHINES[0])["dcache_clean_2m_ns"]),

@@ -37,7 +37,10 @@ class Accesses(Protocol):
         ...
 
     def flushed(self, t_ns: int, first: int, last: int) -> None:
-        """The VM's translations were invalidated at ``t_ns``; mappings in the range may be gone."""
+        """The VM's translations were invalidated at ``t_ns``; mappings in the range may be gone.
+
+        An empty range: no mapping is, and nobody has asked for :meth:`catch_up` before.
+        """
         ...
 
     def interrupted(self, t_ns: int, lost_ns: int) -> int:

@@ -7,12 +7,12 @@ from typing import Final
 
 import numpy as np
 
-from simkvm.guest.jobs import ENDLESS, Int64s, Jobs, Seat, Stage, back_to_back, share_of
+from simkvm.guest.jobs import ENDLESS, Int64s, Jobs, Seat, Stage, back_to_back, loading, share_of
 from simkvm.guest.popularity import scattered
 from simkvm.scenario.workloads import Chase
 
 PIECE_LOADS: Final = 1024  #: loads of a job
-BATCH_LOADS: Final = 64 * PIECE_LOADS
+BATCH_LOADS: Final = 16 * PIECE_LOADS
 
 
 class Chaser:
@@ -34,7 +34,8 @@ class Chaser:
             self.cycle = self.pages.start + scattered(len(self.pages), rng).astype(np.int64)
 
     def stages(self) -> Iterator[Stage]:
-        """Loads until there have been enough."""
+        """The chain is made, then loads until there have been enough."""
+        yield from loading(self.access, self.seat, np.arange(self.seat.pages))
         yield Stage(self._batches())
 
     def _batches(self) -> Iterator[Jobs]:

@@ -2,8 +2,8 @@
 
 Two sets: leaves that are not mapped, on which every touch faults, and leaves mapped without the
 right to write, on which a write does. Each keeps the summed weight of 64 leaves at a time in a
-binary indexed tree (Fenwick, Software: Practice and Experience 24 (1994), 327-336), so that a change
-and a draw take a step a level; a range takes one pass over it.
+binary indexed tree (Fenwick, Software: Practice and Experience 24 (1994), 327-336), so that a
+change and a draw take a step a level; a range takes one pass over it.
 
 What is known here may be behind what stage 2 maps, never ahead: who draws looks whether the leaf
 still faults, and if not the touch was an ordinary one.
@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from simkvm.guest.leaf_weights import PART, LeafWeights
+from simkvm.guest.leaf_weights import PART, Equal, LeafWeights
 from simkvm.kernel.stage2 import VALID, WRITE
 
 Int64s = npt.NDArray[np.int64]
@@ -51,7 +51,7 @@ class FaultingLeaves:
         return (missing + self._write_ratio * read_only) / self._weights.total
 
     def refresh(self, first: int, last: int) -> bool:
-        """Take over what is mapped of ``first`` up to ``last``; returns whether anything changed."""
+        """Take over what is mapped of ``first`` up to ``last``; returns whether that changed."""
         if last - first == 1:
             return self._refresh_one(first)
         changed = False
@@ -100,8 +100,11 @@ class FaultingLeaves:
         block, rest = sums.find(min(int(uniform * sums.total), sums.total - 1))
         first = block << SHIFT
         last = min(first + (1 << SHIFT), len(self._state))
-        mass = np.cumsum(self._weights.of(first, last) * (self._state[first:last] == state))
-        return first + int(np.searchsorted(mass, rest, side="right"))
+        members = first + np.flatnonzero(self._state[first:last] == state)
+        if isinstance(self._weights, Equal):
+            return int(members[rest])
+        mass = np.cumsum(self._weights.take(members))
+        return int(members[np.searchsorted(mass, rest, side="right")])
 
 
 class _Sums:

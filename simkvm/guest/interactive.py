@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from simkvm.guest.jobs import ENDLESS, Int64s, Jobs, Seat, Stage
+from simkvm.guest.jobs import ENDLESS, Int64s, Jobs, Seat, Stage, loading
 from simkvm.scenario.workloads import Interactive
 
 
@@ -29,7 +29,9 @@ class Browser:
 
     def stages(self) -> Iterator[Stage]:
         """Visit after visit; the next one begins when the last burst anywhere is over."""
-        access, tab = self.access, 0
+        access, seat, tab = self.access, self.seat, 0
+        used = access.tabs * access.tab_size // seat.page_bytes
+        yield from loading(access, seat, np.arange(used))
         for number in range(access.visits or ENDLESS):
             idle_ns = access.idle if number else 0
             yield Stage(iter([self._visit(tab)]), first_ns=(idle_ns,), requests=True, barrier=True)
@@ -49,6 +51,7 @@ class Browser:
         drawn = seat.rng.integers(0, len(working_set), access.bursts * access.burst_pages)
         pages = np.concatenate((opening, working_set[drawn]))
         counts = np.array([len(opening), *[access.burst_pages] * access.bursts])
+        counts = counts[counts > 0]  # of few pages not every vCPU gets one
         offsets = np.concatenate(([0], np.cumsum(counts)))
         step_ns = access.burst_cpu // access.burst_pages + seat.touch_ns
         within = np.arange(len(pages)) - np.repeat(offsets[:-1], counts)

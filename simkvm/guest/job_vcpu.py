@@ -1,32 +1,30 @@
 """A vCPU that works off jobs: requests of clients, bursts, pieces of a scan.
 
-Jobs are planned ahead up to the first touch that stage 2 does not allow, or some dozens of them,
-and cost no event. What takes a planned page away cuts the plan there: the jobs behind go back to
-their clients, as if they had never been planned. A fault blocks the whole vCPU, so that the other
-requests which wait for it wait longer. Without a job the vCPU waits (WFI) and its CPU is idle.
+Jobs are planned ahead (:mod:`simkvm.guest.job_plan`) and cost no event. A fault blocks the whole
+vCPU, so that the other requests which wait for it wait longer. Without a job the vCPU waits (WFI)
+and its CPU is idle.
 
 Every touch sets the accessed flag. There is no TLB: the footprints are far beyond its reach, and
 under memory pressure invalidations empty it all the time. What these cost is filling it again with
 the pages that every job needs (``hot_pages``). A vCPU settles that, and the time that softirqs took
-from it, when it enters the guest after a fault, and once in :data:`SETTLE_NS` when it begins a job.
+from it, when it enters the guest after a fault, and once a millisecond when it begins a job.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Generator, Iterator
-from heapq import heapify, heappop, heappush, heapreplace
-from typing import TYPE_CHECKING, Any, Final
+from heapq import heappush
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from simpy import Event
 from simpy.events import NORMAL
 
-from simkvm.guest.jobs import Jobs, Stage
-from simkvm.guest.vcpu import Vcpu
-from simkvm.kernel.cpu import NEVER, Cpu
-from simkvm.kernel.stage2 import AF, VALID, WRITE
-from simkvm.observe.requests import Answers
+from simkvm.guest.job_plan import FAR, JobPlan
+from simkvm.guest.jobs import Stage
+from simkvm.guest.vcpu import IN, certain
+from simkvm.kernel.cpu import Cpu
+from simkvm.kernel.stage2 import WRITE
 
 if TYPE_CHECKING:
     from simkvm.guest.barrier import Barrier
@@ -34,29 +32,9 @@ if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm
     from simkvm.scenario.workloads import Workload
 
-SETTLE_NS: Final = 1_000_000
-JOBS_AHEAD: Final = 64  #: planned at once, at most
-FEW: Final = 4  #: touches up to which a loop finds a fault faster than an array
-WINDOW: Final = 64  #: touches looked at once then, doubled while none of them faults
-FAR: Final = NEVER
 
-_NO_NUMBERS: Final = np.zeros(0, np.int64)
-_NOTHING: Final = Jobs(
-    np.zeros(1, np.int64),
-    _NO_NUMBERS,
-    np.zeros(0, np.bool_),
-    _NO_NUMBERS,
-    _NO_NUMBERS,
-    _NO_NUMBERS,
-    _NO_NUMBERS,
-)
-
-
-class JobVcpu(Vcpu):
-    """One vCPU of ``kvm`` that goes through ``stages``.
-
-    ``due_ns``: when the first touch or end of a job comes that is not applied yet.
-    """
+class JobVcpu(JobPlan):
+    """One vCPU of ``kvm`` that goes through ``stages``."""
 
     def __init__(
         self,
@@ -67,66 +45,31 @@ class JobVcpu(Vcpu):
         access: Workload,
         accesses: JobAccesses,
         barrier: Barrier,
-        jobs_ahead: int = JOBS_AHEAD,
     ) -> None:
-        super().__init__(kvm, index, cpu, iter(()))
+        super().__init__(kvm, index, cpu, access, accesses)
         self._stages = stages
-        self._accesses = accesses
         self._barrier = barrier
-        self._jobs_ahead = jobs_ahead
-        self._wakeup_ns = kvm.costs.wakeup_ns
-        self.answers: Answers = Answers(access.unit, access.warmup)
+        self._arrival = certain(kvm.env)
         cpu.halted = self.halted
-        # The batch being worked on.
-        self._jobs = _NOTHING
-        self._offsets: list[int] = [0]
-        self._at: list[int] = []
-        self._totals: list[int] = []
-        self._before: list[int] = [0]  #: CPU time of all jobs before each
-        self._gaps: list[int] = []
-        # Its clients: those without a job under way, by when they ask; how often each has asked.
-        self._stage = Stage(iter(()))
-        self._clients: list[tuple[int, int]] = []
-        self._asked: list[int] = []
-        # The plan: jobs ``_job``, ``_job + 1``... of the batch, touches up to ``_run_to``.
-        self._job = 0
-        self._origins: list[int] = []  #: when each would have begun if nothing had stopped it since
-        self._ends: list[int] = []
-        self._arrivals: list[int] = []
-        self._askers: list[int] = []
-        self._shares: list[int] = []  #: what each pays of the debt
-        self._faults = False  #: whether the plan ends with a fault, in its last job
-        self._free_ns = 0  #: when the vCPU is done with the plan, but for a job that faults
-        self._idle_from_ns = 0  #: when it was done with all jobs that are not in the plan any more
-        self.due_ns = FAR
-        self._ahead: set[int] | None = None
-        # Accounts: of invalidations and interrupts, paid by later jobs.
-        self._settle_at_ns = SETTLE_NS
-        self._hot = min(access.hot_pages, kvm.costs.tlb_entries)
-        self._hot_interval_ns = access.hot_interval
-        self._refill_each_ns = kvm.costs.tlb_refill_ns
-        self._seen = 0
-        self._own_flushes = 0
-        self._lost_ns = 0
-        self._busy_ns = 0  #: CPU time of jobs since the last settlement,
-        self._counted_ns = 0  #: and how much of the present job is in it
-        self._ended = 0  #: jobs since then
-        self._debt_ns = 0
-        self._share_ns = 0
+        self._halted = False  #: and has given its CPU up
+        self._into_ns = 0  #: preempted: how far the job under way had come
 
     # -- the process --------------------------------------------------------------------------
 
     def run(self) -> Generator[Event, Any, None]:
         """The vCPU thread: stage after stage until there is none or the VM dies."""
-        t_ns = 0
+        sched = self.kvm.sched
+        if sched.shares:
+            self._halts, self.cpu.halted = True, None
+        t_ns = yield from sched.checkpoint(self.task, 0)
         for stage in self._stages:
-            t_ns = yield from self._work(stage, t_ns)
             if not self.kvm.alive:
                 break
-            if stage.barrier:
+            t_ns = yield from self._work(stage, t_ns)
+            if stage.barrier and self.kvm.alive:
                 t_ns = yield from self._meet(t_ns)
         self.finished_ns = t_ns
-        self.cpu.sleep(t_ns)
+        sched.sleep(self.task, t_ns)
 
     def _work(self, stage: Stage, t_ns: int) -> Generator[Event, Any, int]:
         """Go through ``stage`` from ``t_ns`` on; returns when that is done."""
@@ -137,6 +80,9 @@ class JobVcpu(Vcpu):
             return t_ns
         next_ns = self._start(t_ns)
         while kvm.alive:
+            if self._left_ns != IN:
+                next_ns = yield from self._give_way()
+                continue
             while next_ns > env._now and queue and next_ns >= queue[0][0]:
                 self.alarm = alarm = self._sleeper
                 alarm.callbacks = []
@@ -146,16 +92,21 @@ class JobVcpu(Vcpu):
             self.alarm = None
             if not kvm.alive:
                 break  # type: ignore[unreachable]  # a teardown may have come meanwhile
-            self._apply(self._run_to)
+            if self._left_ns != IN:
+                continue
             if self._faults:
+                self._apply(self._run_to)
                 self._commit(len(self._origins) - 1)
                 next_ns = yield from self._fault(next_ns)
                 continue
-            self._commit(len(self._origins))
-            if self._job == len(self._totals) and not self._next_batch():
+            if self._halts_until_ns:
+                next_ns = yield from self._halt(next_ns)
+                if not kvm.alive:
+                    break  # type: ignore[unreachable]  # it may have come meanwhile, too
+            if not self._go_on(next_ns):
                 self._running = False
                 break
-            next_ns = self._go_on(next_ns)
+            next_ns = self.next_ns
         self.due_ns = FAR
         return next_ns
 
@@ -174,8 +125,12 @@ class JobVcpu(Vcpu):
             if refused:
                 return next_ns
         t_ns = fault.look_up(next_ns, leaf, write)
-        if env._queue and t_ns >= env._queue[0][0]:
-            yield env.timeout(max(0, t_ns - int(env.now)))
+        queue = env._queue
+        if queue and t_ns >= queue[0][0]:
+            arrival = self._arrival  # nobody else ever sees it: the same one every time
+            arrival.callbacks = []
+            heappush(queue, (t_ns, NORMAL, next(env._eid), arrival))
+            yield arrival
         if fault.lacking:
             rest = fault.install(t_ns)
             if rest is not None:
@@ -194,38 +149,86 @@ class JobVcpu(Vcpu):
         met = self._barrier.arrive(t_ns)
         if isinstance(met, int):
             return met
-        self.cpu.sleep(t_ns)
+        self.kvm.sched.sleep(self.task, t_ns)
         self._pausing = True
         all_ns: int = yield met
+        t_ns = yield from self.kvm.sched.checkpoint(self.task, all_ns + self._wakeup_ns)
         self._pausing = False
-        return all_ns + self._wakeup_ns
+        return t_ns
 
-    # -- stages and batches -------------------------------------------------------------------
+    # -- sharing a CPU ------------------------------------------------------------------------
 
-    def _begin(self, stage: Stage, t_ns: int) -> None:
-        self._stage = stage
-        self._clients = sorted((t_ns + at, client) for client, at in enumerate(stage.first_ns))
-        self._asked = [0] * len(self._clients)
-        self._free_ns = t_ns
+    def _halt(self, t_ns: int) -> Generator[Event, Any, int]:
+        """Without a job from ``t_ns`` on; returns when the vCPU runs again."""
+        env, queue = self._env, self._env._queue
+        self._apply(self._run_to)
+        self._commit(len(self._origins))
+        self._running, self._halted, self._pausing = False, True, True
+        self.due_ns = FAR
+        self.next_ns, self._halts_until_ns = self._halts_until_ns, 0
+        self.kvm.sched.sleep(self.task, t_ns)
+        if self.next_ns > env.now and queue and self.next_ns >= queue[0][0]:
+            self.alarm = alarm = self._sleeper
+            alarm.callbacks = []
+            heappush(queue, (self.next_ns, NORMAL, next(env._eid), alarm))
+            yield alarm
+            self.alarm = None
+        self._halted = False
+        t_ns = yield from self.kvm.sched.wake(self.task, self.next_ns)
+        self._pausing = False
+        self._free_ns = self._entry_ns = t_ns
+        self._running = True
+        self.cpu.enter_guest(t_ns, FAR)
+        return t_ns
 
-    def _next_batch(self) -> bool:
-        """Load the next batch; returns whether there is one with a job in it."""
-        jobs = next(self._stage.batches, None) if self._clients else None
-        if jobs is None or not len(jobs):
-            return False
-        kvm = self.kvm
-        self._jobs = jobs
-        self._offsets = jobs.offsets.tolist()
-        self._leaves = jobs.pages if kvm.leaf_pages == 1 else kvm.stage2.leaves_of(jobs.pages)
-        self._needs = np.where(jobs.writes, VALID | WRITE, VALID).astype(np.uint8)
-        self._list = memoryview(self._leaves)  # type: ignore[arg-type,assignment]  # a buffer
-        self._need_list = memoryview(self._needs)  # type: ignore[arg-type,assignment]
-        self._at = memoryview(np.ascontiguousarray(jobs.at_ns))  # type: ignore[arg-type,assignment]
-        self._totals = jobs.total_ns.tolist()
-        self._before = [0, *np.cumsum(jobs.total_ns).tolist()]
-        self._gaps = jobs.gap_ns.tolist()
-        self._job = self._position = self._run_to = 0
-        return True
+    def preempted(self, t_ns: int) -> None:
+        """Leave the guest at ``t`` for another thread; in the kernel, on the way back to it."""
+        if not self._running or self.alarm is None:
+            return
+        self.catch_up(t_ns)
+        if self._faults and t_ns > self._exit_ns - self._touch_ns:
+            return  # on its way out already
+        inside = t_ns > self._entry_ns
+        self._leave_guest(t_ns if inside else self._entry_ns)
+        self._reenter_ns = self.kvm.costs.fault.enter_ns if inside else 0
+        self._wake_at(self.next_ns)
+
+    def _leave_guest(self, t_ns: int) -> None:
+        """Out of the guest at ``t``, with what lies before then applied.
+
+        Of the plan only the job under way stays, if there is one.
+        """
+        self._commit(bisect_right(self._ends, t_ns))
+        origins = self._origins
+        begun = self._position > self._offsets[self._job]
+        kept = bool(origins) and (begun or origins[0] < t_ns)
+        self._unplan(int(kept))
+        self._into_ns = t_ns - origins[0] if kept else 0
+        self._left_ns = 0
+        self._running = self._faults = False
+        self._halts_until_ns = 0
+        self._run_to = self._position
+        self.due_ns = FAR
+        self.next_ns = t_ns
+
+    def _go_in(self, t_ns: int) -> int:
+        self._left_ns = IN
+        if not self.kvm.alive:
+            return t_ns
+        stolen_ns = 0
+        if self.cpu.stolen_ns or t_ns >= self._settle_at_ns:
+            stolen_ns = self._settle(t_ns)
+        if self._origins:
+            self._origins[0] = t_ns + stolen_ns - self._into_ns
+        else:
+            self._free_ns = t_ns + stolen_ns
+        self._running = True
+        self._entry_ns = t_ns
+        self.next_ns = next_ns = self._plan_jobs(self._position)
+        self.cpu.enter_guest(t_ns, self._exit_ns)
+        return next_ns
+
+    # -- running in the guest -----------------------------------------------------------------
 
     def _start(self, t_ns: int) -> int:
         """Enter the guest at ``t_ns``, between two jobs."""
@@ -236,15 +239,24 @@ class JobVcpu(Vcpu):
         self.cpu.enter_guest(t_ns, self._exit_ns)
         return next_ns
 
-    def _go_on(self, t_ns: int) -> int:
-        """The plan is worked off, without a fault: a job begins at ``t_ns``. Plan again."""
-        if t_ns >= self._settle_at_ns:
-            self._settle(t_ns)
-        self.next_ns = next_ns = self._plan_jobs(self._position)
-        self.cpu.leave_guest_at(self._exit_ns)
-        return next_ns
+    def _go_on(self, t_ns: int) -> bool:
+        """The plan is worked off, without a fault: a job begins at ``t_ns``. Plan on.
 
-    # -- entering after a fault ---------------------------------------------------------------
+        Returns whether there is one. Flags of what was touched wait for somebody to look, or for
+        the next settlement, so that they do not hang on how far is planned ahead.
+        """
+        settles = t_ns >= self._settle_at_ns
+        over = self._job + len(self._origins) == len(self._totals) or not self._clients
+        if settles or over:
+            self._apply(self._run_to)
+            self._commit(len(self._origins))
+        if over and not self._next_batch():
+            return False
+        if settles:
+            self._settle(t_ns)
+        self.next_ns = self._plan_jobs(self._run_to)
+        self.cpu.leave_guest_at(self._exit_ns)
+        return True
 
     def mapped(self, t_ns: int) -> int:
         """The page at the present position was mapped; the guest goes on at ``t_ns``."""
@@ -267,157 +279,35 @@ class JobVcpu(Vcpu):
         done_ns = self._at[self._position]
         self._busy_ns += done_ns - self._counted_ns
         self._counted_ns = done_ns
-        stolen_ns = self._settle(t_ns)
+        stolen_ns = 0
+        owes = self._accesses.flushes + self._own_flushes != self._seen
+        if owes or self._lost_ns or self.cpu.stolen_ns:
+            stolen_ns = self._settle(t_ns)
         self._origins[0] = t_ns + stolen_ns - done_ns
         self._position = position
+        if self.task.need_resched:
+            self._leave_guest(t_ns)
+            return t_ns
         self._running = True
         self._entry_ns = t_ns
-        self.next_ns = next_ns = self._plan_jobs(position)
+        self.next_ns = next_ns = self._next_fault(position)
         self.cpu.enter_guest(t_ns, self._exit_ns)
         return next_ns
+
+    def _next_fault(self, position: int) -> int:
+        """As :meth:`_plan_jobs`, in one go if the job faults at its very next touch again."""
+        if position < self._offsets[self._job + 1]:
+            need = self._need_list[position]
+            if self._entries[self._list[position]] & need != need:
+                self._run_to = position
+                return self._fault_at(position)
+        return self._plan_jobs(position)
 
     def pass_over(self) -> None:
         """Nobody skips touches of a job."""
         raise NotImplementedError
 
-    # -- planning -----------------------------------------------------------------------------
-
-    def _plan_jobs(self, position: int) -> int:
-        """Plan on, touches from ``position`` on; returns when the host, or a new plan, is due.
-
-        The plan has no job, or its last one is under way: it was about to fault.
-        """
-        offsets, totals, gaps = self._offsets, self._totals, self._gaps
-        origins, ends = self._origins, self._ends
-        clients, asked, each = self._clients, self._asked, self._stage.each
-        job = self._job + len(origins)  # the next to be planned
-        stop = min(len(totals), max(self._job + self._jobs_ahead, job))
-        free_ns = origins[-1] + totals[job - 1] if origins else self._free_ns
-        room_ns = self._settle_at_ns - free_ns  # no job begins later than that
-        stop = max(job, bisect_left(self._before, self._before[job] + room_ns, job, stop))
-        touch = self._first_fault(position, offsets[stop])
-        faults = touch < offsets[stop]
-        faulting = bisect_right(offsets, touch) - 1 if faults else stop
-        self._ahead = None
-        if origins and faulting < job:  # the job under way faults again
-            free_ns = self._free_ns
-        elif origins:
-            ends[-1] = free_ns
-            if asked[self._askers[-1]] < each:
-                heappush(clients, (free_ns + gaps[job - 1], self._askers[-1]))
-        settle_at_ns, wakeup_ns, debt_ns = self._settle_at_ns, self._wakeup_ns, self._debt_ns
-        begin_ns = FAR
-        while job <= faulting and clients:
-            arrival_ns, client = clients[0]
-            begin_ns = free_ns if arrival_ns <= free_ns else arrival_ns + wakeup_ns
-            if begin_ns >= settle_at_ns or job == stop:
-                break
-            share_ns = 0
-            if debt_ns:
-                share_ns = self._share_ns if self._share_ns < debt_ns else debt_ns
-                debt_ns -= share_ns
-            origin_ns = begin_ns + share_ns
-            origins.append(origin_ns)
-            self._arrivals.append(arrival_ns)
-            self._askers.append(client)
-            self._shares.append(share_ns)
-            asked[client] = served = asked[client] + 1
-            if job == faulting:
-                ends.append(FAR)
-                heappop(clients)
-            else:
-                free_ns = origin_ns + totals[job]
-                ends.append(free_ns)
-                if served < each:
-                    heapreplace(clients, (free_ns + gaps[job], client))
-                else:
-                    heappop(clients)
-            job += 1
-        self._debt_ns, self._free_ns = debt_ns, free_ns
-        self._faults = faults and job == faulting + 1
-        self._run_to = touch if self._faults else offsets[job]
-        self._due()
-        if self._faults:
-            return self._fault_at(touch)
-        self._exit_ns = FAR
-        over = not clients or (job == len(totals) and self._jobs.last)
-        return free_ns if over else begin_ns
-
-    def _fault_at(self, touch: int) -> int:
-        """The plan ends with a fault at ``touch``: returns when it comes to the host."""
-        leaf = self._list[touch]
-        if self._shared:
-            self._expect(leaf)
-        self._exit_ns = exit_ns = self._origins[-1] + self._at[touch] + self._touch_ns
-        if self.fault.slotted:
-            exit_ns += self.fault.slot_ns(leaf)
-        return self.fault.arrival_ns(exit_ns)
-
-    def _first_fault(self, position: int, stop: int) -> int:
-        """First touch from ``position`` on that stage 2 does not allow; ``stop`` if all are."""
-        entries, leaves, needs = self._entries, self._list, self._need_list
-        for touch in range(position, min(position + FEW, stop)):
-            need = needs[touch]
-            if entries[leaves[touch]] & need != need:
-                return touch
-        position, window = min(position + FEW, stop), WINDOW
-        leaf = self.kvm.stage2.leaf.entries
-        while position < stop:
-            end = min(position + window, stop)
-            wanted = self._needs[position:end]
-            lacks = (leaf[self._leaves[position:end]] & wanted) != wanted
-            first = int(lacks.argmax())
-            if lacks[first]:
-                return position + first
-            position, window = end, 2 * window
-        return stop
-
-    def _cut(self, touch: int) -> int:
-        """The plan ends with a fault at ``touch``; the jobs behind go back to their clients."""
-        kept = bisect_right(self._offsets, touch) - 1 - self._job
-        askers, arrivals, asked = self._askers, self._arrivals, self._asked
-        asking = {client: at for at, client in self._clients}
-        for job in range(len(askers) - 1, kept, -1):
-            asking[askers[job]] = arrivals[job]
-            asked[askers[job]] -= 1
-            self._debt_ns += self._shares[job]
-        asking.pop(askers[kept], None)
-        self._clients = [(at, client) for client, at in asking.items()]
-        heapify(self._clients)
-        for planned in (self._origins, self._ends, arrivals, askers, self._shares):
-            del planned[kept + 1 :]
-        self._ends[kept] = FAR
-        self._faults = True
-        self._run_to = touch
-        self._due()
-        return self._fault_at(touch)
-
-    # -- settling -----------------------------------------------------------------------------
-
-    def _settle(self, t_ns: int) -> int:
-        """Settle accounts at ``t_ns``; returns the time that softirqs took, already passed.
-
-        An invalidation costs the hot pages that were used since the one before it. That and
-        interrupts are paid by the jobs to come, spread over as many as have ended since the last
-        time.
-        """
-        self._settle_at_ns = (t_ns // SETTLE_NS + 1) * SETTLE_NS
-        flushes = self._accesses.flushes + self._own_flushes
-        lost_ns, self._lost_ns = self._lost_ns, 0
-        if flushes > self._seen:
-            used = self._busy_ns * self._hot // self._hot_interval_ns
-            lost_ns += min((flushes - self._seen) * self._hot, used) * self._refill_each_ns
-            self._seen = flushes
-        self._debt_ns += lost_ns
-        self._share_ns = -(-self._debt_ns // max(1, self._ended))
-        self._busy_ns = self._ended = 0
-        if not self.cpu.stolen_ns:
-            return 0
-        stolen_ns = self.cpu.take_stolen()
-        self._free_ns = max(self._free_ns, t_ns) + stolen_ns
-        return stolen_ns
-
-    # -- what lies in the past ----------------------------------------------------------------
+    # -- seen from outside --------------------------------------------------------------------
 
     def catch_up(self, t_ns: int) -> None:
         """Apply the touches planned before ``t_ns``, and account for jobs that ended before."""
@@ -478,8 +368,9 @@ class JobVcpu(Vcpu):
             ]
             self.answers.add(ends[:count], latencies)
         if stage.counts:
-            self.answers.work(ends[:count], self._jobs.work[job : job + count])
-        self._busy_ns += sum(self._totals[job : job + count]) - self._counted_ns
+            late = bisect_left(ends, self.answers.begin_ns, 0, count)
+            self.answers.done += self._work_before[job + count] - self._work_before[job + late]
+        self._busy_ns += self._before[job + count] - self._before[job] - self._counted_ns
         self._counted_ns = 0
         self._ended += count
         for planned in (self._origins, ends, self._arrivals, self._askers, self._shares):
@@ -498,17 +389,23 @@ class JobVcpu(Vcpu):
             due_ns = min(due_ns, self._origins[job] + self._at[position])
         self.due_ns = due_ns
 
-    def ahead(self) -> set[int]:
+    def look_ahead(self) -> set[int]:
         """The leaves that the plan touches, and perhaps some that it touched lately."""
-        if self._ahead is None:
-            self._ahead = set(self._list[self._position : self._run_to])
-        return self._ahead
+        self.planned = planned = set(self._list[self._position : self._run_to])
+        return planned
+
+    def has_touched(self, leaves: range, t_ns: int) -> bool:
+        """Whether a touch planned before ``t_ns``, and not applied yet, is of one of ``leaves``."""
+        made = self._list[self._position : self._reached(t_ns)]
+        return any(leaf in leaves for leaf in made)
 
     def halted(self, t_ns: int) -> bool:
         """Whether the vCPU waits for a job at ``t_ns``, not later than now."""
         begun = bisect_right(self._origins, t_ns)
         if not self._running:
             return False
+        if begun < len(self._origins) and t_ns >= self._origins[begun] - self._shares[begun]:
+            return False  # it pays its share of the debt first
         return t_ns >= (self._ends[begun - 1] if begun else self._idle_from_ns)
 
     # -- seen from outside --------------------------------------------------------------------
@@ -558,3 +455,6 @@ class JobVcpu(Vcpu):
         """The VM dies at ``t_ns``: leave the guest; a fault in flight is handled to its end."""
         self._barrier.abandon(t_ns)
         super().stop(t_ns)
+        if self._halted and self.alarm is not None and t_ns < self.next_ns:
+            self.next_ns = t_ns
+            self._wake_at(t_ns)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simkvm.scenario.machine import Machine
+from simkvm.scenario.workloads import Workload
 
 Int64s = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -73,7 +74,7 @@ class Seat:
     """Where a workload runs: on vCPU ``vcpu`` of ``vcpus``, in ``pages`` pages of ``page_bytes``.
 
     ``rng`` is the vCPU's own, ``layout_rng`` in the same state for all of the guest's.
-    ``touch_ns``: what a touch of a page takes.
+    ``touch_ns``: what a touch of a page takes; ``mapped``: whether all memory is there already.
     """
 
     vcpu: int
@@ -84,6 +85,7 @@ class Seat:
     layout_rng: np.random.Generator
     touch_ns: int
     machine: Machine
+    mapped: bool = False
 
 
 def share_of(pages: int, which: int, parts: int) -> range:
@@ -117,10 +119,16 @@ def back_to_back(
 PIECE_PAGES: Final = 64  #: touches of a job that nobody waits for
 
 
-def write_all(seat: Seat, pages: Int64s) -> Stage:
-    """The vCPU writes ``pages`` in order, as fast as memory takes them; all vCPUs wait for it."""
+def loading(access: Workload, seat: Seat, pages: Int64s) -> Iterator[Stage]:
+    """The vCPUs write ``pages``, one each in turn, as fast as memory takes them.
+
+    Nothing if the workload does not want it, or memory is mapped already.
+    """
+    if not access.load or seat.mapped:
+        return
+    pages = pages[seat.vcpu :: seat.vcpus]
     jobs = back_to_back(pages, np.ones(len(pages), np.bool_), seat.touch_ns, PIECE_PAGES, 0)
-    return Stage(in_batches(jobs), counts=False, barrier=True)
+    yield Stage(in_batches(jobs), counts=False, barrier=True)
 
 
 def in_batches(jobs: Jobs) -> Iterator[Jobs]:

@@ -13,7 +13,7 @@ memory costs no event, however often it touches.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from math import log, log1p
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,7 +25,7 @@ from simkvm.guest.faulting import FaultingLeaves
 from simkvm.guest.lazy_flags import LazyFlags
 from simkvm.guest.leaf_weights import leaf_weights
 from simkvm.guest.touch_order import Place, TouchOrder
-from simkvm.guest.vcpu import Vcpu
+from simkvm.guest.vcpu import IN, Vcpu
 from simkvm.kernel.cpu import GUEST, NEVER, Cpu
 from simkvm.kernel.stage2 import VALID, WRITE
 from simkvm.kernel.task import reach
@@ -37,52 +37,45 @@ DRAWS: Final = 1024  #: uniform numbers drawn at once
 
 
 class Lazy:
-    """All vCPUs of ``kvm`` that do ``access``. ``layout_rng`` says where popular pages lie."""
+    """vCPUs of ``kvm`` on ``cpus``, which all do ``access``.
+
+    ``layout_rng`` says where popular pages lie.
+    """
 
     def __init__(
-        self, kvm: Kvm, access: Any, layout_rng: np.random.Generator, rng: np.random.Generator
+        self,
+        kvm: Kvm,
+        access: Any,
+        cpus: Iterable[Cpu],
+        layout_rng: np.random.Generator,
+        rng: np.random.Generator,
     ) -> None:
         self._kvm = kvm
         self._env = kvm.env
         self._rng = rng
         self.touches: int | None = access.touches  #: that each vCPU makes; None: no end
         self.step_ns = access.think + kvm.costs.touch_ns
-        self._vcpus: list[LazyVcpu] = []
+        self._order = TouchOrder(self.step_ns)
+        self.vcpus = [LazyVcpu(kvm, number, cpu, self) for number, cpu in enumerate(cpus)]
         weights = leaf_weights(access, kvm.leaves, kvm.leaf_pages, layout_rng)
         self._faulting = FaultingLeaves(weights, kvm.stage2.leaf.entries, access.write_ratio)
-        self._order = TouchOrder(self.step_ns)
-        self._flags_of = (weights, access.write_ratio)
-        self._flags: LazyFlags | None = None
+        self.flags = LazyFlags(
+            kvm,
+            weights,
+            access.write_ratio,
+            len(self.vcpus),
+            self._counts,
+            self._order.total,
+            rng,
+        )
         self._uniform = self._draws()
         self._left: int | None = None  #: touches up to the next fault, with it, if drawn
         self._due: Place | None = None  #: that touch
         self._timer: Event | None = None
         self._timer_ns = NEVER
 
-    def add(self, index: int, cpu: Cpu) -> LazyVcpu:
-        """Another vCPU."""
-        vcpu = LazyVcpu(self._kvm, index, cpu, self)
-        self._vcpus.append(vcpu)
-        return vcpu
-
-    @property
-    def flags(self) -> LazyFlags:
-        """The accessed flags: made when the number of vCPUs is known."""
-        if self._flags is None:
-            weights, write_ratio = self._flags_of
-            self._flags = LazyFlags(
-                self._kvm,
-                weights,
-                write_ratio,
-                len(self._vcpus),
-                self._counts,
-                self._order.total,
-                self._rng,
-            )
-        return self._flags
-
     def _counts(self, t_ns: int) -> NDArray[np.int64]:
-        return np.array([vcpu.touches_by(t_ns) for vcpu in self._vcpus], np.int64)
+        return np.array([vcpu.touches_by(t_ns) for vcpu in self.vcpus], np.int64)
 
     def _draws(self) -> Iterator[float]:
         while True:
@@ -96,7 +89,7 @@ class Lazy:
             self.flags.look(t_ns, first, last)
             return
         self._past(t_ns)
-        for vcpu in self._vcpus:
+        for vcpu in self.vcpus:
             if vcpu.index in self._order:
                 self._move(vcpu, t_ns, 0)
         self._plan()
@@ -113,7 +106,7 @@ class Lazy:
         """TLBs are filled anew, and touches of what is gone fault."""
         self._past(t_ns)
         self.flags.flush(t_ns)
-        for vcpu in self._vcpus:
+        for vcpu in self.vcpus:
             vcpu.flushed(t_ns)
         self._changed(first, last)
 
@@ -122,7 +115,7 @@ class Lazy:
         self._past(t_ns)
         self.flags.flush(t_ns)
         running = 0
-        for vcpu in self._vcpus:
+        for vcpu in self.vcpus:
             inside = vcpu.cpu.state(t_ns) is GUEST
             vcpu.interrupted(t_ns, lost_ns if inside else 0)
             running += inside
@@ -141,21 +134,27 @@ class Lazy:
 
     # -- told by vCPUs ------------------------------------------------------------------------
 
-    def mapped(self, vcpu: LazyVcpu, leaf: int) -> None:
-        """A fault of ``vcpu`` mapped ``leaf``, now; its touch is the last that it made."""
-        self._past(int(self._env.now))
+    def mapped(self, vcpu: LazyVcpu, leaf: int, t_ns: int) -> None:
+        """A fault of ``vcpu`` mapped ``leaf`` at ``t_ns``; its touch is the last that it made.
+
+        That the clock may be behind is because no touch faults before ``t_ns``: to draw these again
+        would be to let some of them fault after all.
+        """
+        self._past(t_ns)
         if self._faulting.refresh(leaf, leaf + 1):
             self._left = None
+        self.flags.mapped(leaf, self._order.made)
         self.touched(vcpu, leaf)
 
     def touched(self, vcpu: LazyVcpu, leaf: int) -> None:
         """The last touch that ``vcpu`` made was of ``leaf``; this one was not drawn here."""
         self._order.made += 1
-        self.flags.faulted(vcpu.index, leaf, vcpu.touches)
+        if not vcpu.flushes:  # else the translation goes again when it enters
+            self.flags.touched(vcpu.index, leaf, vcpu.touches)
 
     def start(self, vcpu: LazyVcpu, t_ns: int) -> None:
         """``vcpu`` touches from ``t_ns`` on."""
-        self._past(int(self._env.now))
+        self._past(0)
         self._order.join(vcpu.index, t_ns)
         self._plan()
 
@@ -183,6 +182,10 @@ class Lazy:
     def __contains__(self, vcpu: LazyVcpu) -> bool:
         return vcpu.index in self._order
 
+    def next_ns(self, vcpu: LazyVcpu, t_ns: int) -> int:
+        """When ``vcpu``, which runs, touches next from ``t_ns`` on."""
+        return self._order.next_ns(vcpu.index, t_ns)
+
     def made_by(self, vcpu: LazyVcpu, t_ns: int) -> int:
         """Touches of ``vcpu`` up to ``t_ns`` since it was started or delayed last."""
         return self._order.made_by(vcpu.index, t_ns) if vcpu.index in self._order else 0
@@ -190,7 +193,8 @@ class Lazy:
     # -- the next fault -----------------------------------------------------------------------
 
     def _past(self, t_ns: int) -> None:
-        """Touches before ``t_ns`` were none that fault."""
+        """Touches before ``t_ns``, and before now, were none that fault."""
+        t_ns = max(t_ns, int(self._env.now))
         passed = self._order.go_to(Place(t_ns, 0))
         if self._left is not None:
             self._left = max(1, self._left - passed)
@@ -227,13 +231,14 @@ class Lazy:
     def _touch(self, due: Place) -> None:
         """The touch at ``due`` is the one that faults."""
         self._order.go_to(due)
-        vcpu, behind = self._vcpus[due.vcpu], Place(due.t_ns, due.vcpu + 1)
+        vcpu, behind = self.vcpus[due.vcpu], Place(due.t_ns, due.vcpu + 1)
         if vcpu.end_ns is not None and vcpu.end_ns <= due.t_ns:
             self._left = 1  # it has none left: the next in order makes it
             vcpu.finish(due.t_ns)
             return
         self._left = None
-        leaf, write = self._faulting.draw(*(next(self._uniform) for _ in range(3)))
+        drawn = self._uniform
+        leaf, write = self._faulting.draw(next(drawn), next(drawn), next(drawn))
         need = VALID | WRITE if write else VALID
         if self._kvm.stage2.leaf.fast[leaf] & need == need:
             self._faulting.refresh(leaf, leaf + 1)  # somebody mapped it who told nobody
@@ -256,13 +261,16 @@ class LazyVcpu(Vcpu):
         self._again = False  #: the touch that faulted is made again
         self._over = False  #: all touches are done
         self._flushed_at = 0  #: touches made when the TLB was emptied last
+        self._reached_ns = 0  #: when its fault came to ``mmu_lock``
 
     # -- the process --------------------------------------------------------------------------
 
     def run(self) -> Generator[Event, Any, None]:
         """The vCPU thread: fault after fault until its touches are done or the VM dies."""
-        kvm, fault, cpu = self.kvm, self.fault, self.cpu
-        self._go_on(0, 0)
+        kvm, fault = self.kvm, self.fault
+        self.next_ns = yield from kvm.sched.checkpoint(self.task, 0)
+        if kvm.alive:
+            self._go_on(self.next_ns, 0)
         while kvm.alive:
             if not (yield from self._next_fault()):
                 break
@@ -278,18 +286,24 @@ class LazyVcpu(Vcpu):
                 rest = fault.install(t_ns)
                 if rest is not None:
                     t_ns = yield from rest
+            self._reached_ns = t_ns
             grant = fault.take(t_ns)
             if isinstance(grant, int):
                 self.next_ns = grant
             else:
-                cpu.spin(t_ns)
+                self.cpu.spin(t_ns)
                 yield grant
         self.finished_ns = self.next_ns
-        cpu.sleep(self.next_ns)
+        kvm.sched.sleep(self.task, self.next_ns)
 
     def _next_fault(self) -> Generator[Event, Any, bool]:
         """Run in the guest until it faults, and exit; False if there will be no more."""
-        while self._again:
+        while self._again or self._left_ns != IN or self._to_go:
+            if self._to_go:  # since it was in the kernel
+                self._leave_order(int(self._env.now))
+            if self._left_ns != IN:
+                yield from self._give_way()
+                continue
             self._again = False
             t_ns = yield from reach(self._env, self._run_from_ns)
             if not self.kvm.alive:
@@ -302,9 +316,13 @@ class LazyVcpu(Vcpu):
             self.touches += 1
             self._engine.touched(self, leaf)
             self._go_on(t_ns, self._step_ns)
+        if not self.kvm.alive:
+            return False
         self.alarm = alarm = Event(self._env)
         yield alarm
         self.alarm = None
+        if self._left_ns != IN:
+            return (yield from self._next_fault())
         return self.kvm.alive and not self._over
 
     def _arrival_ns(self, t_ns: int, leaf: int) -> int:
@@ -315,6 +333,42 @@ class LazyVcpu(Vcpu):
             exit_ns += self.fault.slot_ns(leaf)
         return self.fault.arrival_ns(exit_ns)
 
+    # -- sharing a CPU ------------------------------------------------------------------------
+
+    def preempted(self, t_ns: int) -> None:
+        """Leave the guest at ``t`` for another thread; in the kernel, on the way back to it.
+
+        A guest that is about to make the touch that faulted again makes it first.
+        """
+        if self in self._engine and self.alarm is not None:
+            self._leave_order(t_ns)
+            self._wake(self.next_ns)
+
+    @property
+    def _to_go(self) -> bool:
+        return self.task.need_resched and self in self._engine
+
+    def _leave_order(self, t_ns: int) -> None:
+        """Make no more touches from ``t``, now; out of the guest then, or where it would enter."""
+        inside = t_ns > self._entry_ns
+        at_ns = t_ns if inside else self._entry_ns
+        self._run_from_ns = self._engine.next_ns(self, at_ns)
+        self._engine.stop(self, t_ns)
+        self._leave_guest(at_ns)
+        self._reenter_ns = self.kvm.costs.fault.enter_ns if inside else 0
+
+    def _leave_guest(self, t_ns: int) -> None:
+        super()._leave_guest(t_ns)
+        self.end_ns = None
+
+    def _go_in(self, t_ns: int) -> int:
+        left_ns, self._left_ns = self._left_ns, IN
+        if self._again:
+            return self.enter(t_ns, left_ns)
+        if self.kvm.alive:
+            self._go_on(t_ns, left_ns)
+        return t_ns
+
     # -- running in the guest -----------------------------------------------------------------
 
     def mapped(self, t_ns: int) -> int:
@@ -322,7 +376,7 @@ class LazyVcpu(Vcpu):
         if not self.kvm.alive:
             return t_ns
         self.touches += 1
-        self._engine.mapped(self, self._list[0])
+        self._engine.mapped(self, self._list[0], self._reached_ns)
         self._go_on(t_ns, self._step_ns)
         return t_ns
 
@@ -330,16 +384,17 @@ class LazyVcpu(Vcpu):
         """The guest goes on at ``t_ns`` and makes the touch that faulted again."""
         if not self.kvm.alive:
             return t_ns
-        self._again = self._running = True
+        self._again = True
         self._run_from_ns = start_ns = self._resumed_ns(t_ns, busy_ns)
+        self._running = True
         self.cpu.enter_guest(t_ns, start_ns + self._touch_ns)
         return start_ns
 
     def _go_on(self, t_ns: int, busy_ns: int) -> None:
         """The guest runs from ``t_ns`` on, the first ``busy_ns`` without a touch."""
-        self._running = True
         self._list = []
         self._run_from_ns = start_ns = self._resumed_ns(t_ns, busy_ns)
+        self._running = True
         limit = self._engine.touches
         if limit is not None:
             self._ends_at(start_ns + (limit - self.touches) * self._step_ns)
@@ -406,6 +461,11 @@ class LazyVcpu(Vcpu):
             self._wake_at(t_ns)
 
     # -- seen from outside --------------------------------------------------------------------
+
+    @property
+    def flushes(self) -> bool:
+        """Whether it has to flush before it enters the guest."""
+        return self._flushes
 
     def touches_by(self, t_ns: int) -> int:
         """Touches made before ``t_ns``."""

@@ -1,8 +1,8 @@
 """Accessed flags that are decided when somebody looks.
 
 With independent touches, each of a page with probability a, n touches set the flag of a page whose
-flag is clear with probability 1 - (1 - a) ** n. So there is nothing to do until somebody looks; then
-each clear flag is drawn, for the touches since the look before.
+flag is clear with probability 1 - (1 - a) ** n. So there is nothing to do until somebody looks;
+then each clear flag is drawn, for the touches since the look before.
 
 A touch sets the flag only if it misses the TLB (:mod:`simkvm.guest.vcpu`), which is direct-mapped.
 For one vCPU and one page a touch hits the page (a), another page of its place in the TLB (b = q -
@@ -26,7 +26,7 @@ cached are left out of this.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,27 +43,38 @@ Bools = npt.NDArray[np.bool_]
 
 HIDDEN: Final = 1e-3  #: smallest share of touches that the TLB may hide from a look
 AT_ONCE: Final = 1 << 18  #: flags, times vCPUs if each has a TLB that matters, decided at once
-NONE: Final = np.empty(0, np.int64)
+KEPT: Final = 64  #: flushes remembered before it is asked which still matter
 
 
-class Cached:
-    """Pages that vCPUs have cached: parallel arrays.
+class Cached(NamedTuple):
+    """Pages that vCPUs had cached at a look: parallel arrays, ``leaves`` in order for each vCPU."""
 
-    ``since``: how many touches the vCPU had made when it was so.
+    vcpus: Int64s
+    leaves: Int64s
+    since: Int64s  #: touches that the vCPU had made
+
+
+class Known(NamedTuple):
+    """Of the leaves that are looked at, those that were cached: parallel arrays.
+
+    ``since`` and ``until``: touches that the vCPU had made when it was so, and now or at the first
+    flush after that.
     """
 
-    def __init__(self, vcpus: Int64s, leaves: Int64s, since: Int64s) -> None:
-        self.vcpus = vcpus
-        self.leaves = leaves
-        self.since = since
+    vcpus: Int64s
+    columns: Int64s  #: which of the leaves
+    since: Int64s
+    until: Int64s
+    flushed: Bools
 
-    @classmethod
-    def joined(cls, parts: list[Cached]) -> Cached:
-        """All of ``parts``."""
-        return cls(
-            np.concatenate([NONE, *(part.vcpus for part in parts)]),
-            np.concatenate([NONE, *(part.leaves for part in parts)]),
-            np.concatenate([NONE, *(part.since for part in parts)]),
+    def take(self, which: Int64s) -> Known:
+        """Some of them."""
+        return Known(
+            self.vcpus[which],
+            self.columns[which],
+            self.since[which],
+            self.until[which],
+            self.flushed[which],
         )
 
 
@@ -99,14 +110,19 @@ class LazyFlags:
         self._looked: Int64s = np.zeros((rows, blocks), np.int64)
         self._flushed: Int64s = np.zeros(rows, np.int64)  #: and at the last flush
         self._cached: dict[int, Cached] = {}  #: by block, as of its last look
+        self._flush = 0  #: flushes so far
+        self._seen: Int64s = np.zeros(blocks if self.hides else 0, np.int64)  #: at the last look
+        self._flushes: dict[int, Int64s] = {}  #: touches made then, of those still asked for
         # What faults left in a place since: the page, and how many touches the vCPU had made.
         self._faulted: Int64s = np.full((rows, self._places), -1, np.int64)
         self._faulted_at: Int64s = np.zeros((rows, self._places), np.int64)
+        #: Touches that all vCPUs had made when the leaf was mapped.
+        self._mapped_at: Int64s = np.zeros(weights.leaves if self.hides else 0, np.int64)
 
     # -- looks --------------------------------------------------------------------------------
 
     def look(self, t_ns: int, first: int, last: int) -> None:
-        """Let the flags of these leaves, and their blocks, show what was touched before ``t_ns``."""
+        """Let the flags of these leaves, and of their blocks, show the touches before ``t_ns``."""
         counts = self._counts(t_ns)
         low, high = first // self._size, (last - 1) // self._size + 1
         step = max(1, AT_ONCE // (self._size * len(counts)))
@@ -155,32 +171,32 @@ class LazyFlags:
         looked = self._looked[:, leaves // self._size]
         now = counts[:, np.newaxis]
         passed = np.maximum(now - looked, 0)
-        since_flush = np.maximum(now - np.maximum(looked, self._flushed[:, np.newaxis]), 0)
+        # Nobody has cached what was not mapped: of the touches since the look, these may have.
+        all_passed = np.maximum(passed.sum(axis=0), 1)
+        mapped = np.clip((counts.sum() - self._mapped_at[leaves]) / all_passed, 0.0, 1.0)
+        flushed = np.maximum(looked, self._flushed[:, np.newaxis])
+        since_flush = np.minimum(np.maximum(now - flushed, 0), passed * mapped)
         ends = (share / place) * -np.expm1(since_flush * _log1m(place))
         cached = self._rng.random(ends.shape) < ends
-        hit = cached.any(axis=0)
-        log_clear = np.minimum(passed * _log1m(share) - _log1m(ends), 0.0)
-        log_clear[cached] = 0.0
 
-        known = self._known(blocks, leaves)
-        if len(known.vcpus):
-            column = np.searchsorted(leaves, known.leaves)
-            set_flag, still = self._outcome(known, share[column], place[column], counts)
-            before = cached[known.vcpus, column]
-            # They did not start uncached, so what was drawn for that does not count.
-            cached[known.vcpus, column] = False
-            hit[column[before]] = cached[:, column[before]].any(axis=0)
-            hit[column[set_flag]] = True
-            cached[known.vcpus, column] = still
-            log_clear[known.vcpus, column] = 0.0
+        known = self._known(blocks, leaves, counts)
+        where = known.vcpus, known.columns
+        set_flag, still = self._outcome(known, share[known.columns], place[known.columns])
+        # Only up to a flush did they start cached; without one nothing else happened to them.
+        passed[where] = np.where(known.flushed, counts[known.vcpus] - known.until, 0)
+        cached[where] &= known.flushed
+        hit = cached.any(axis=0)
+        hit[known.columns[set_flag]] = True
+        log_clear = np.minimum(passed * _log1m(share) - _log1m(ends), 0.0)
+        log_clear[where] = np.where(known.flushed, log_clear[where], 0.0)
+        log_clear[cached] = 0.0
+        cached[where] |= still & ~known.flushed
         self._keep(blocks, leaves, cached, counts)
         return log_clear.sum(axis=0), hit
 
-    def _outcome(
-        self, known: Cached, share: Float64s, place: Float64s, counts: Int64s
-    ) -> tuple[Bools, Bools]:
-        """Of pages that were cached: whether their flags were set since, and they still are."""
-        touches = np.maximum(counts[known.vcpus] - known.since, 0)
+    def _outcome(self, known: Known, share: Float64s, place: Float64s) -> tuple[Bools, Bools]:
+        """Whether touches set the flags of pages that were cached, and they are cached still."""
+        touches = np.maximum(known.until - known.since, 0)
         others = np.maximum(place - share, 0.0)
         stayed = np.exp(touches * _log1m(others))
         clear = never_missed(share, others, touches)
@@ -191,19 +207,29 @@ class LazyFlags:
         still = (drawn < stayed) | (set_flag & (drawn < clear + ends - stayed))
         return set_flag, still
 
-    def _known(self, blocks: range, leaves: Int64s) -> Cached:
+    def _known(self, blocks: range, leaves: Int64s, counts: Int64s) -> Known:
         """What is known to have been cached of ``leaves``, which lie in ``blocks``."""
-        parts = [self._cached.pop(block) for block in blocks if block in self._cached]
+        # What a vCPU faulted on since, unless a flush or another fault put an end to it.
         places = leaves % self._places
-        vcpus, column = np.nonzero(self._faulted[:, places] == leaves)
-        places = places[column]
-        faulted = Cached(vcpus, leaves[column], self._faulted_at[vcpus, places])
-        self._faulted[vcpus, places] = -1
-        known = Cached.joined([faulted, *parts])
-        there = np.isin(known.leaves, leaves)  # others were unmapped: a flush is on its way
-        code = known.vcpus[there] * len(self._entries) + known.leaves[there]
-        _, once = np.unique(code, return_index=True)  # a page cached and faulted on is the latter
-        return Cached(*(part[there][once] for part in (known.vcpus, known.leaves, known.since)))
+        at = self._faulted_at[:, places]
+        vcpus, columns = np.nonzero(
+            (self._faulted[:, places] == leaves) & (at > self._flushed[:, np.newaxis])
+        )
+        parts = [_known(Cached(vcpus, leaves[columns], at[vcpus, columns]), counts, False)]
+        self._faulted[vcpus, places[columns]] = -1
+        for block in blocks:
+            if block in self._cached:
+                flush = self._flushes.get(int(self._seen[block]))
+                until = counts if flush is None else flush
+                parts.append(_known(self._cached.pop(block), until, flush is not None))
+        self._seen[blocks.start : blocks.stop] = self._flush
+        known = Known(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        # What was unmapped is not looked at; of a page cached and faulted on the latter counts.
+        columns = np.searchsorted(leaves, known.columns)
+        there = np.flatnonzero(np.isin(known.columns, leaves))
+        codes = known.vcpus[there] * len(leaves) + columns[there]
+        there = there[np.unique(codes, return_index=True)[1]]
+        return known._replace(columns=columns).take(there)
 
     def _keep(self, blocks: range, leaves: Int64s, cached: Bools, counts: Int64s) -> None:
         vcpus, column = np.nonzero(cached)
@@ -215,35 +241,37 @@ class LazyFlags:
                 by = vcpus[here]
                 self._cached[block] = Cached(by, where[here], counts[by])
 
-    def faulted(self, vcpu: int, leaf: int, touches: int) -> None:
-        """``vcpu`` has made ``touches``, the last one of ``leaf``, which it faulted on."""
+    def mapped(self, leaf: int, total: int) -> None:
+        """``leaf`` was mapped when all vCPUs together had made ``total`` touches."""
+        if self.hides:
+            self._mapped_at[leaf] = total
+
+    def touched(self, vcpu: int, leaf: int, touches: int) -> None:
+        """``vcpu`` has made ``touches``, the last one of ``leaf``, for sure."""
         if self.hides:
             self._faulted[vcpu, leaf % self._places] = leaf
             self._faulted_at[vcpu, leaf % self._places] = touches
 
     def flush(self, t_ns: int) -> None:
-        """All translations go at ``t_ns``: what cached pages' touches did is decided now."""
+        """All translations go at ``t_ns``."""
         if not self.hides:
             return
-        counts = self._counts(t_ns)
-        vcpus, places = np.nonzero(self._faulted >= 0)
-        faulted = Cached(vcpus, self._faulted[vcpus, places], self._faulted_at[vcpus, places])
-        known = Cached.joined([faulted, *self._cached.values()])
-        self._cached.clear()
-        self._faulted.fill(-1)
-        np.maximum(self._flushed, counts, out=self._flushed)
-        entries = self._entries[known.leaves]
-        clear = (entries & (VALID | AF)) == VALID
-        known = Cached(known.vcpus[clear], known.leaves[clear], known.since[clear])
-        if len(known.leaves):
-            share = self._weights.take(known.leaves) / self._weights.total
-            place = self.place_shares[known.leaves % self._places]
-            set_flag, _ = self._outcome(known, share, place, counts)
-            self._entries[known.leaves[set_flag]] |= np.uint8(AF)
+        self._flushed = np.maximum(self._flushed, self._counts(t_ns))
+        self._flushes[self._flush] = self._flushed
+        self._flush += 1
+        if len(self._flushes) > 2 * len(self._cached) + KEPT:
+            asked = {int(self._seen[block]) for block in self._cached}
+            self._flushes = {n: self._flushes[n] for n in asked if n in self._flushes}
 
     def occupied(self, touches: int) -> int:
         """Places of an empty TLB that are taken after ``touches``: the mean, rounded."""
         return round(float(-np.expm1(touches * _log1m(self.place_shares)).sum()))
+
+
+def _known(cached: Cached, until: Int64s, flushed: bool) -> Known:
+    """``cached``, whose leaves are not columns yet, ``until`` so many touches of each vCPU."""
+    vcpus, leaves, since = cached
+    return Known(vcpus, leaves, since, until[vcpus], np.full(len(vcpus), flushed))
 
 
 def never_missed(share: Float64s, others: Float64s, touches: Int64s) -> Float64s:

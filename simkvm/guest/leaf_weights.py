@@ -88,7 +88,7 @@ class Shares:
 def leaf_weights(
     access: Any, leaves: int, leaf_pages: int, layout_rng: np.random.Generator
 ) -> LeafWeights:
-    """The weights of a guest of ``leaves`` leaves of ``leaf_pages`` pages each that does ``access``.
+    """The weights of ``leaves`` leaves, each of ``leaf_pages`` pages, where vCPUs do ``access``.
 
     ``layout_rng`` in the state that :func:`simkvm.guest.patterns.build` gets it in gives the same
     popular pages; it is drawn from.

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from simkvm.guest.jobs import BATCH_JOBS, ENDLESS, Bools, Int64s, Jobs, Seat, Stage, write_all
+from simkvm.guest.jobs import BATCH_JOBS, ENDLESS, Bools, Int64s, Jobs, Seat, Stage, loading
 from simkvm.guest.popularity import zipf_cumulative
 from simkvm.scenario.workloads import Memcached
 
@@ -81,6 +81,12 @@ class Layout(NamedTuple):
         at: Int64s = self.slabs_at + keys // each * SLAB_BYTES + keys % each * self.chunk
         return at
 
+    def pages(self, keys: int, page: int) -> Int64s:
+        """The pages of ``page`` bytes that hold the table and ``keys`` items, in order."""
+        table = np.arange(-(-self.buckets * POINTER_BYTES // page))
+        last = int(self.items_at(np.array([keys - 1]))[0]) + self.item - 1
+        return np.concatenate((table, np.arange(self.slabs_at // page, last // page + 1)))
+
     def buckets_at(self, keys: Int64s) -> Int64s:
         """Where the buckets of ``keys`` lie: a hash that spreads them evenly."""
         x = keys.astype(np.uint64) + np.uint64(MIX[0])
@@ -106,11 +112,9 @@ class Server:
         )
 
     def stages(self) -> Iterator[Stage]:
-        """All items stored, if asked for; then requests."""
+        """All items stored, then requests."""
         access, seat = self.access, self.seat
-        if access.load:
-            used = -(-self.layout.end // seat.page_bytes)
-            yield write_all(seat, np.arange(seat.vcpu, used, seat.vcpus))
+        yield from loading(access, seat, self.layout.pages(access.keys, seat.page_bytes))
         if not self.clients:
             return
         # Connections are not all opened in the same moment, but within one round of a client.

@@ -18,8 +18,8 @@ from simkvm.guest.jobs import (
     Stage,
     back_to_back,
     in_batches,
+    loading,
     share_of,
-    write_all,
 )
 from simkvm.scenario.workloads import Sort
 
@@ -34,40 +34,37 @@ class Executor:
         self.block = access.block // seat.page_bytes
 
     def stages(self) -> Iterator[Stage]:
-        """The data written if asked for, then scan and shuffle, ``rounds`` times."""
+        """The data written, then scan and shuffle, ``rounds`` times."""
         own = share_of(self.pages, self.seat.vcpu, self.seat.vcpus)
         mine = np.arange(own.start, own.stop)
-        if self.access.load:
-            yield write_all(self.seat, mine)
+        yield from loading(self.access, self.seat, np.arange(self.pages))
         for _ in range(self.access.rounds):
             yield self._stage(mine, self.pages + mine)
-            fetched = self._fetched()
-            yield self._stage(self.pages + fetched, mine[: len(fetched)])
+            before, fetched = self._fetched()
+            yield self._stage(self.pages + fetched, before + np.arange(len(fetched)))
 
-    def _fetched(self) -> Int64s:
+    def _fetched(self) -> tuple[int, Int64s]:
         """The vCPU's part of each scan's output, by blocks in random order.
 
-        Parts differ by a page at most from the vCPU's own share; together they are all of it.
+        Returns also how many pages the vCPUs before this one fetch.
         """
-        seat, blocks = self.seat, []
+        seat, before, blocks = self.seat, 0, []
         for other in range(seat.vcpus):
             output = share_of(self.pages, other, seat.vcpus)
             part = share_of(len(output), seat.vcpu, seat.vcpus)
+            before += part.start
             for first in range(part.start, part.stop, self.block):
                 last = min(first + self.block, part.stop)
                 blocks.append(np.arange(output.start + first, output.start + last))
         order = seat.rng.permutation(len(blocks))
-        return np.concatenate([np.empty(0, np.int64), *(blocks[block] for block in order)])
+        nothing = np.empty(0, np.int64)
+        return before, np.concatenate([nothing, *(blocks[block] for block in order)])
 
     def _stage(self, read: Int64s, written: Int64s) -> Stage:
-        """Read a page, write one, until all are read. Writes are fewer if the shares differ."""
+        """Read a page, write one, until all are read."""
         seat = self.seat
-        size = max(len(read), len(written))
-        pages = np.full((size, 2), -1, np.int64)
-        pages[: len(read), 0] = read
-        pages[: len(written), 1] = written
-        writes = np.broadcast_to([False, True], pages.shape)
-        made = pages >= 0
+        pages = np.column_stack((read, written)).ravel()
+        writes = np.tile([False, True], len(read))
         step_ns = seat.touch_ns + self.access.page_cpu // 2
-        jobs = back_to_back(pages[made], writes[made], step_ns, 2 * PIECE_PAGES, seat.page_bytes)
+        jobs = back_to_back(pages, writes, step_ns, 2 * PIECE_PAGES, seat.page_bytes)
         return Stage(in_batches(jobs), barrier=True)

@@ -83,7 +83,7 @@ class Vcpu:
         self._reenter_ns = 0
         self.next_ns = 0  #: when the host is needed next, as planned
         self.alarm: Event | None = None  #: the event that wakes the thread then
-        self._sleeper = _certain(self._env)
+        self._sleeper = certain(self._env)
         self.process: Process | None = None
         self.touches = 0
         self.access_faults = 0  #: access-flag faults: with a hardware flag there are none
@@ -96,11 +96,11 @@ class Vcpu:
         env, fault, task = self._env, self.fault, self.task
         queue, numbers = env._queue, env._eid
         take = fault.take
-        arrival = _certain(env)
+        arrival = certain(env)
         kvm, host = self.kvm, self.kvm.host
         next_ns = yield from self._proceed((yield from kvm.sched.checkpoint(task, 0)))
         while self._list and self.kvm.alive:
-            if task.need_resched:
+            if self._left_ns != IN:
                 next_ns = yield from self._give_way()
                 continue
             while next_ns > env._now and queue and next_ns >= queue[0][0]:
@@ -177,19 +177,24 @@ class Vcpu:
         self.cpu = cpu
 
     def _leave_guest(self, t_ns: int) -> None:
-        """The touches up to ``t`` are applied; what is computed until the next one is left."""
+        """Out of the guest at ``t``, with the touches up to then applied.
+
+        What it computes until the next one is left.
+        """
         self._left_ns = max(0, self._run_from_ns - t_ns)
         self._running = False
         self.next_ns = t_ns
 
     def _give_way(self) -> Generator[Event, Any, int]:
         """Let another thread run; returns when the host is needed next, as :meth:`enter`."""
-        if self._running:  # about to enter
-            self._leave_guest(self._entry_ns)
         t_ns = yield from self.kvm.sched.checkpoint(self.task, self.next_ns)
-        left_ns, self._left_ns = self._left_ns, IN
         reenter_ns, self._reenter_ns = self._reenter_ns, 0
-        return self.enter(t_ns + reenter_ns, left_ns)
+        return self._go_in(t_ns + reenter_ns)
+
+    def _go_in(self, t_ns: int) -> int:
+        """The guest goes on at ``t``, where it was when it left; returns as :meth:`enter`."""
+        left_ns, self._left_ns = self._left_ns, IN
+        return self.enter(t_ns, left_ns)
 
     # -- the process: its steps ---------------------------------------------------------------
 
@@ -272,7 +277,7 @@ class Vcpu:
         busy_ns = costs[position + 1] - costs[position]
         self._position = position = position + 1
         cpu = self.cpu
-        if cpu.stolen_ns or self._flushes or position == len(self._list):
+        if cpu.stolen_ns or self._flushes or position == len(self._list) or self.task.need_resched:
             return self.enter(t_ns, busy_ns)
         need = self._need_list[position]
         if self._entries[self._list[position]] & need == need:
@@ -297,7 +302,8 @@ class Vcpu:
     def enter(self, t_ns: int, busy_ns: int = 0) -> int:
         """The guest runs from ``t_ns`` on, the first ``busy_ns`` without a touch.
 
-        Returns when it needs the host: at its next fault, or at the end of the chunk.
+        Returns when it needs the host: at its next fault, or at the end of the chunk; at once if
+        another thread is to have the CPU (xfer_to_guest_mode_handle_work, kernel/entry/kvm.c).
         """
         if not self.kvm.alive:
             return t_ns
@@ -307,8 +313,11 @@ class Vcpu:
             start += cpu.take_stolen()
         if self._flushes:
             start += self._refill_ns()
-        self._running = True
         self._run_from_ns = start
+        if self.task.need_resched:
+            self._leave_guest(t_ns)
+            return t_ns
+        self._running = True
         self._entry_ns = t_ns
         self.next_ns = next_ns = self._plan(start)
         cpu.enter_guest(t_ns, self._exit_ns)
@@ -503,7 +512,7 @@ class Vcpu:
         """Move the alarm to an earlier time."""
         late = self.alarm
         if late is self._sleeper:
-            self._sleeper = _certain(self._env)  # the old one still lies in the calendar
+            self._sleeper = certain(self._env)  # the old one still lies in the calendar
         assert late is not None
         assert late.callbacks is not None
         early = self._env.timeout(max(0, t_ns - int(self._env.now)))
@@ -513,7 +522,7 @@ class Vcpu:
         self.alarm = early
 
 
-def _certain(env: Environment) -> Event:
+def certain(env: Environment) -> Event:
     """An event that cannot fail, to be planned by hand, again and again: cheaper than timeouts."""
     event = Event(env)
     event._ok = True

@@ -62,7 +62,7 @@ def join(
     """
     access: Any = guest.access
     vcpus: list[JobVcpu] = []
-    accesses = JobAccesses(vcpus)
+    accesses = JobAccesses(vcpus, kvm.leaves, kvm.kernel["remote_flush"] == "broadcast")
     barrier = Barrier(kvm.env, guest.vcpus)
     for index, rng in enumerate(streams):
         seat = Seat(
@@ -74,6 +74,7 @@ def join(
             layout_rng=deepcopy(layout),
             touch_ns=kvm.costs.touch_ns,
             machine=machine,
+            mapped=guest.mapped,
         )
         stages = PROGRAMS[access.pattern](access, seat).stages()
         vcpus.append(JobVcpu(kvm, index, next(cpus), stages, access, accesses, barrier))

@@ -192,7 +192,7 @@ class AgeingWalk:
         t_ns = yield from reach(self.env, t_ns)
         if not self._trylock(t_ns, table, report):
             return t_ns, 0
-        leaves = kvm.host.table_leaves(table)
+        leaves = self._asked(kvm.host.table_leaves(table))
         if not len(leaves):
             kvm.host.unlock_table(table, t_ns)
             return t_ns, 0
@@ -206,6 +206,14 @@ class AgeingWalk:
                 return t_ns, 0
             return (yield from self._huge_page(t_ns, huge, report))
         return (yield from self._leaves(t_ns, leaves, report))
+
+    def _asked(self, leaves: Leaves) -> Leaves:
+        """Of ``leaves`` those whose folios the walk cares for."""
+        return leaves
+
+    def _promote(self, leaves: Leaves) -> int:
+        """``leaves`` were young; returns how many folios changed their generation."""
+        return self.kvm.host.lru.promote(leaves)
 
     def _trylock(self, t_ns: int, table: int, report: Pass) -> bool:
         """Take the lock of a host table at ``t_ns``, unless a fault is installing an entry."""
@@ -262,7 +270,7 @@ class AgeingWalk:
         t_ns = yield from reach(self.env, t_ns)
         young = young[(kvm.host.state[young] & OWN) != 0]  # an unmap may have come meanwhile
         report.young += len(young)
-        moved = kvm.host.lru.promote(young)
+        moved = self._promote(young)
         kvm.host.unlock_table(int(leaves[0]) // kvm.host.entries, t_ns)
         self.task.cpu.enter_kernel(t_ns)
         return t_ns, moved
@@ -285,7 +293,7 @@ class AgeingWalk:
         if young:
             report.young += 1
             own = np.flatnonzero(kvm.host.state[first:last] & OWN)
-            moved = kvm.host.lru.promote(first + own)
+            moved = self._promote(first + own)
         kvm.host.unlock_table(first // kvm.host.entries, t_ns)
         self.task.cpu.enter_kernel(t_ns)
         return t_ns, moved

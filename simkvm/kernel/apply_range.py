@@ -40,10 +40,11 @@ def _writing(
 ) -> Steps:
     end = yield from open_for_write(kvm, task, t_ns, site)
     for number, (low, high) in enumerate(parts):
-        if number and kvm.lock_break(task.cpu, end):
+        if number and kvm.lock_break(task, end):
             kvm.mmu_lock.release(end)
             task.cpu.context_switch(end)
-            end = yield from open_for_write(kvm, task, end + kvm.costs.ageing.resched_ns, site)
+            end = yield from kvm.let_others_run(task, end)
+            end = yield from open_for_write(kvm, task, end, site)
         if not kvm.stage2.attached:
             break
         end = yield from reach(kvm.env, step(end, low, high))

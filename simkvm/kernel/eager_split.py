@@ -53,7 +53,7 @@ class EagerSplit:
             return t_ns
         position = first
         while position < last:
-            if kvm.split_cache.pages < self._needed(step) or kvm.lock_break(task.cpu, t_ns):
+            if kvm.split_cache.pages < self._needed(step) or kvm.lock_break(task, t_ns):
                 t_ns = yield from self._refill(task, t_ns, self._needed(step))
             # The zap of x86's roots is planned ahead: nothing may be added to them any more.
             if not kvm.stage2.attached or not (self._breaks or kvm.alive):
@@ -76,7 +76,7 @@ class EagerSplit:
         kvm.mmu_lock.release(t_ns)
         task.cpu.enter_kernel(t_ns)
         lacking = kvm.split_cache.top_up(pages)
-        t_ns += kvm.costs.ageing.resched_ns + lacking * kvm.costs.fault.object_ns
+        t_ns = yield from kvm.let_others_run(task, t_ns + lacking * kvm.costs.fault.object_ns)
         return (yield from open_for_write(kvm, task, t_ns, EAGER_SPLIT))
 
     def _chunk(self, t_ns: int, first: int, last: int) -> Steps:

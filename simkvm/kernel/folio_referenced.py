@@ -22,7 +22,8 @@ from simpy import Event
 
 from simkvm.kernel.aging_call import CALLS, Leaves, Pass
 from simkvm.kernel.host_memory import OWN, YOUNG
-from simkvm.kernel.mglru import MIN_LRU_BATCH
+from simkvm.kernel.lrugen import ListedLruGen
+from simkvm.kernel.mglru import MIN_LRU_BATCH, suitable_to_scan
 from simkvm.kernel.rmap_walk import Answer, RmapAgeing
 from simkvm.kernel.task import Task, reach
 
@@ -87,21 +88,37 @@ class FolioReferenced(RmapAgeing):
         table = leaf // self.kvm.host.entries
         return self.kvm.host.contended(table) or self.faults_until(t_ns, table) > 0
 
-    def window(self, leaf: int) -> Leaves:
-        """The 64 leaves around ``leaf``, within its host table and the guest, without itself."""
+    def span(self, leaf: int) -> tuple[int, int]:
+        """The 64 leaves around ``leaf``, within its host table and the guest."""
         host = self.kvm.host
         low = leaf // host.entries * host.entries
         high = min(low + host.entries, self.kvm.leaves)
         first = max(low, min(leaf - MIN_LRU_BATCH // 2, high - MIN_LRU_BATCH))
-        leaves = np.arange(first, min(first + MIN_LRU_BATCH, high), dtype=np.int64)
+        return first, min(first + MIN_LRU_BATCH, high)
+
+    def window(self, leaf: int) -> Leaves:
+        """Of :meth:`span` what is there, without ``leaf`` itself."""
+        host = self.kvm.host
+        leaves = np.arange(*self.span(leaf), dtype=np.int64)
         others: Leaves = leaves[((host.state[leaves] & OWN) != 0) & (leaves != leaf)]
         return others
 
     def _look_around(self, t_ns: int, leaf: int, report: Pass) -> Generator[Event, Any, int]:
-        kvm, state = self.kvm, self.kvm.host.state
         leaves = self.window(leaf)
         if not len(leaves):
             return t_ns
+        t_ns, young = yield from self._neighbours_of(t_ns, leaves, report)
+        self.kvm.host.lru.promote(young)
+        folios = young // self.kvm.folio_leaves
+        report.young += int(np.count_nonzero(folios != leaf // self.kvm.folio_leaves))
+        self._promoted.update(folios.tolist())
+        return t_ns
+
+    def _neighbours_of(
+        self, t_ns: int, leaves: Leaves, report: Pass
+    ) -> Generator[Event, Any, tuple[int, Leaves]]:
+        """Ask for ``leaves``: when that is done, and which of them were young."""
+        kvm, state = self.kvm, self.kvm.host.state
         by_host = leaves[(state[leaves] & YOUNG) != 0]
         state[leaves] &= np.uint8(~YOUNG & 0xFF)
         if kvm.notifier.hears(int(leaves[0]), int(leaves[-1]) + 1):
@@ -113,9 +130,37 @@ class FolioReferenced(RmapAgeing):
         young = np.union1d(by_host, by_guest)
         t_ns += (len(young) - len(by_guest)) * self.costs.promote_ns
         t_ns = yield from reach(kvm.env, t_ns)
-        young = young[(state[young] & OWN) != 0]
-        kvm.host.lru.promote(young)
-        folios = young // kvm.folio_leaves
-        report.young += int(np.count_nonzero(folios != leaf // kvm.folio_leaves))
-        self._promoted.update(folios.tolist())
+        return t_ns, young[(state[young] & OWN) != 0]
+
+
+class EvictionCheck(FolioReferenced):
+    """The check as eviction makes it, on a host whose memory is short.
+
+    The loop over the window comes by the entry in question once more, with a call of its own
+    (7,801 calls of 121 looks around in a trace of Linux 6.12: 120 with 65 each, and a cold one).
+    A window in which enough was young puts the page table into the Bloom filter of the next walk.
+    """
+
+    def __init__(self, kvm: Kvm, task: Task) -> None:
+        super().__init__(kvm, task)
+        lru = kvm.host.lru
+        assert isinstance(lru, ListedLruGen)
+        self._lru = lru
+
+    def _look_around(self, t_ns: int, leaf: int, report: Pass) -> Generator[Event, Any, int]:
+        lru, lruvec = self._lru, self._lru._lists
+        seq = lruvec.max_seq
+        lruvec.vmstat.look_arounds += 1
+        first, last = self.span(leaf)
+        leaves = np.arange(first, last, dtype=np.int64)
+        leaves = lru.askable(leaves[(self.kvm.host.state[leaves] & OWN) != 0])
+        young = leaves[:0]
+        if len(leaves):
+            t_ns, young = yield from self._neighbours_of(t_ns, leaves, report)
+        young = young[young != leaf]
+        lru.promote(young, seq)
+        report.young += len(young)
+        if suitable_to_scan(last - first, 1 + len(young)):
+            table = leaf // self.kvm.host.entries
+            lruvec.mms.filters.add(seq, lru.number, table)
         return t_ns

@@ -99,6 +99,7 @@ class Kswapd:
         total = 0
         while sc.priority >= 1 and not pages.balanced:
             sc.reclaimed = 0
+            self._reclaimer.age_node(sc, t_ns)
             t_ns = yield from self._reclaimer.shrink_node(sc, t_ns)
             t_ns = yield from reach(self._env, t_ns + self._task.cpu.take_stolen())
             total += sc.reclaimed

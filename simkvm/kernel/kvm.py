@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,6 @@ from simkvm.kernel import table_free
 from simkvm.kernel.cacheline import CacheLine, LineCosts
 from simkvm.kernel.cmpxchg_race import CmpxchgRaces, Loads
 from simkvm.kernel.costs import Costs, FreeCosts
-from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dirty_log import DirtyLog
 from simkvm.kernel.dram import Dram
 from simkvm.kernel.geometry import GEOMETRIES
@@ -33,6 +32,7 @@ from simkvm.kernel.sched import OwnCpus, Scheduler
 from simkvm.kernel.split_cache import SplitCache
 from simkvm.kernel.stage2 import AF, BLOCK, VALID, WRITE, Stage2, TableId
 from simkvm.kernel.swappable import SwappableMemory
+from simkvm.kernel.task import Task
 from simkvm.kernel.tlb import TlbiPath
 from simkvm.kernel.unmap import UnmapCosts, UnmapWalk
 from simkvm.kernel.young_notifier import YoungCalls
@@ -501,12 +501,16 @@ class Kvm:
             self.accesses.unmapped(t_ns, first, last)
         return removed
 
-    def lock_break(self, cpu: Cpu, t_ns: int) -> bool:
+    def lock_break(self, task: Task, t_ns: int) -> bool:
         """Whether ``cond_resched_rwlock_write`` lets go at ``t_ns``.
 
-        Nobody else runs on the CPUs of the model's actors, so only contention can ask for it.
+        For contention, where the kernel is preemptible, and for another thread that is to run.
         """
-        return self.break_lock and self.mmu_lock.contended
+        return task.need_resched or (self.break_lock and self.mmu_lock.contended)
+
+    def let_others_run(self, task: Task, t_ns: int) -> Generator[Event, Any, int]:
+        """``cond_resched()`` at ``t_ns``, with no lock held; returns when ``task`` goes on."""
+        return (yield from self.sched.checkpoint(task, t_ns + self.costs.ageing.resched_ns))
 
     def zap_host(self, t_ns: int, first: int, last: int) -> int:
         """Remove the host's mappings of these leaves from ``t_ns`` on; returns when it is done."""

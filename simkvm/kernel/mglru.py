@@ -16,6 +16,14 @@ MIN_NR_GENS: Final = 2
 MAX_NR_GENS: Final = 4
 MIN_LRU_BATCH: Final = 64  #: PTEs in a window of the batched notifier calls
 MAX_LRU_BATCH: Final = 4096  #: promotions or moves between two looks at need-resched
+PTE_BYTES: Final = 8
+CACHE_LINE_BYTES: Final = 64
+
+
+def suitable_to_scan(total: int, young: int) -> bool:
+    """Whether of ``total`` PTEs on average one a cache line was young."""
+    per_line = min(max(CACHE_LINE_BYTES // PTE_BYTES, 2), 8)
+    return young * per_line >= total
 
 
 class Lruvec:

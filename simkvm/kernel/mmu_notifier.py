@@ -218,7 +218,7 @@ class MmuNotifier:
             self.in_progress -= 1
             left = int((kvm.stage2.leaf.entries[first:last] & VALID).sum())
             kvm.oracle.invalidated(first, last, left, entry_ns)
-            task.spend("write_lock", entry_ns - t_ns)
+            task.spend("unmap_lock", entry_ns - t_ns)
             if leaving is not None:
                 leaving.post(task.cpu.id, entry_ns + hold_ns)
             return hold_ns, entry_ns + hold_ns
@@ -285,11 +285,11 @@ class UnmapChunks:
             if number + 1 == len(parts):
                 break
             t_ns = yield from reach(kvm.env, t_ns)
-            if blockable and high not in ends and kvm.lock_break(task.cpu, t_ns):
+            if blockable and high not in ends and kvm.lock_break(task, t_ns):
                 kvm.mmu_lock.release(t_ns)
                 task.cpu.context_switch(t_ns)
-                t_ns = yield from self._lock(task, t_ns + kvm.costs.ageing.resched_ns)
-                entry_ns = t_ns
+                t_ns = yield from kvm.let_others_run(task, t_ns)
+                t_ns = entry_ns = yield from self._lock(task, t_ns)
         return t_ns
 
 
@@ -303,7 +303,7 @@ def _lock(kvm: Kvm, task: Task, t_ns: int, site: int) -> Steps:
     task.cpu.spin(t_ns)
 
     def section(entry_ns: int) -> tuple[int, int]:
-        task.spend("write_lock", entry_ns - t_ns)
+        task.spend("unmap_lock", entry_ns - t_ns)
         return OPEN, entry_ns
 
     grant = kvm.mmu_lock.write(t_ns, task.cpu.id, site, section)

@@ -7,39 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from simkvm.kernel.lrugen import ListedLruvec
+from simkvm.kernel.lrugen import DEFAULT_SWAPPINESS, ListedLruvec
+from simkvm.kernel.memcg_lru import MemcgLru
+from simkvm.kernel.mglru import MIN_LRU_BATCH
 from simkvm.kernel.page_alloc import HostPages
 from simkvm.kernel.reclaim_throttle import ReclaimThrottle
 from simkvm.kernel.sched import Scheduler
 from simkvm.kernel.swap import SwapDevice
+from simkvm.kernel.vmstat import Vmstat
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from simkvm.kernel.aging_call import Pass
     from simkvm.kernel.kvm import Kvm
     from simkvm.kernel.swappable import SwappableMemory
 
 
-@dataclass
-class Vmstat:
-    """Counters as /proc/vmstat names them; pages unless it says otherwise."""
-
-    pgscan_kswapd: int = 0
-    pgscan_direct: int = 0
-    pgsteal_kswapd: int = 0
-    pgsteal_direct: int = 0
-    pgactivate: int = 0  #: folios that reclaim found in use
-    pswpin: int = 0
-    pswpout: int = 0
-    pgmajfault: int = 0  #: faults that read from swap
-    swap_cache_hits: int = 0  #: faults that found their page in the swap cache
-    first_faults: int = 0  #: faults that took a fresh page, cleared
-    workingset_refault: int = 0
-    workingset_activate: int = 0
-    kswapd_wakeups: int = 0
-    oom_kills: int = 0
-    look_arounds: int = 0
+LRU_GEN_ALL: Final = 0xF
 
 
 @dataclass
@@ -53,6 +40,11 @@ class Pgdat:
     lruvecs: list[ListedLruvec] = field(default_factory=list)
     kvms: list[list[Kvm]] = field(default_factory=list)
     passes: list[Pass] = field(default_factory=list)  #: of ageing that reclaim asked for
+    paths: list[str] = field(default_factory=list)  #: of memcgs
+    lru_gen: int = LRU_GEN_ALL  #: its capabilities (/sys/kernel/mm/lru_gen/enabled)
+    swappiness: int = DEFAULT_SWAPPINESS
+    min_ttl_ns: int = 0  #: what may not be evicted for that long (min_ttl_ms); 0: no matter
+    walked_at: dict[str, int] = field(default_factory=dict)  #: touches of a guest when walked last
     kswapd_failures: int = 0  #: runs of kswapd in a row that took nothing; others reset it
     stalls: list[int] = field(default_factory=list)  #: begin, end, begin, end... of stalled tasks
 
@@ -60,11 +52,11 @@ class Pgdat:
 
     def __post_init__(self) -> None:
         self.throttle = ReclaimThrottle(self, self.jiffy_ns)
+        self.memcg_lru: MemcgLru
         swap = self.swap
         if swap is not None:
             swap.sched = self.sched
             self.pages.pool = lambda: swap.pool_pages
-
         self.pages.reclaimable = self._reclaimable
 
     def _reclaimable(self) -> int:
@@ -86,9 +78,25 @@ class Pgdat:
             for place in range(len(kvms)):
                 yield what(self.memory(number, place))
 
+    def charge(self, lruvecs: list[ListedLruvec], rng: np.random.Generator) -> None:
+        """These are the memcgs; ``rng`` draws their places in the order of reclaim."""
+        self.lruvecs += lruvecs
+        self.memcg_lru = MemcgLru(len(lruvecs), rng)
+
+    def swappiness_now(self) -> int:
+        """How readily anonymous folios are evicted: not at all when swap is (almost) full."""
+        if self.swap is None or self.swap.free_slots < MIN_LRU_BATCH:
+            return 0
+        return self.swappiness
+
     def memory(self, lruvec: int, guest: int) -> SwappableMemory:
         """The host's mappings of a guest."""
         return self.kvms[lruvec][guest].host  # type: ignore[return-value]
+
+    @staticmethod
+    def memory_of(kvm: Kvm) -> SwappableMemory:
+        """The host's mappings of a guest."""
+        return kvm.host  # type: ignore[return-value]
 
     def stalled(self, begin_ns: int, end_ns: int) -> None:
         """A task waited for memory (PSI): from ``begin_ns`` to ``end_ns``."""

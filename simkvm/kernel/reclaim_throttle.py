@@ -1,10 +1,11 @@
 """Direct reclaim that gets nowhere sleeps for a moment, so that writes can end.
 
-Source: mm/vmscan.c (``consider_reclaim_throttle``, ``reclaim_throttle``),
-v6.12. Who reclaimed nothing down to the last priority but one waits for a timer of one jiffy, or
-until another direct reclaimer got on well. Not if kswapd has given up, and not if more than half of
-what could be reclaimed is being written. Waits for other reasons (too many isolated, writeback) do
-not arise: no reclaimer isolates half a node, and MGLRU does not ask for the other.
+Source: mm/vmscan.c (``consider_reclaim_throttle``, ``reclaim_throttle``,
+``skip_throttle_noprogress``), v6.12. Who reclaimed nothing down to the last priority but one
+waits for a timer of one jiffy, or until another direct reclaimer got on well. Not if kswapd has
+given up, and not if more than half of what could be reclaimed is being written. Waits for other
+reasons (too many isolated, writeback) do not arise: no reclaimer isolates half a node, and MGLRU
+does not ask for the other.
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ class Preemptible(Protocol):
     def preempted(self, t_ns: int) -> None:
         """Another thread is to run: give the CPU up, at ``t`` if that may be, else soon.
 
-        Called at a time that has come. The thread's process has to come to a checkpoint.
+        Called at a time that has come; ``task.need_resched`` is set. The thread's process has to
+        come to a checkpoint. A thread in the kernel does so on the way out of it: whoever plans
+        what it does next outside, ahead of the clock, has to look at ``task.need_resched`` then.
         """
         ...
 

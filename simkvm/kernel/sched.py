@@ -31,7 +31,7 @@ time first; what is told of a time to come (a thread sleeps from then on) is act
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 from simpy import Environment, Event
 
@@ -46,7 +46,12 @@ BASE_SLICE_NS: Final = 750_000  #: sysctl_sched_base_slice, for one CPU
 
 
 class Scheduler(Protocol):
-    """What threads ask of it; ``t_ns`` may be ahead of the clock."""
+    """What threads ask of it; ``t_ns`` may be ahead of the clock.
+
+    ``shares``: whether a thread that has nothing to do should say so at once.
+    """
+
+    shares: ClassVar[bool]
 
     def add(self, task: Task, preemptible: Preemptible | None = None) -> None:
         """Make ``task`` known before it runs, with who is to be told when it has to go."""
@@ -74,6 +79,8 @@ class Scheduler(Protocol):
 
 class OwnCpus:
     """Every thread has a CPU to itself: nobody waits, and only the states of CPUs are told."""
+
+    shares: ClassVar[bool] = False
 
     def add(self, task: Task, preemptible: Preemptible | None = None) -> None:
         """It will never have to go."""
@@ -104,6 +111,8 @@ class OwnCpus:
 class FairScheduler:
     """Threads share ``cpus``. ``tick_after``: the first timer tick later than a time."""
 
+    shares: ClassVar[bool] = True
+
     def __init__(
         self,
         env: Environment,
@@ -117,6 +126,8 @@ class FairScheduler:
         self._switch_ns = context_switch_ns
         self.queues = [RunQueue(cpu, slice_ns, limit_ns, tick_after) for cpu in cpus]
         self.threads: dict[Task, Thread] = {}  # in the order in which they were met
+        self._waiting = 0  # threads that wait,
+        self._running = 0  # and that have a CPU
 
     # -- asked by threads ---------------------------------------------------------------------
 
@@ -156,8 +167,9 @@ class FairScheduler:
         queue = thread.queue
         queue.remove(thread, t_ns)
         queue.left_ns = t_ns
+        self._running -= 1
         task.on_cpu = task.need_resched = False
-        if any(other.waiting for other in self.queues):
+        if self._waiting:
             queue.cpu.context_switch(t_ns)
             self._leave(queue)
         else:
@@ -186,6 +198,8 @@ class FairScheduler:
             return t_ns
         task.on_cpu = False
         queue.put_back()
+        self._running -= 1
+        self._waiting += 1
         thread.since_ns, thread.turn = t_ns, Event(self._env)
         self._switch(queue, following, t_ns)
         return (yield from _turn(thread))
@@ -220,10 +234,10 @@ class FairScheduler:
     def _select(self, thread: Thread, t_ns: int) -> RunQueue:
         """Where a thread that wakes up at ``t`` goes (select_task_rq_fair)."""
         before = thread.queue
-        if before.idle(t_ns):
+        if self._running == len(self.queues) or before.idle(t_ns):
             return before
-        first, node = before.cpu.id + 1, before.cpu.node
-        around = self.queues[first:] + self.queues[: first - 1]
+        first, node = before.cpu.id, before.cpu.node
+        around = self.queues[first:] + self.queues[:first]
         idle = [queue for queue in around if queue.idle(t_ns)]
         near = [queue for queue in idle if queue.cpu.node == node]
         return (near or idle or [before])[0]
@@ -232,6 +246,7 @@ class FairScheduler:
         """``thread`` waits from ``t`` on; CPUs that are about to be idle will look for it."""
         thread.since_ns, thread.turn = t_ns, Event(self._env)
         thread.queue.waiting.append(thread)
+        self._waiting += 1
         for queue in self.queues:
             if queue.current is None and not queue.leaving:
                 self._leave(queue)
@@ -272,6 +287,8 @@ class FairScheduler:
 
     def _switch(self, queue: RunQueue, thread: Thread, t_ns: int) -> None:
         """The CPU goes from one thread to ``thread``, which has waited, at ``t``."""
+        t_ns = max(t_ns, int(self._env.now))  # a thread that leaves may be late
+        self._waiting -= 1
         thread.wait_ns += t_ns - thread.since_ns
         queue.switch_ns += self._switch_ns
         start_ns = t_ns + self._switch_ns
@@ -286,6 +303,7 @@ class FairScheduler:
     def _run(self, queue: RunQueue, thread: Thread, t_ns: int) -> None:
         queue.run(thread, t_ns)
         thread.switches += 1
+        self._running += 1
         task = thread.task
         task.cpu, task.on_cpu = queue.cpu, True
         if thread.preemptible is not None:

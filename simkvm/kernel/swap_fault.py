@@ -39,6 +39,8 @@ class SwapFaultPath(FaultPath):
         assert kvm.pgdat is not None
         self._host: SwappableMemory = kvm.host
         self._pgdat = kvm.pgdat
+        #: GUP marks it once, and so does arm64 (kvm_set_pfn_accessed()).
+        self._marks = 2 if kvm.kernel.arch == "arm64" else 1
         self.in_flight = 0  #: pages that this fault has allocated and nobody maps yet
         self._owed = 0  #: pages for the memory cache that only reclaim can give
 
@@ -65,6 +67,11 @@ class SwapFaultPath(FaultPath):
         if self.lacking:
             self.ptl_table = -1  # not before the page is there
         return t_ns
+
+    def locked(self, entry_ns: int) -> tuple[int, int]:
+        """As :meth:`FaultPath.locked`: GUP and KVM have marked the page accessed by then."""
+        self._host.lru.accessed(self._leaf, self._marks)  # type: ignore[attr-defined]
+        return super().locked(entry_ns)
 
     def _resolve(self, asked_ns: int, t_ns: int, state: int, write: bool) -> int:
         """GUP's slow path begins: :meth:`install` is the rest of it."""

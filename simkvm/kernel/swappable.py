@@ -81,6 +81,13 @@ class SwappableMemory(HostMemory):
             event._value = t_ns
             self._env.schedule(event, delay=max(0, t_ns - int(self._env.now)))
 
+    def waiting(self, leaves: NDArray[np.int64], file: bool) -> NDArray[np.bool_]:
+        """Which of ``leaves`` eviction passes by: locked, or under writeback."""
+        found: NDArray[np.bool_] = (self.swap[leaves] & WRITEBACK) != 0
+        if self._folio_locks:
+            found |= np.isin(leaves, list(self._folio_locks))
+        return found
+
     # -- pages that come and go -----------------------------------------------------------------
 
     def lacks_table(self, leaf: int) -> bool:
@@ -114,11 +121,7 @@ class SwappableMemory(HostMemory):
         out = self._without_room(leaves)
         super().map_all()
         if out:
-            gone = np.arange(out)
-            self.lru.remove(gone)
-            self.state[:out] = 0
-            self.swap[:out] = SLOT
-            self._recount()
+            self._swap_out(np.arange(out))
         self.state &= np.uint8(~YOUNG & 0xFF)
         self.lru.all_old()  # type: ignore[attr-defined]
         self.pages.take(leaves - out)
@@ -136,6 +139,28 @@ class SwappableMemory(HostMemory):
             assert taken, "checked before: it holds what does not fit"
             out += taken
         return out
+
+    def populate(self, first: int, last: int, huge: bool) -> int:
+        """As :meth:`HostMemory.populate`, before the run begins: what is too much is swapped out.
+
+        As eviction would: what was written first goes first.
+        """
+        before = self.page_count_of(first, last)
+        lacking = super().populate(first, last, huge)
+        self._tables[first // self.entries : -(-last // self.entries)] = True
+        self.pages.take(len(self.present))
+        came = self.page_count_of(first, last) - before
+        out = self._without_room(came)
+        if out:
+            self._swap_out(first + np.arange(out))
+        self.pages.take(came - out)
+        return lacking
+
+    def _swap_out(self, leaves: NDArray[np.int64]) -> None:
+        self.lru.remove(leaves)
+        self.state[leaves] = 0
+        self.swap[leaves] = SLOT
+        self._recount()
 
     def swapped_out(self) -> list[tuple[int, int]]:
         """Ranges of leaves whose content is in swap alone."""

@@ -1,29 +1,28 @@
 """Reclaim: taking folios that look cold off the LRU, and their pages back.
 
-Source: mm/vmscan.c (``try_to_shrink_lruvec``, ``evict_folios``, ``shrink_folio_list``), v6.12. A
-batch of up to 64 folios is isolated under the lruvec's lock; each is then looked at by itself: was
+Source: mm/vmscan.c (``shrink_folio_list``, ``do_try_to_free_pages``), v6.12. Which folios are
+looked at is the LRU's to say (:mod:`simkvm.kernel.lru_gen`). Each is then looked at by itself: was
 it used after all (``folio_referenced``), else it is unmapped, one notifier range a page, written to
-swap if its slot has no copy of it, and freed. What was used goes to the youngest generation.
-
-When too few generations are left, reclaim ages first: it walks page tables, as on command.
+swap if its slot has no copy of it, and freed.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Generator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 from simpy import Event
 
-from simkvm.kernel.aging import AgeingWalk
 from simkvm.kernel.aging_call import Pass
 from simkvm.kernel.folio_list import NOBODY, Ids
-from simkvm.kernel.folio_referenced import FolioReferenced
+from simkvm.kernel.folio_referenced import EvictionCheck
 from simkvm.kernel.host_memory import OWN
-from simkvm.kernel.lrugen import ListedLruvec
-from simkvm.kernel.mglru import MIN_LRU_BATCH
+from simkvm.kernel.lru_gen import MultiGen
+from simkvm.kernel.lrugen import DEFAULT_SWAPPINESS, ListedLruGen, ListedLruvec
+from simkvm.kernel.mglru import MAX_LRU_BATCH, MAX_NR_GENS, MIN_NR_GENS
+from simkvm.kernel.scan_control import DEF_PRIORITY, SWAP_CLUSTER_MAX, ScanControl
 from simkvm.kernel.swappable import CACHED, DIRTY, SLOT, WRITEBACK, SwappableMemory
 from simkvm.kernel.task import Task, reach
 
@@ -31,32 +30,34 @@ if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm
     from simkvm.kernel.pgdat import Pgdat
 
+__all__ = ["DEF_PRIORITY", "SWAP_CLUSTER_MAX", "Reclaimer", "ScanControl"]
+
 Steps = Generator[Event, Any, int]
-DEF_PRIORITY: Final = 12
-SWAP_CLUSTER_MAX: Final = 32  #: pages that a direct reclaimer wants
 
 
-@dataclass
-class ScanControl:
-    """What one round of reclaim wants and has got (``struct scan_control``)."""
+class ReclaimOrder(Protocol):
+    """What an LRU makes of a round of reclaim."""
 
-    nr_to_reclaim: int
-    kswapd: bool
-    priority: int = DEF_PRIORITY
-    reclaimed: int = 0
-    scanned: int = 0
+    def shrink_node(self, sc: ScanControl, t_ns: int) -> Steps:
+        """One go over the memcgs, from ``t_ns`` on; returns when it is done."""
+        ...
+
+    def age_node(self, sc: ScanControl, t_ns: int) -> None:
+        """What comes before a round of kswapd."""
+        ...
 
 
 class Reclaimer:
     """Reclaim by one task: kswapd, or who allocates."""
 
     def __init__(self, pgdat: Pgdat, task: Task) -> None:
-        self._pgdat = pgdat
-        self._task = task
+        self.pgdat = self._pgdat = pgdat
+        self.task = self._task = task
         self._env = pgdat.pages.env
-        self._checks: dict[str, FolioReferenced] = {}
-        self._walks: dict[str, AgeingWalk] = {}
+        self._checks: dict[str, EvictionCheck] = {}
         self.report = Pass("reclaim", 0)  #: of checks: scanned, young, calls
+        self.lru_gen = MultiGen(self)
+        self._order: ReclaimOrder = self.lru_gen
 
     # -- rounds ---------------------------------------------------------------------------------
 
@@ -74,94 +75,80 @@ class Reclaimer:
         return sc.reclaimed, t_ns
 
     def shrink_node(self, sc: ScanControl, t_ns: int) -> Steps:
-        """One go over the memcgs (``lru_gen_shrink_node``)."""
+        """One go over the memcgs."""
         sc.scanned = 0
-        self._set_initial_priority(sc)
-        for number, lruvec in enumerate(self._pgdat.lruvecs):
-            t_ns = yield from self._shrink_lruvec(number, lruvec, sc, t_ns)
-            if self._should_abort(sc):
+        return self._order.shrink_node(sc, t_ns)
+
+    def age_node(self, sc: ScanControl, t_ns: int) -> None:
+        """What kswapd does before each go."""
+        self._order.age_node(sc, t_ns)
+
+    def cond_resched(self, number: int, t_ns: int) -> Steps:
+        """A place where the task may lose its CPU."""
+        return self._kvm(number, 0).sched.checkpoint(self._task, t_ns)
+
+    # -- on command -----------------------------------------------------------------------------
+
+    def age_on_command(
+        self, lruvec: ListedLruvec, seq: int, t_ns: int, swappiness: int, forced: bool = True
+    ) -> Generator[Event, Any, tuple[int, int]]:
+        """``run_aging``: returns 0 or the number of an error, and when it is done."""
+        if seq < lruvec.max_seq:
+            return 0, t_ns
+        if seq > lruvec.max_seq:
+            return errno.EINVAL, t_ns
+        if not forced and lruvec.oldest(swappiness) + MAX_NR_GENS - 1 <= lruvec.max_seq:
+            return errno.ERANGE, t_ns
+        number = self._pgdat.lruvecs.index(lruvec)
+        _, t_ns = yield from self.lru_gen.ageing.try_to_inc_max_seq(
+            number, seq, swappiness, forced, t_ns
+        )
+        return 0, t_ns
+
+    def evict_on_command(
+        self,
+        lruvec: ListedLruvec,
+        min_seq: int,
+        nr: int,
+        t_ns: int,
+        swappiness: int = DEFAULT_SWAPPINESS,
+    ) -> Generator[Event, Any, tuple[int, int]]:
+        """``run_eviction``: evict generations up to ``min_seq``, ``nr`` pages at most.
+
+        Batches are not cut short. Returns 0 or the number of an error, and when it is done.
+        """
+        if min_seq + MIN_NR_GENS > lruvec.max_seq:
+            return errno.EINVAL, t_ns
+        number = self._pgdat.lruvecs.index(lruvec)
+        sc = ScanControl(SWAP_CLUSTER_MAX, kswapd=False)
+        while min_seq >= lruvec.oldest(swappiness) and sc.reclaimed < nr:
+            scanned, t_ns = yield from self.lru_gen.evict_folios(
+                number, sc, swappiness, MAX_LRU_BATCH, t_ns
+            )
+            if not scanned:
                 break
-        return t_ns
-
-    def _set_initial_priority(self, sc: ScanControl) -> None:
-        """Kswapd starts at the priority at which one go should do (``set_initial_priority``)."""
-        if sc.priority != DEF_PRIORITY or sc.nr_to_reclaim < MIN_LRU_BATCH:
-            return
-        reclaimable = sum(sum(lruvec.sizes) for lruvec in self._pgdat.lruvecs)
-        found = reclaimable.bit_length() - 1 - (sc.nr_to_reclaim - 1).bit_length()
-        sc.priority = min(max(found, DEF_PRIORITY // 2), DEF_PRIORITY)
-
-    def _should_abort(self, sc: ScanControl) -> bool:
-        """Whether enough was reclaimed, by whatever measure (``should_abort_scan``)."""
-        if sc.reclaimed >= sc.nr_to_reclaim:
-            return True
-        return sc.kswapd and self._pgdat.pages.free >= self._pgdat.pages.marks.high
-
-    def _shrink_lruvec(
-        self, number: int, lruvec: ListedLruvec, sc: ScanControl, t_ns: int
-    ) -> Steps:
-        scanned = 0
-        while True:
-            wanted, total = lruvec.should_run_aging()
-            if wanted and sc.priority != DEF_PRIORITY:
-                return (yield from self._age(number, lruvec, t_ns))
-            target = total >> sc.priority
-            if target <= 0:
-                return t_ns
-            delta, t_ns = yield from self._evict(number, lruvec, sc, t_ns)
-            scanned += delta
-            if not delta or scanned >= target or self._should_abort(sc):
-                return t_ns
-            t_ns += self._kvm(number, 0).costs.ageing.resched_ns
-            t_ns = yield from self._pgdat.sched.checkpoint(self._task, t_ns)
-
-    def _age(self, number: int, lruvec: ListedLruvec, t_ns: int) -> Steps:
-        """``try_to_inc_max_seq``: walk the memcg's page tables, and open a generation."""
-        kvms = self._pgdat.kvms[number]
-        began_ns = t_ns
-        for place, kvm in enumerate(kvms):
-            if kvm.name not in self._walks:
-                self._walks[kvm.name] = AgeingWalk(kvm, self._task)
-            done = yield from self._walks[kvm.name].run(t_ns, opens=place + 1 == len(kvms))
-            self._pgdat.passes.append(done)
-            t_ns = done.end_ns
-        self._task.spend("ageing", t_ns - began_ns)
-        return t_ns
+            costs = self._kvm(number, 0).costs.ageing
+            t_ns = yield from self.cond_resched(number, t_ns + costs.resched_ns)
+        return 0, t_ns
 
     # -- one batch ------------------------------------------------------------------------------
 
-    def _evict(
-        self, number: int, lruvec: ListedLruvec, sc: ScanControl, t_ns: int
-    ) -> Generator[Event, Any, tuple[int, int]]:
-        """``evict_folios``: returns how many folios were looked at, and when it is done."""
-        costs = self._kvm(number, 0).costs
-        t_ns = yield from reach(self._env, t_ns)
-        ids, scanned = lruvec.scan(lruvec.types[0])
-        scanned += lruvec.advance_min_seq()
-        hold_ns = scanned * costs.reclaim.isolate_ns
-        t_ns = lruvec.lock.occupy(self._task.cpu.id, t_ns, hold_ns + costs.line.transfer_ns)
-        if lruvec.nr_gens(lruvec.types[0]) == 2:
-            scanned = 0
-        if len(ids):
-            t_ns = yield from self._shrink_folio_list(number, lruvec, ids, sc, t_ns)
-        return scanned, t_ns
-
-    def _shrink_folio_list(
+    def shrink_folio_list(
         self, number: int, lruvec: ListedLruvec, ids: Ids, sc: ScanControl, t_ns: int
     ) -> Steps:
         """Look at isolated folios one after the other, and put back what stays."""
-        found: dict[str, list[int]] = {"freed": [], "active": [], "writeback": [], "gone": []}
+        found: dict[str, list[int]] = {outcome: [] for outcome in OUTCOMES}
         t_ns = yield from self._shrink_each(number, lruvec, ids.tolist(), found, t_ns)
         # What was written by now has missed its rotation: it is tried again, once.
         again = [folio for folio in found["writeback"] if self._is_clean(number, lruvec, folio)]
         found["writeback"] = [folio for folio in found["writeback"] if folio not in again]
         t_ns = yield from self._shrink_each(number, lruvec, again, found, t_ns)
         t_ns = yield from reach(self._env, t_ns)
-        lruvec.putback(_array(found["active"]), lruvec.max_seq)
-        writing = _array(found["writeback"])
-        lruvec.putback(writing, lruvec.max_seq - 1)
+        stay = _array(found["used"] + found["active"])
+        lruvec.activate(stay, np.arange(len(stay)) < len(found["used"]))
+        lruvec.putback(_array(found["writeback"]), lruvec.max_seq - 1)
         self._rotate_written(number, lruvec, found["writeback"])
-        self._account(sc, len(ids), len(found["freed"]), len(found["active"]))
+        self._account(sc, len(ids), len(found["freed"]), len(stay))
         return t_ns
 
     def _shrink_each(
@@ -212,7 +199,7 @@ class Reclaimer:
     def _shrink_folio(
         self, kvm: Kvm, leaf: int, t_ns: int
     ) -> Generator[Event, Any, tuple[str, int]]:
-        """One folio: "freed", "active" (it stays), "writeback" (it is on its way), or "gone"."""
+        """One folio: returns which of :data:`OUTCOMES`, and when it is done."""
         host, costs = kvm.host, kvm.costs.reclaim
         assert isinstance(host, SwappableMemory)
         t_ns = yield from reach(self._env, t_ns + costs.scan_ns)
@@ -229,11 +216,15 @@ class Reclaimer:
     ) -> Generator[Event, Any, tuple[str, int]]:
         if host.fast_swap[leaf] & WRITEBACK:
             return "writeback", t_ns
+        lru = host.lru
+        assert isinstance(lru, ListedLruGen)
+        if host.fast[leaf] & OWN and lru.marked(leaf):
+            return "active", t_ns  # a look around saw it, or a fault: nobody is asked
         if host.fast[leaf] & OWN:
             t_ns, used = yield from self._referenced(kvm, leaf, t_ns)
             t_ns = yield from reach(self._env, t_ns)
             if used:
-                return "active", t_ns
+                return "used", t_ns
             if not host.fast[leaf] & OWN:
                 return "gone", t_ns  # somebody gave it up while it was looked at
             if not self._add_to_swap(host, leaf):
@@ -260,8 +251,7 @@ class Reclaimer:
     ) -> Generator[Event, Any, tuple[int, bool]]:
         check = self._checks.get(kvm.name)
         if check is None:
-            check = self._checks[kvm.name] = FolioReferenced(kvm, self._task)
-        check.begin_batch()
+            check = self._checks[kvm.name] = EvictionCheck(kvm, self._task)
         began_ns = t_ns
         self.report.scanned += 1
         t_ns, used = yield from check.check(t_ns, np.array([leaf]), self.report)
@@ -334,6 +324,11 @@ class Reclaimer:
 
     def _kvm(self, number: int, place: int) -> Kvm:
         return self._pgdat.kvms[number][place]
+
+
+OUTCOMES: Final = ("freed", "used", "active", "writeback", "gone")
+"""Of a folio: its page is free; it stays, because it was used or for another reason; it is being
+written; somebody took it back meanwhile."""
 
 
 def _array(folios: list[int]) -> Ids:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Generator, Iterator
 from functools import partial
-from itertools import count, cycle
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dram import Dram
 from simkvm.kernel.kswapd import Kswapd
 from simkvm.kernel.kvm import Kvm
+from simkvm.kernel.lru_gen_file import LruGenWriter
 from simkvm.kernel.lrugen import ANON, ListedLruvec
 from simkvm.kernel.mglru import Lruvec
 from simkvm.kernel.oom_kill import OomKiller
@@ -49,6 +50,7 @@ from simkvm.scenario.schema import Teardown as TeardownSpec
 from simkvm.selftests.main_thread import MainThread
 
 FIRST_SAMPLE_NS = 1_000_000
+NS_PER_S = 1_000_000_000
 
 
 def simulate(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Record:
@@ -102,11 +104,16 @@ class World:
             self.ageing = AgeingThread(self.kvms, task, scenario.ageing)
         by_name = {kvm.name: kvm for kvm in self.kvms}
         self.kswapd: Kswapd | None = None
+        self.lru_gen: LruGenWriter | None = None
         if self.pgdat is not None:
             task = Task("kswapd", next(self._free_cpus), {})
             self.kswapd = Kswapd(self.pgdat, task, round(machine["wakeup_ns"]))
             self.pgdat.pages.reclaimer = partial(Reclaimer, self.pgdat)
             OomKiller(self.pgdat, self.kvms, self._process_exit)
+            if scenario.host.memory is not None and scenario.host.memory.commands:
+                task = Task("lru_gen", next(self._free_cpus))
+                writes = scenario.host.memory.commands
+                self.lru_gen = LruGenWriter(self.pgdat, task, writes, self.recorder)
         self.contenders = [
             contender
             for name, spec in scenario.contenders.items()
@@ -196,6 +203,8 @@ class World:
             yield self.ageing.task
         if self.kswapd is not None:
             yield self.kswapd.task
+        if self.lru_gen is not None:
+            yield self.lru_gen.task
         yield from (contender.task for contender in self.contenders)
         yield from (teardown.task for teardown in self.teardowns)
 
@@ -233,13 +242,18 @@ class World:
         page_bytes = next(iter(self.guests.values())).page_size
         total = host.memory.size // page_bytes
         marks = Watermarks.of(total, page_bytes, host.memory.min_free, host.memory.watermark_scale)
-        jiffy_ns = 1_000_000_000 // host.hz
         swap = None
         if host.swap is not None:
             stream = self.stream("swap")
             swap = SwapDevice.of(self.env, host.swap, self.machine, stream, self.dram, page_bytes)
         return Pgdat(
-            HostPages(self.env, total, page_bytes, marks), swap, self.sched, jiffy_ns=jiffy_ns
+            HostPages(self.env, total, page_bytes, marks),
+            swap,
+            self.sched,
+            lru_gen=host.memory.lru_gen,
+            swappiness=host.memory.swappiness,
+            min_ttl_ns=host.memory.min_ttl,
+            jiffy_ns=NS_PER_S // host.hz,
         )
 
     def _vcpus(self, kvm: Kvm, guest: Guest) -> None:
@@ -250,9 +264,10 @@ class World:
             workloads.join(kvm, guest, self._free_cpus, streams, layout, self.machine)
             return
         if guest.engine == "lazy":
-            engine = Lazy(kvm, guest.access, layout, self.stream(f"{name}/accesses"))
+            cpus = islice(self._free_cpus, guest.vcpus)
+            engine = Lazy(kvm, guest.access, cpus, layout, self.stream(f"{name}/accesses"))
             kvm.accesses = engine
-            kvm.vcpus += [engine.add(n, next(self._free_cpus)) for n in range(guest.vcpus)]
+            kvm.vcpus += engine.vcpus
             return
         for index in range(guest.vcpus):
             chunks = patterns.build(
@@ -285,13 +300,17 @@ class World:
         for kvm in self.kvms:
             memcgs.setdefault(guests[kvm.name].memcg or f"/{kvm.name}", []).append(kvm)
         two_step = self.kernel["promotion"] == "two_step"
+        lruvecs: list[ListedLruvec] = []
         for kvms in memcgs.values():
             shapes = [(kvm.leaves, ANON) for kvm in kvms]
-            lruvec = ListedLruvec(shapes, two_step, kvms[0].costs.line)
-            for kvm, lru in zip(kvms, lruvec.guests, strict=True):
+            line, now = kvms[0].costs.line, lambda: int(self.env.now)
+            lruvecs.append(ListedLruvec(shapes, two_step, line, now, pgdat.vmstat))
+            for kvm, lru in zip(kvms, lruvecs[-1].listed_guests, strict=True):
                 kvm.host.lru = lru
-            pgdat.lruvecs.append(lruvec)
+                lru.pages = pgdat.memory_of(kvm)
             pgdat.kvms.append(kvms)
+        pgdat.paths += [f"/{name.removeprefix('/')}" for name in memcgs]
+        pgdat.charge(lruvecs, self.stream("memcg_lru"))
 
     def _contender(self, name: str, spec: Any, kvms: list[Kvm]) -> list[Contender]:
         """A thread: one contender, or one for each guest that it serves in turn."""
@@ -335,6 +354,8 @@ class World:
             self._until_done(self.ageing.run(self._vcpus_run))
         if self.kswapd is not None:
             env.process(self.kswapd.run())
+        if self.lru_gen is not None:
+            env.process(self.lru_gen.run())
         for contender in self.contenders:
             env.process(contender.thread())
         env.process(self._samples())

@@ -78,7 +78,7 @@ class ZapLeafs:
             t_ns = yield from reach(kvm.env, t_ns)
             kvm.mmu_lock.release(t_ns)
             task.cpu.enter_kernel(t_ns)
-            return (yield from self._lock(task, t_ns + kvm.costs.ageing.resched_ns))
+            return (yield from self._lock(task, (yield from kvm.let_others_run(task, t_ns))))
 
         walker = YieldingWalker(kvm, blockable, apply, let_go)
         for low, high in chunks(kvm.stage2, first, last):  # to bound the arrays, no more

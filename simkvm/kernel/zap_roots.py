@@ -92,7 +92,7 @@ class ZapRoots(Teardown):
         kvm = self._kvm
         kvm.mmu_lock.release(t_ns)
         self.task.cpu.enter_kernel(t_ns)
-        return (yield from self._lock(t_ns + kvm.costs.ageing.resched_ns))
+        return (yield from self._lock((yield from kvm.let_others_run(self.task, t_ns))))
 
     # -- the TDP MMU --------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Summary = dict[str, int | float | str]
 FUNCTIONS: Final = (
     *("folio_referenced", "look_around", "notifier", "write_lock", "read_lock"),
-    *("ageing", "unmap", "compression", "swap_writepage"),
+    *("ageing", "unmap", "unmap_lock", "compression", "swap_writepage"),
 )
 """Functions of kswapd whose time is accounted, by the names of their columns."""
 

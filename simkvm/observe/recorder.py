@@ -17,6 +17,7 @@ from simkvm.observe.table_memory import time_average
 
 if TYPE_CHECKING:
     from simkvm.kernel.aging_call import Pass
+    from simkvm.kernel.pgdat import Pgdat
     from simkvm.kernel.world import World
 
 NS_PER_S = 1_000_000_000
@@ -63,6 +64,8 @@ class Recorder:
             *(world.selftest.passes if world.selftest else []),
             *(world.pgdat.passes if world.pgdat else []),
         ]
+        if world.pgdat is not None:
+            self._generations(world.pgdat, end_ns)
         timeline = world.memory.timeline(end_ns)
         timeline["deferred_tables"] = timeline["deferred_bytes"] // min(
             kvm.table_bytes for kvm in world.kvms
@@ -104,6 +107,13 @@ class Recorder:
             fingerprint=self._fingerprint(world, passes),
             phases=_columns(PHASE_COLUMNS, self.phases),
         )
+
+    def _generations(self, pgdat: Pgdat, end_ns: int) -> None:
+        """What /sys/kernel/debug/lru_gen reads at the end."""
+        from simkvm.kernel.lru_gen_file import generations
+
+        for number, line in enumerate(generations(pgdat, end_ns)):
+            self.phase("lru_gen", number, end_ns, end_ns, line)
 
     def absorb(self, world: World, everything: bool = False) -> None:
         """Fold the locks' raw accounts into statistics, so that memory stays bounded."""

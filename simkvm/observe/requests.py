@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simkvm.observe.histogram import Histogram
 
@@ -23,33 +22,26 @@ KEEP: Final = 4096  #: answers kept raw before they are folded into the histogra
 
 
 class Answers:
-    """What one vCPU has answered and done; what ended before ``warmup_ns`` does not count.
+    """What one vCPU has answered and done; what ended before ``begin_ns`` does not count.
 
     ``unit`` is what its work is counted in: "requests", "bytes", "loads".
     """
 
-    def __init__(self, unit: str, warmup_ns: int) -> None:
+    def __init__(self, unit: str) -> None:
         self.unit = unit
-        self.warmup_ns = warmup_ns
-        self.done = 0  #: units of work
+        self.begin_ns = 0
+        self.done = 0  #: units of work, added up by the vCPU
         self._latency = Histogram(SUB_BITS)
         self._digest = hashlib.blake2b(digest_size=16)
-        self._raw = array("q")  # end, latency, end, latency...
+        self._ends = array("q")  # of answers that are not in the histogram yet,
+        self._waited = array("q")  # and their latencies
 
     def add(self, ends_ns: Sequence[int], latencies_ns: Sequence[int]) -> None:
         """Requests whose answers left at ``ends_ns``, in order."""
-        raw = self._raw
-        for pair in zip(ends_ns, latencies_ns, strict=True):
-            raw.extend(pair)
-        if len(raw) > 2 * KEEP:
+        self._ends.extend(ends_ns)
+        self._waited.extend(latencies_ns)
+        if len(self._ends) > KEEP:
             self._fold()
-
-    def work(self, ends_ns: Sequence[int], units: NDArray[np.int64]) -> None:
-        """Jobs that ended at ``ends_ns``, in order, got ``units`` done."""
-        if ends_ns[0] >= self.warmup_ns:
-            self.done += int(units.sum())
-        elif ends_ns[-1] >= self.warmup_ns:
-            self.done += int(units[np.array(ends_ns) >= self.warmup_ns].sum())
 
     @property
     def latency(self) -> Histogram:
@@ -66,10 +58,10 @@ class Answers:
         return whole.digest()
 
     def _fold(self) -> None:
-        table = np.frombuffer(self._raw, np.int64).reshape(-1, 2)
-        self._digest.update(table.astype("<i8").tobytes())
-        self._latency.add(table[table[:, 0] >= self.warmup_ns, 1])
-        self._raw = array("q")
+        ends, waited = np.array(self._ends), np.array(self._waited)
+        self._digest.update(np.column_stack((ends, waited)).astype("<i8").tobytes())
+        self._latency.add(waited[ends >= self.begin_ns])
+        del self._ends[:], self._waited[:]
 
 
 def answers_of(kvm: Kvm) -> list[Answers]:
@@ -80,14 +72,17 @@ def answers_of(kvm: Kvm) -> list[Answers]:
 def summary(world: World, end_ns: int) -> dict[str, int | float | str]:
     """What was answered and done in a run that ended at ``end_ns``; NaN for what nobody does.
 
-    Rates are sums over the guests, each over its own time from the end of its warm-up on.
+    Rates are sums over the guests, each over its own time: from the end of its warm-up until its
+    last vCPU stops.
     """
     latency = Histogram(SUB_BITS)
     rates: dict[str, float] = {}
     for kvm in world.kvms:
+        stops = [end_ns if vcpu.finished_ns < 0 else vcpu.finished_ns for vcpu in kvm.vcpus]
+        ended_ns = max(stops, default=0)
         for answers in answers_of(kvm):
             latency.merge(answers.latency)
-            span_ns = max(1, end_ns - answers.warmup_ns)
+            span_ns = max(1, ended_ns - answers.begin_ns)
             rate = answers.done * NS_PER_S / span_ns
             rates[answers.unit] = rates.get(answers.unit, 0.0) + rate
     asked = latency.number > 0

@@ -11,7 +11,7 @@ from typing import Any
 
 from simkvm.kernel.bugs import BUGS
 from simkvm.kernel.geometry import GEOMETRIES
-from simkvm.scenario.access import Access, Phases, Populate, Trace
+from simkvm.scenario.access import Access, HotCold, Phases, Populate, Trace, Uniform, Zipf
 from simkvm.scenario.contenders import (
     Compaction,
     Contender,
@@ -69,6 +69,7 @@ def problems(
         yield from _sized(scenario, guests, name, kernel)
     yield from _swap(scenario, guests, machine)
     yield from memory_problems(scenario, guests)
+    yield from _lazy(scenario, machine)
     yield from _times(scenario)
     yield from _bugs(scenario)
 
@@ -79,6 +80,37 @@ def _swap(scenario: Scenario, guests: Mapping[str, Guest], machine: Machine) -> 
     pages = {name: guest.page_size for name, guest in guests.items()}
     for key, message in swap_problems(scenario.host.swap, machine, pages):
         yield Problem(("host", "swap", *([key] if key else [])), message)
+
+
+def _lazy(scenario: Scenario, machine: Machine) -> Iterator[Problem]:
+    """The lazy engine draws what independent touches did, and nothing else."""
+    for name, guest in scenario.guests.items():
+        if guest.engine != "lazy":
+            continue
+        key = ("guests", name, "engine")
+        if not isinstance(guest.access, Uniform | Zipf | HotCold):
+            message = f"lazy is for uniform, zipf and hot_cold touches, not {guest.access.pattern}"
+            yield Problem(key, message, "explicit")
+        elif guest.access.think + round(machine["page_touch_ns"]) == 0:
+            yield Problem(key, "lazy needs touches that take time: think, or page_touch_ns")
+        if not machine.hw_af:
+            message = f"lazy needs a CPU that sets accessed flags, {machine.name} does not"
+            yield Problem(key, message, "explicit")
+        mine = {name, *member_names(name, guest.count)}
+        for other, contender in scenario.contenders.items():
+            needs = _needs_explicit(contender)
+            if needs and mine & set(meant(scenario, contender.guest)):
+                message = f"{other} {needs}, which lazy touches do not tell"
+                yield Problem(key, message, "explicit")
+
+
+def _needs_explicit(contender: Contender) -> str:
+    """What ``contender`` does that only touches followed one by one allow."""
+    if contender.dates_touches:
+        return "asks when pages were touched last"
+    if contender.logs:
+        return "logs which pages are written to"
+    return "changes the size of leaves" if contender.resizes else ""
 
 
 def _bugs(scenario: Scenario) -> Iterator[Problem]:

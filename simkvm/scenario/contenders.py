@@ -22,12 +22,13 @@ class ContenderModel(Model):
 
     ``resizes``: it makes the guest's leaves differ in size, so that each page needs a place of its
     own. ``logs``: writes of the guest are logged. ``pages_only``: it needs a guest that is mapped
-    by pages.
+    by pages. ``dates_touches``: it asks when pages were touched last.
     """
 
     resizes: ClassVar[bool] = False
     logs: ClassVar[bool] = False
     pages_only: ClassVar[bool] = False
+    dates_touches: ClassVar[bool] = False
 
     guest: str = Field(
         description="The guest that it works on. The name of a group of guests (count) means all: "
@@ -91,6 +92,7 @@ class FreePageReporting(ContenderModel):
     """
 
     kind: Literal["free_page_reporting"] = "free_page_reporting"
+    dates_touches: ClassVar[bool] = True
     block: Size = Field(
         default=2 * MIB, description="Size of a reported block (pageblock, page_reporting_order)."
     )
@@ -220,6 +222,7 @@ class Ksm(ContenderModel):
     """The ksmd thread: pages of equal content become one write-protected page."""
 
     pages_only: ClassVar[bool] = True
+    dates_touches: ClassVar[bool] = True
 
     kind: Literal["ksm"] = "ksm"
     pages_to_scan: int = Field(

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from simkvm.scenario import check, complaint, profile
+from simkvm.scenario import check, complaint, first, profile
 from simkvm.scenario.document import Document, Place, read_document
 from simkvm.scenario.errors import InputError, Keys, Problem
 from simkvm.scenario.expand import (
@@ -54,13 +54,15 @@ class Point:
 class Study:
     """What one file asks for: a single scenario is one point without axes.
 
-    `axes` are dotted keys in file order; in `points` the first axis is the slowest.
+    `axes` are dotted keys in file order; in `points` the first axis is the slowest. `first` are
+    those points that the file says to run first (:mod:`simkvm.scenario.first`).
     """
 
     path: str
     name: str
     points: tuple[Point, ...]
     axes: tuple[str, ...] = ()
+    first: tuple[Point, ...] = ()
 
 
 def load(path: str | Path, sets: Sequence[str] = (), seed: int | None = None) -> Study:
@@ -76,13 +78,20 @@ def load(path: str | Path, sets: Sequence[str] = (), seed: int | None = None) ->
     if seed is not None:
         document.root = {**document.root, "seed": seed}
         document.put(("seed",), Place("--seed"))
+    chosen = first.take_choice(document)
     axes = find_axes(document)
+    labels = {} if chosen is None else first.wanted(document, chosen, axes)
     points = _Loading(document, axes, Path(path).absolute().parent).points()
     return Study(
         path=str(path),
         name=points[0].scenario.name,
         points=points,
         axes=tuple(axis.name for axis in axes),
+        first=tuple(
+            point
+            for point in points
+            if labels and all(point.axes[axis] in some for axis, some in labels.items())
+        ),
     )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import ceil
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from simkvm.scenario.errors import Keys, Problem
-from simkvm.scenario.fields import Model, Size
+from simkvm.scenario.fields import Duration, Model, Size, as_tuple
 from simkvm.scenario.swap import Swap, Zram
 from simkvm.units import exact_size
 
@@ -20,6 +20,17 @@ ZAPPING: Final = ("madvise_dontneed", "free_page_reporting", "balloon")
 """Contenders that only take memory back."""
 SELFTESTS: Final = ("max_guest_memory_test", "access_tracking_perf_test")
 CACHE_PAGES: Final = 40  #: of each vCPU for stage-2 tables (KVM_ARCH_NR_OBJS_PER_MEMORY_CACHE)
+
+
+class LruGenWrite(Model):
+    """A write to /sys/kernel/debug/lru_gen."""
+
+    at: Duration = Field(description="Simulated time of the write.")
+    write: str = Field(
+        min_length=1,
+        description="What is written: '+ memcg node max_seq [can_swap [force]]' ages, "
+        "'- memcg node min_seq [swappiness [pages]]' evicts; memcgs count from 1, node is 0.",
+    )
 
 
 class Memory(Model):
@@ -40,6 +51,31 @@ class Memory(Model):
         le=3000,
         description="Distance between the watermarks, in ten-thousandths of the size "
         "(vm.watermark_scale_factor); a quarter of min_free at least.",
+    )
+
+    swappiness: int = Field(
+        default=60,
+        ge=0,
+        le=200,
+        description="How readily anonymous pages are evicted beside those of files "
+        "(vm.swappiness); 0: not at all.",
+    )
+    lru_gen: int = Field(
+        default=0xF,
+        ge=0,
+        le=0xF,
+        description="Capabilities of the multi-gen LRU (/sys/kernel/mm/lru_gen/enabled), as far as "
+        "the kernel has them: 0x1 the LRU itself, 0x2 walks of page tables, 0x4 accessed flags of "
+        "upper entries, which address spaces of guests do without, 0x8 the batched calls of the "
+        "2023 series in walks.",
+    )
+    min_ttl: Duration = Field(
+        default=0,
+        description="Age below which nothing is evicted: if all generations are younger, somebody "
+        "is killed (/sys/kernel/mm/lru_gen/min_ttl_ms); 0: no matter.",
+    )
+    commands: Annotated[tuple[LruGenWrite, ...], BeforeValidator(as_tuple)] = Field(
+        default=(), description="Writes to /sys/kernel/debug/lru_gen, in order of time."
     )
 
 

@@ -40,9 +40,8 @@ def _memcached(access: Memcached, guest: Guest, keys: Keys) -> Iterator[Problem]
     if used > guest.memory_bytes:
         message = f"hash table and slabs of {access.keys} items take {exact_size(used)}, more than"
         yield Problem((*keys, "keys"), f"{message} the guest's {exact_size(guest.memory_bytes)}")
-    for key, law in (("exponent", "zipf"), ("sd", "gaussian")):
-        if key in access.model_fields_set and access.keys_drawn != law:
-            yield Problem((*keys, key), f"belongs to keys_drawn {law}, not {access.keys_drawn}")
+    if access.sd is not None and access.keys_drawn != "gaussian":
+        yield Problem((*keys, "sd"), f"belongs to keys_drawn gaussian, not {access.keys_drawn}")
 
 
 def _sort(access: Sort, guest: Guest, keys: Keys) -> Iterator[Problem]:

@@ -22,7 +22,7 @@ class Workload(Model):
     unit: ClassVar[str] = "requests"
     warmup: Duration = Field(
         default=0,
-        description="What is answered or done before this time of the run does not count in the "
+        description="Time from the end of `load` on whose answers and work do not count in the "
         "results.",
     )
     hot_pages: int = Field(
@@ -34,6 +34,12 @@ class Workload(Model):
     hot_interval: Span = Field(
         default=5_000,
         description="How long a working vCPU takes to come by each of its hot pages once.",
+    )
+    load: bool = Field(
+        default=True,
+        description="Whether the vCPUs first write all the memory that the workload uses, as fast "
+        "as it takes that, and begin when all have done so. In a guest that is `mapped` they need "
+        "not. If false, a page that is read first is the zero page.",
     )
 
 
@@ -96,12 +102,6 @@ class Memcached(Workload):
         ge=1,
         description="Requests of each client; null: endless, which needs `duration`.",
     )
-    load: bool = Field(
-        default=False,
-        description="Whether the vCPUs store all items before the first client connects, as fast "
-        "as memory takes them. Otherwise a page is filled when it is first asked for, unless the "
-        "guest is `mapped`.",
-    )
 
 
 class Sort(Workload):
@@ -117,12 +117,9 @@ class Sort(Workload):
     data: Size = Field(description="Bytes to sort, a multiple of the page size.")
     block: Size = Field(default=MIB, description="Bytes that a shuffle reads in order.")
     page_cpu: Duration = Field(
-        default=2_000, description="CPU time for each page read, apart from the touches."
+        default=20_000, description="CPU time for each page read, apart from the touches."
     )
     rounds: int = Field(default=1, ge=1, description="Times that both stages are gone through.")
-    load: bool = Field(
-        default=False, description="Whether each vCPU writes its partition before the first scan."
-    )
 
 
 class Chase(Workload):

@@ -94,10 +94,10 @@ def _panel(
     style.axis_ticks(panel.xaxis, axis)
     at = f"{axis.last} vCPUs"
     style.values_under(panel, table, measure.column, colours, at=at, text=measure.text)
-    _human_log_axis(panel.yaxis, measure)
+    human_log_axis(panel.yaxis, measure)
 
 
-def _human_log_axis(axis: Axis, measure: Measure) -> None:
+def human_log_axis(axis: Axis, measure: Measure) -> None:
     """Ticks at 1, 2 and 5 a decade, or evenly where the curves span too little for that."""
     low, high = axis.get_view_interval()
     close = high < 4 * low

@@ -24,6 +24,7 @@ from simkvm.show.figure_deferred import (
     defers,
 )
 from simkvm.show.figure_locks import lock_distribution, lock_sites, takes_lock
+from simkvm.show.figure_pressure import is_pressed, under_pressure
 from simkvm.show.figure_scaling import ageing_scaling, ages
 from simkvm.show.points import OneOrMany, ordered_axis
 
@@ -39,6 +40,7 @@ __all__ = [
     "draw",
     "lock_distribution",
     "lock_sites",
+    "under_pressure",
     "write",
     "write_all",
 ]
@@ -81,6 +83,11 @@ FIGURES: dict[str, FigureKind] = {
         ageing_scaling,
         lambda results: ordered_axis(results, ".vcpus") is not None and ages(results),
         "a sweep over the number of vCPUs of a guest, with ageing",
+    ),
+    "under_pressure": FigureKind(
+        under_pressure,
+        lambda results: ordered_axis(results, ".memory.size") is not None and is_pressed(results),
+        "a sweep over the host's memory, with pages that were reclaimed",
     ),
     "callback_cost": FigureKind(
         callback_cost,

@@ -270,13 +270,15 @@ def values_under(
     *,
     at: str,
     text: Callable[[float], str],
+    smallest: bool = False,
 ) -> None:
-    """The legend as a small table under a panel: each variant with its mean at the largest `x`,
-    called `at`.
+    """The legend as a small table under a panel: each variant with its mean at the largest `x`, or
+    the smallest, called `at`.
     """
     width = max(len("variant"), *(len(variant) for variant in colours))
     line_under(ax, 0, f"{'variant':<{width}}  {'at ' + at:>12}", GREY)
-    last = table[table["x"] == table["x"].max()].groupby("variant")[column].mean()
+    place = table["x"].min() if smallest else table["x"].max()
+    last = table[table["x"] == place].groupby("variant")[column].mean()
     for i, (variant, colour) in enumerate(colours.items(), start=1):
         value = last.get(variant, math.nan)
         shown = "-" if math.isnan(value) else text(value)

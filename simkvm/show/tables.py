@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from simkvm.scenario.groups import member_names
+from simkvm.show import lru_gen
 from simkvm.show.distribution import site_figure, together
 from simkvm.show.points import (
     AxisOfStudy,
@@ -89,6 +90,9 @@ def printed(result: ResultLike) -> list[RenderableType]:
     """What a KVM selftest prints, line by line as it prints it; nothing for other workloads."""
     phases = getattr(result, "phases", None)
     if phases is None or phases.empty:
+        return []
+    phases = phases[~phases["name"].isin(lru_gen.NAMES)]
+    if phases.empty:
         return []
     said = phases[(phases["line"] != "") | (phases["name"] == "message")]["line"]
     text = "\n".join(said)

@@ -28,6 +28,7 @@ class Host:
     """One host: ``shape`` is what the message says of it, ``fitted`` what its fit rows gave.
 
     ``shared`` are constants that the base has from measurements of the same message, and how.
+    ``workload`` is what of the program that ran there was fitted to the same rows.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Host:
     shape: dict[str, float]
     fitted: tuple[Fitted, ...]
     shared: dict[str, str]
+    workload: dict[str, Any]
 
     def machine(self, **scaled: float) -> dict[str, Any]:
         """As a scenario names it; ``scaled`` replaces what a smaller run has to shrink."""
@@ -80,4 +82,5 @@ def _host(name: str, table: dict[str, Any]) -> Host:
         shape=table.get("shape", {}),
         fitted=constants,
         shared=table.get("shared", {}),
+        workload={key: value for key, (value, _) in table.get("workload", {}).items()},
     )

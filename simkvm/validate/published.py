@@ -1,7 +1,4 @@
-"""Every published figure of the record, its benchmark run again in the model.
-
-Rows about reclaim (V2) wait until the model reclaims.
-"""
+"""Every published figure of the record, its benchmark run again in the model."""
 
 from __future__ import annotations
 
@@ -21,6 +18,7 @@ from simkvm.units import SIZE_BYTES
 from simkvm.validate.benchmarks import BENCHMARKS, UNANSWERED, Benchmark, Figure, Run
 from simkvm.validate.curves import shapes
 from simkvm.validate.hosts import data, host_of
+from simkvm.validate.reclaim import RECLAIM
 from simkvm.validate.row import PublishedRow, ShapeRow
 
 if TYPE_CHECKING:
@@ -53,7 +51,7 @@ def figures() -> list[Figure]:
 
 def benchmark_of(figure: Figure) -> Benchmark | None:
     """Which benchmark shows a figure; None if none does."""
-    for pattern, benchmark in BENCHMARKS.items():
+    for pattern, benchmark in {**BENCHMARKS, **RECLAIM}.items():
         if fnmatchcase(figure.id, pattern):
             return benchmark
     return None

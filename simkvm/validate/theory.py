@@ -27,8 +27,10 @@ def closed_forms() -> list[ClosedForm]:
     """All of them, in the order in which they are shown; nothing is run yet."""
     from simkvm.validate import (
         theory_deferred,
+        theory_lazy,
         theory_locks,
         theory_rcu,
+        theory_requests,
         theory_rounds,
         theory_sched,
         theory_swap,
@@ -42,8 +44,10 @@ def closed_forms() -> list[ClosedForm]:
         theory_rcu,
         theory_deferred,
         theory_young,
+        theory_lazy,
         theory_tables,
         theory_swap,
         theory_sched,
+        theory_requests,
     )
     return [form for subject in subjects for form in subject.closed_forms()]

@@ -23,10 +23,10 @@ from simkvm.validate.traced.record import Run
 
 PREEMPTION: Final = {"deb": "voluntary", "a": "full"}  #: by traced kernel
 
-CPU_SHARING: Final = "Every vCPU, the ageing thread and every contender has a CPU of its own"
+OTHER_THREADS: Final = "Threads that have nothing to do with the guests do not run"
 ABSTRACTIONS: Final[Mapping[str, str]] = {
-    "locks-sparse/1/mmu_lock write": CPU_SHARING,
-    "locks-sparse/3/mmu_lock write": CPU_SHARING,
+    "locks-sparse/1/mmu_lock write": OTHER_THREADS,
+    "locks-sparse/3/mmu_lock write": OTHER_THREADS,
 }
 """By the id of a row, in words of docs/limits.md: what the model leaves out on purpose."""
 

@@ -235,7 +235,11 @@ def taker(dice: Random, memory: int, page: int, leaf: int) -> dict[str, Any]:
     part = min(memory, leaf * dice.choice([1, 7, 64, 600]))
     kinds: list[dict[str, Any]] = [
         {"kind": "migration", "range": part, "batch": dice.choice([1, 64, 512]), "interval": MS},
-        {"kind": "compaction", "pages": dice.choice([5, 70]), "interval": 500 * US},
+        {
+            "kind": "compaction",
+            "pages": min(dice.choice([5, 70]), memory // page),
+            "interval": 500 * US,
+        },
         {"kind": "numa_balancing", "scan_size": part, "period": 300 * US, "delay": 0},
         {"kind": "mprotect", "range": part, "read_only": 200 * US, "writable": 400 * US},
         {"kind": "fork", "child": dice.choice([0, 300 * US]), "interval": MS},

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from simkvm.guest.faulting import FaultingLeaves
+from simkvm.guest.lazy_flags import LazyFlags
 from simkvm.guest.vcpu import Vcpu
 from simkvm.kernel import latency
 from simkvm.kernel.cacheline import CacheLine, LineCosts
@@ -125,6 +127,29 @@ def some_touches_are_lost(patch: Patch) -> None:
     patch.setattr(Vcpu, "_touch", most)
 
 
+def nothing_is_cached(patch: Patch) -> None:
+    """The lazy engine forgets that a cached translation hides a page."""
+    patch.setattr("simkvm.guest.lazy_flags._hides", lambda *_: False)
+
+
+def old_touches_count_again(patch: Patch) -> None:
+    """A lazy look counts a twentieth of the touches before the last one again."""
+    decide = LazyFlags._decide
+
+    def again(flags: LazyFlags, low: int, high: int, counts: Any) -> None:
+        before = flags._looked[:, low:high].copy()
+        decide(flags, low, high, counts)
+        flags._looked[:, low:high] -= (flags._looked[:, low:high] - before) // 20
+
+    patch.setattr(LazyFlags, "_decide", again)
+
+
+def faults_are_rarer(patch: Patch) -> None:
+    """By 5 %, of a lazy guest."""
+    hazard = FaultingLeaves.hazard.fget  # type: ignore[attr-defined]  # a property
+    patch.setattr(FaultingLeaves, "hazard", property(lambda leaves: 0.95 * hazard(leaves)))
+
+
 def eight_roots_at_most(patch: Patch) -> None:
     def start_level(geometry: Geometry) -> int:
         resolved = geometry.ipa_bits - 3 - geometry.page_shift
@@ -237,6 +262,9 @@ def turns_are_of_three_slices(patch: Patch) -> None:
         (batches_are_twice_as_large, ["rcu/batches/*"]),
         (every_touch_sets_the_flag, ["young/tlb-2048"]),
         (some_touches_are_lost, ["young/uniform", "young/hot-cold"]),
+        (nothing_is_cached, ["lazy/young/tlb-2048"]),
+        (old_touches_count_again, ["lazy/young/*"]),
+        (faults_are_rarer, ["lazy/fill/zipf"]),
         (eight_roots_at_most, ["tables/*/widths"]),
         (empty_tables_stay, ["tables/*/unmap*"]),
         (drives_are_slower, ["swap/alone/*", "swap/m-d-4/*", "swap/saturated/channels/*"]),

@@ -304,7 +304,7 @@ WRONG = {
     "wrong pattern": (
         changed(("pattern: zipf", "pattern: zipff")),
         "w.yaml:10:7: guests.vm0.access.pattern: 'zipff' is not one of populate, uniform, zipf, "
-        "hot_cold, phases, trace (did you mean 'zipf'?)",
+        "hot_cold, phases, trace, memcached, sort, chase, interactive (did you mean 'zipf'?)",
     ),
     "no pattern": (
         changed(("      pattern: zipf\n", "")),

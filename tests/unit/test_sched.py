@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 from simpy import Event
-from worlds import MIB, MS, world
+from worlds import MIB, MS, acquisitions, world
 
 from simkvm.guest.vcpu import Vcpu
-from simkvm.kernel.cpu import IDLE, KERNEL, Cpu
+from simkvm.kernel.cpu import GUEST, IDLE, KERNEL, Cpu
 from simkvm.kernel.run_queue import RunQueue, Thread
-from simkvm.kernel.sched import FairScheduler
+from simkvm.kernel.sched import FairScheduler, OwnCpus
 from simkvm.kernel.task import Task, reach
 from simkvm.kernel.world import World
+from simkvm.scenario.errors import InputError
 from simkvm.validate.theory_sched import Computing, Host
 
 TICK = 4 * MS  #: at 250 Hz
@@ -46,9 +47,10 @@ def test_equal_threads_have_equal_parts(threads: int) -> None:
         assert set(turns[1:]) <= {TICK - SWITCH, TICK}
 
 
-def test_a_thread_that_mostly_sleeps_is_served_within_two_slices() -> None:
+@pytest.mark.parametrize("others", [1, 2])
+def test_a_thread_that_mostly_sleeps_is_served_within_two_slices(others: int) -> None:
     host = Host(1, hz=250, switch_ns=SWITCH)
-    delays = []
+    delays: list[int] = []
 
     def short(thread: Computing) -> Generator[Event, Any, None]:
         t_ns = 0
@@ -59,12 +61,13 @@ def test_a_thread_that_mostly_sleeps_is_served_within_two_slices() -> None:
             t_ns = done_ns
 
     host.env.process(short(host.thread()))
-    for _ in range(2):
+    for _ in range(others):
         host.env.process(host.thread().compute(0, 1 << 60))
     host.env.run(4000 * MS)
     assert len(delays) == 200
     assert max(delays) <= 2 * (TICK + SWITCH)
     assert np.mean(delays) < TICK
+    assert delays.count(SWITCH) > 20, "one that is behind preempts who is ahead, at once"
 
 
 def queue(slice_ns: int = 750_000) -> RunQueue:
@@ -222,8 +225,8 @@ WARM: dict[str, Any] = {
 }
 
 
-def shared(cpus: int = 1, **keys: Any) -> World:
-    return world(host={"scheduler": "fair", "cpus": cpus}, **keys)
+def shared(cpus: int = 1, hz: int = 250, **keys: Any) -> World:
+    return world(host={"scheduler": "fair", "cpus": cpus, "hz": hz}, **keys)
 
 
 def compute(made: World, demand_ns: int) -> Computing:
@@ -277,7 +280,7 @@ def test_a_preempted_guest_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     faults.clear()
     alone = world(guest=WARM)
     (other,) = alone.kvms[0].vcpus
-    seen = []
+    seen: list[int] = []
     process = alone.env.process(other.run())
     other.process = process
     for at_ns, _ in left:
@@ -295,3 +298,206 @@ def test_a_preempted_guest_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     switched = sum(each.switches for each in threads) - 1  # the first was from idle
     whole = other.finished_ns + 30 * MS + len(left) * reenter_ns + switched * SWITCH
     assert max(vcpu.finished_ns, computing.stretches[-1].end_ns) == whole
+
+
+FILLING: dict[str, Any] = {
+    "memory": 64 * MIB,
+    "access": {"pattern": "uniform", "touches": 30_000, "think": 1500},
+}
+
+
+def test_who_is_preempted_on_the_way_to_the_guest_pays_for_no_exit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tick while a fault is handled: the vCPU goes on as it was about to."""
+    made = shared(guest=FILLING, hz=1000)
+    (vcpu,) = made.kvms[0].vcpus
+    computing = compute(made, 60 * MS)
+    inside: list[bool] = []
+
+    preempted = Vcpu.preempted
+
+    def noted(vcpu: Vcpu, t_ns: int) -> None:
+        inside.append(vcpu.cpu.state(t_ns) is GUEST)
+        preempted(vcpu, t_ns)
+
+    monkeypatch.setattr(Vcpu, "preempted", noted)
+    made.run()
+    alone = world(guest=FILLING)
+    alone.run()
+    assert min(sum(inside), len(inside) - sum(inside)) > 10
+    assert isinstance(made.sched, FairScheduler)
+    switched = sum(each.switches for each in made.sched.threads.values()) - 1
+    whole = alone.kvms[0].vcpus[0].finished_ns + ran(computing) + switched * SWITCH
+    whole += sum(inside) * made.kvms[0].costs.fault.enter_ns
+    assert vcpu.finished_ns == whole
+
+
+@pytest.mark.parametrize(("arch", "flushed"), [("arm64", True), ("x86", False)])
+def test_translations_that_another_vcpu_of_the_vm_may_have_made_go(
+    arch: str, flushed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kvm_arch_vcpu_load() of arm64; a vCPU of x86 has a VPID of its own."""
+    machine = {
+        "arm64": {},
+        "x86": {"machine": "x86-icelake-64c", "kernel": "linux-6.12-x86"},
+    }[arch]
+    made = shared(guest=WARM | {"vcpus": 2}, **machine)
+    cached: list[int] = []
+    enter = Vcpu._give_way
+
+    def noted(vcpu: Vcpu) -> Generator[Event, Any, int]:
+        before = np.count_nonzero(vcpu._tags >= 0)
+        next_ns = yield from enter(vcpu)
+        cached.append(int(np.count_nonzero(vcpu._tags >= 0)) - int(before))
+        return next_ns
+
+    monkeypatch.setattr(Vcpu, "_give_way", noted)
+    made.run()
+    assert len(cached) > 5
+    assert any(lost < -100 for lost in cached) == flushed
+
+
+def test_a_vcpu_that_waits_for_its_cpu_does_not_hold_a_slot_s_update_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = shared(guest=WARM)
+    compute(made, 30 * MS)
+    seen: list[bool] = []
+
+    def note(vcpu: Vcpu, t_ns: int) -> None:
+        seen.append(vcpu.faulting)
+
+    leavings(monkeypatch, note)
+    made.run()
+    assert seen
+    assert not any(seen)
+
+
+def test_a_flush_interrupts_nobody_who_waits_for_a_cpu() -> None:
+    """Their CPU is in guest mode, but it runs another vCPU."""
+    made = shared(guest=WARM | {"vcpus": 3}, machine="x86-icelake-64c", kernel="linux-6.12-x86")
+    for vcpu in made.kvms[0].vcpus:
+        vcpu.process = made.env.process(vcpu.run())
+    made.env.run(62 * MS + 123)
+    now = int(made.env.now)
+    assert made.cpus[0].state(now) is GUEST
+    made.remote_flush.flush(made.kvms[0], now)
+    assert made.remote_flush.interrupts == 1
+
+
+# -- whole worlds -----------------------------------------------------------------------------
+
+BUSY: dict[str, Any] = {
+    "guest": {
+        "vcpus": 8,
+        "memory": 8 * MIB,
+        "access": {"pattern": "uniform", "touches": 8000, "think": 2000},
+    },
+    "ageing": {"interval": 1 * MS},
+    "contenders": {
+        "drop": {"kind": "madvise_dontneed", "guest": "vm0", "range": 1 * MIB, "rate": 500}
+    },
+}
+COLUMNS = {"runqueue_wait_total_ns", "cpu_busy_ratio", "context_switches"}
+
+
+def test_more_threads_than_cpus() -> None:
+    made = shared(4, **BUSY)
+    summary = made.run().summary
+    assert summary["touches"] == 64_000
+    assert summary["violations"] == 0
+    assert isinstance(made.sched, FairScheduler)
+    threads = made.sched.threads.values()
+    names = [each.task.name for each in threads]
+    assert names == [*(f"vm0/vcpu{n}" for n in range(8)), "ageing", "drop"]
+    assert summary["runqueue_wait_total_ns"] >= sum(each.wait_ns for each in threads) > 0
+    assert summary["context_switches"] == sum(each.switches for each in threads)
+    assert 0.8 < summary["cpu_busy_ratio"] <= 1
+    busy_ns = sum(each.run_ns for each in threads) + sum(q.switch_ns for q in made.sched.queues)
+    assert summary["cpu_busy_ratio"] == busy_ns / (4 * summary["sim_ns"])
+
+
+def test_with_a_cpu_for_each_nothing_changes() -> None:
+    own = world(**BUSY).run()
+    fair = world(host={"scheduler": "fair"}, **BUSY).run()
+    assert fair.fingerprint == own.fingerprint
+    assert fair.summary["events"] == own.summary["events"]
+    assert fair.summary["runqueue_wait_total_ns"] == 0
+    assert set(fair.summary) - set(own.summary) == COLUMNS
+    shared_columns = set(own.summary)
+    assert {k: fair.summary[k] for k in shared_columns} == own.summary
+
+
+def test_half_the_cpus_take_twice_as_long() -> None:
+    """Guests that only compute: work is conserved, and nothing else is done."""
+    guest = WARM | {"vcpus": 4}
+    ends = [shared(cpus, guest=guest).run().summary["sim_ns"] for cpus in (4, 2, 1)]
+    assert ends[1] / ends[0] == pytest.approx(2, rel=0.02)
+    assert ends[2] / ends[0] == pytest.approx(4, rel=0.02)
+
+
+def test_a_vm_ends_while_its_vcpus_wait_for_a_cpu() -> None:
+    for order in ("process_exit", "close_vm"):
+        made = shared(
+            guest=WARM | {"vcpus": 3, "teardown": {"order": order, "at": 10 * MS}},
+            ageing={"interval": 1 * MS},
+        )
+        made.run()
+        assert all(end.done for end in made.teardowns)
+        assert all(10 * MS <= vcpu.finished_ns < 30 * MS for vcpu in made.kvms[0].vcpus)
+
+
+def test_without_a_scheduler_each_needs_a_cpu_and_a_selftest_always_does() -> None:
+    with pytest.raises(InputError, match=r"8 vCPUs .* need 10 CPUs, the host has 4"):
+        world(host={"cpus": 4}, **BUSY)
+    with pytest.raises(InputError, match="a selftest's threads have a CPU each"):
+        world(
+            host={"scheduler": "fair"},
+            guests={},
+            selftest={"test": "access_tracking_perf_test", "vcpus": 2},
+        )
+    assert isinstance(world(**BUSY).sched, OwnCpus)
+
+
+def test_a_guest_that_does_nothing_but_fault_is_preempted_too() -> None:
+    """Each fault's section plans the next one: there it has to see that it is to go."""
+    made = shared(guest={"memory": 64 * MIB, "access": {"pattern": "populate"}})
+    computing = compute(made, 10 * MS)
+    made.run()
+    assert ran(computing) == 10 * MS
+    assert computing.stretches[-1].end_ns < 25 * MS
+    turns = [end - begin for _, begin, end in computing.stretches]
+    assert max(turns) <= TICK
+
+
+@pytest.mark.parametrize("preemption", ["none", "full"])
+def test_a_reschedule_that_is_due_breaks_mmu_lock(preemption: str) -> None:
+    """__cond_resched_rwlock_write(): between two chunks, whatever the preemption model."""
+    made = world(
+        host={"scheduler": "fair", "cpus": 1, "hz": 1000, "preemption": preemption},
+        guest={"memory": 4096 * MIB, "mapping": 4096, "access": {"pattern": "populate"}},
+    )
+    (kvm,) = made.kvms
+    task = Task("unmaps", made.cpus[0])
+    computing = compute(made, 200 * MS)
+    sparse = range(0, kvm.leaves, 512)  # a table each
+    for leaf in sparse:
+        kvm.tables_linked(kvm.stage2.map_leaf(leaf, 1), 0)
+        kvm.host.install(leaf, True)
+
+    def unmap() -> Generator[Event, Any, None]:
+        t_ns = yield from made.sched.wake(task, 0)
+        t_ns = yield from kvm.notifier.invalidate(task, t_ns, 0, kvm.leaves)
+        made.sched.sleep(task, t_ns)
+
+    made.env.run(made.env.process(unmap()))
+    rows = [row for row in acquisitions(kvm.mmu_lock.rows) if row.mode]
+    starts = rows[:-1]  # the last is the end of the range
+    assert 2 <= len(starts) <= 4, "three offers between four chunks of 1 GiB"
+    held = [(row.entry, row.release) for row in starts]
+    for _, begin, end in computing.stretches:
+        assert not any(begin < until and since < end for since, until in held)
+    between = [(a.release, b.entry) for a, b in pairwise(starts)]
+    for since, until in between:
+        assert any(since <= begin and end <= until for _, begin, end in computing.stretches)

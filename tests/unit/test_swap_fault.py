@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any
 
+import pytest
 import worlds
 from simpy import Event
 from worlds import MIB, MS
@@ -287,18 +288,23 @@ def test_pages_for_the_memory_cache_are_reclaimed_before_the_sequence_is_noted()
     assert bench.entry == VALID | WRITE
 
 
-def test_a_victim_maps_nothing_any_more() -> None:
+@pytest.mark.parametrize(("swapped", "at_ns"), [(True, 6000), (False, 1200), (False, 800)])
+def test_a_victim_maps_nothing_any_more(swapped: bool, at_ns: int) -> None:
+    """MMF_UNSTABLE: even where the host's entry is what it was, as that of a page never touched."""
     bench = Bench()
-    bench.swap_out()
+    if swapped:
+        bench.swap_out()
     path = bench.fault(0, write=True)
 
     def kill() -> None:
         bench.kvm.alive = False
         bench.host.give_all_up()
 
-    bench.at(6000, kill)
+    bench.at(at_ns, kill)
     bench.run()
+    assert bench.env.now > at_ns
     assert bench.host.page_count == 0
+    assert bench.made == 0
     assert bench.device is not None
     assert bench.device.used == 0
     assert conserved(bench, path)

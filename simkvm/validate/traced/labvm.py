@@ -39,9 +39,8 @@ from simpy import Event
 from simkvm.guest.patterns import Chunk
 from simkvm.guest.pause import Pause
 from simkvm.guest.vcpu import Vcpu
-from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.memslot import MemslotUpdate
-from simkvm.kernel.task import reach
+from simkvm.kernel.task import Task, reach
 from simkvm.validate.traced.lab import GIB, KIB, MIB, Lab, Tally
 
 PAGE: Final = 4 * KIB
@@ -140,9 +139,9 @@ class LabVm:
     def _count_offers(self) -> None:
         lock_break = self._kvm.lock_break
 
-        def counted(cpu: Cpu, t_ns: int) -> bool:
+        def counted(task: Task, t_ns: int) -> bool:
             self._offers += 1
-            return lock_break(cpu, t_ns)
+            return lock_break(task, t_ns)
 
         self._kvm.lock_break = counted  # type: ignore[method-assign]
 

@@ -1,0 +1,93 @@
+"""The scale rule: memory is cut and nothing else, so a smaller part must show the same ratios.
+
+A memcached like that of workloads/pressure/memcached-arm64.yaml, with fewer vCPUs and a drive and
+kernels as there. Before and after see the same keys at one seed, so their ratio is taken in pairs.
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist, fmean, stdev
+from typing import Any
+
+import pytest
+
+from simkvm.kernel.world import simulate
+from simkvm.scenario.kernel import load_kernel
+from simkvm.scenario.machine import load_machine
+from simkvm.scenario.schema import Scenario
+from simkvm.validate.reclaim import MIB, WATERMARK_SCALE, host_memory
+
+VCPUS = 16
+OVERCOMMIT = 1.12
+REPLICATIONS = 4
+PART = 128 * MIB
+CONFIDENCE = 0.99
+
+
+def memcached(memory: int, kernel: str, replication: int) -> dict[str, Any]:
+    """Summary of one run over ``memory`` bytes of items."""
+    chunks = MIB // 2368
+    keys = (memory - MIB) // MIB * chunks
+    document = {
+        "name": "scale",
+        "replication": replication,
+        "machine": "ampere-altra-80c",
+        "kernel": kernel,
+        "duration": "350 ms",
+        "host": {
+            "memory": {
+                "size": host_memory(memory, memory, VCPUS, OVERCOMMIT),
+                "watermark_scale": WATERMARK_SCALE,
+            },
+            "swap": {"kind": "optane"},
+        },
+        "guests": {
+            "vm": {
+                "vcpus": VCPUS,
+                "memory": memory,
+                "mapped": True,
+                "access": {
+                    "pattern": "memcached",
+                    "clients": 24,
+                    "keys": keys,
+                    "value_size": "2000 B",
+                    "get_ratio": 1.0,
+                    "service": "5 us",
+                    "network": "20 us",
+                    "think": "0 ns",
+                    "warmup": "150 ms",
+                },
+            }
+        },
+    }
+    scenario = Scenario.model_validate(document)
+    record = simulate(scenario, load_machine(scenario.machine), load_kernel(scenario.kernel))
+    return dict(record.summary)
+
+
+def ratios(memory: int) -> list[tuple[float, float]]:
+    """After over before in requests a second, and looks an eviction took before; by replication."""
+    found = []
+    for replication in range(REPLICATIONS):
+        before = memcached(memory, "linux-6.4", replication)
+        after = memcached(memory, "linux-6.4-yuzhao-v2", replication)
+        assert before["pgsteal_kswapd"] > 0 < after["pgsteal_kswapd"]
+        found.append(
+            (
+                float(after["requests_per_s"]) / float(before["requests_per_s"]),
+                float(before["young_calls_locked_per_scanned_page"])
+                / float(before["pages_stolen_ratio"]),
+            )
+        )
+    return found
+
+
+@pytest.mark.slow
+def test_halving_the_scale_moves_ratios_by_less_than_their_interval() -> None:
+    whole, half = ratios(PART), ratios(PART // 2)
+    z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
+    for number in range(2):
+        a, b = ([pair[number] for pair in each] for each in (whole, half))
+        spread = z * ((stdev(a) ** 2 + stdev(b) ** 2) / REPLICATIONS) ** 0.5
+        assert abs(fmean(a) - fmean(b)) <= max(spread, 0.1 * fmean(a)), (a, b)
+    assert fmean(pair[0] for pair in whole) > 1.05, "there is an effect that could have moved"
