@@ -329,6 +329,13 @@ class ListedLruvec(Lruvec):
                 found[np.isin(ids, part)] = lru.pages.waiting(part - lru.base, of_type == FILE)
         return found
 
+    def take_off(self, ids: Ids) -> Ids:
+        """Isolate those of ``ids`` that are on a list (``folio_isolate_lru``); returns them."""
+        ids = ids[self.listed[ids] < ISOLATED]
+        for generation in np.unique(self.listed[ids]).tolist():
+            self._isolate(ids[self.listed[ids] == generation])
+        return ids
+
     def putback(self, ids: Ids, seq: int, old_end: bool = False) -> None:
         """Isolated folios, all of one type, go back to generation ``seq``, if still there."""
         ids = ids[self.listed[ids] == ISOLATED]
