@@ -64,6 +64,7 @@ class HostPages:
         self.out_of_memory: Callable[[int], None] = lambda t_ns: None
         self.reclaimable: Callable[[], int] = lambda: 0  #: pages that reclaim might take
         self.spoken_for = 0  #: for page tables of guests that are about to be mapped as a whole
+        self.to_map = 0  #: pages of memory of those guests
         self.allocstalls = 0  #: allocations that had to reclaim themselves
         self.stall_ns = 0
 

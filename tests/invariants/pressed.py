@@ -55,7 +55,9 @@ def pressed(dice: Random) -> Scenario:
     high = reserve + 2 * max(reserve // 4, total * scale // 10_000)
     over = max(0, sum(one["memory"] // page for one in guests.values()) + fixed + high - total)
     swap = device(dice, page, over)
-    if swap is None or swap.get("size") is not None or swap.get("ratio") == TIGHT:
+    mapped = sum(one["memory"] // page for one in guests.values() if one["mapped"])
+    stored = swap.get("ratio", 0.0) if swap else 1.0
+    if over > (mapped - 1) * (1 - stored) or (swap or {}).get("size") is not None:
         for one in guests.values():
             one["mapped"] = False
     fair = dice.random() < 0.3

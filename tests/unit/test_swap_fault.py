@@ -262,8 +262,17 @@ def test_two_copies_of_the_zero_page_become_one() -> None:
 
 def test_two_tables_for_one_place_become_one() -> None:
     bench = Bench()
+    short = bench.pages.free - bench.pages.marks.min - 5
+    bench.pages.take(short)
+    bench.pages.reclaimable = lambda: 10**6  # so that nobody is killed meanwhile
+    bench.pages.out_of_memory = lambda t_ns: None
     paths = [bench.fault(0, write=True, leaf=LEAF + n, cpu=10 + n) for n in range(4)]
+    for path in paths:
+        path.cached = 40
+    bench.pages.take(4 * 40)
+    bench.at(MS, lambda: bench.pages.put(short))
     bench.run()
+    assert bench.vmstat.first_faults == 4
     assert bench.host.table_pages == 1
     assert conserved(bench, *paths)
 
