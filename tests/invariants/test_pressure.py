@@ -18,18 +18,9 @@ def test_pages_slots_and_contents_are_conserved(number: int) -> None:
     run_watched(pressed(Random(number)))
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        1,  # compressed swap fills the memory that guests mapped from the start want
-        3,  # a page is given up while it is compressed
-        4,  # zero pages are copied
-        9,  # the victim of the OOM killer is being evicted
-        23,  # tables that wait for a grace period take all memory
-        64,  # a page is given up while eviction asks who used it
-    ],
-)
-def test_worlds_that_once_went_wrong(number: int) -> None:
+@pytest.mark.parametrize("number", [0, 4, 10, 18, 23, 25, 29])
+def test_worlds_that_showed_mistakes(number: int) -> None:
+    """Put back one by one, in faults or in eviction, mistakes showed in one of these."""
     run_watched(pressed(Random(number)))
 
 
