@@ -143,12 +143,14 @@ class EvictionCheck(FolioReferenced):
 
     def __init__(self, kvm: Kvm, task: Task) -> None:
         super().__init__(kvm, task)
-        lru = kvm.host.lru
-        assert isinstance(lru, ListedLruGen)
-        self._lru = lru
+        self._lru = kvm.host.lru
+        if not isinstance(self._lru, ListedLruGen):
+            self._flush = True  # the classic LRU does not look around
 
     def _look_around(self, t_ns: int, leaf: int, report: Pass) -> Generator[Event, Any, int]:
-        lru, lruvec = self._lru, self._lru._lists
+        lru = self._lru
+        assert isinstance(lru, ListedLruGen)
+        lruvec = lru._lists
         seq = lruvec.max_seq
         lruvec.vmstat.look_arounds += 1
         first, last = self.span(leaf)

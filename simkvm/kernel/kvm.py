@@ -18,6 +18,7 @@ from simkvm.kernel.cmpxchg_race import CmpxchgRaces, Loads
 from simkvm.kernel.costs import Costs, FreeCosts
 from simkvm.kernel.dirty_log import DirtyLog
 from simkvm.kernel.dram import Dram
+from simkvm.kernel.file_memory import FileMemory
 from simkvm.kernel.geometry import GEOMETRIES
 from simkvm.kernel.host_memory import WRPROTECT, HostMemory
 from simkvm.kernel.memslot import Refusal
@@ -111,7 +112,10 @@ class Kvm:
         two_step = kernel["promotion"] == "two_step"
         self.host = HostMemory(*memory_of, two_step)
         if pgdat is not None:
-            self.host = SwappableMemory(*memory_of, two_step, pgdat.pages, pgdat.swap)
+            if guest.backing == "file":
+                self.host = FileMemory(*memory_of, two_step, pgdat.pages, pgdat.drive)
+            else:
+                self.host = SwappableMemory(*memory_of, two_step, pgdat.pages, pgdat.swap)
         self.notifier = MmuNotifier(self, Srcu(env, self.costs.wakeup_ns))
         self.rmap = RmapLocks()
         self.oracle = Oracle(name)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from simpy import Event
 
+from simkvm.kernel.listed import FILE
 from simkvm.kernel.lru_walk import LruAgeing
-from simkvm.kernel.lrugen import FILE, ListedLruvec, evictable
+from simkvm.kernel.lrugen import ListedLruvec, evictable
 from simkvm.kernel.memcg_lru import MEMCG_NR_BINS, NOP, TAIL, YOUNG
 from simkvm.kernel.mglru import MAX_LRU_BATCH, MAX_NR_GENS, MIN_LRU_BATCH, MIN_NR_GENS
 from simkvm.kernel.scan_control import DEF_PRIORITY, ScanControl
@@ -61,7 +62,7 @@ class MultiGen:
         self, memcg: int, sc: ScanControl, t_ns: int
     ) -> Generator[Event, Any, tuple[int, int]]:
         """Shrink one memcg; returns where it goes in the order of memcgs, and when it is done."""
-        lruvec = self._pgdat.lruvecs[memcg]
+        lruvec = self._pgdat.generations[memcg]
         aged, t_ns = yield from self._shrink_lruvec(memcg, lruvec, sc, t_ns)
         if aged:
             return YOUNG, t_ns
@@ -79,7 +80,7 @@ class MultiGen:
         """Kswapd starts at the priority at which one go should do (``set_initial_priority``)."""
         if sc.priority != DEF_PRIORITY or sc.nr_to_reclaim < MIN_LRU_BATCH:
             return
-        reclaimable = sum(map(self._inactive, self._pgdat.lruvecs))
+        reclaimable = sum(map(self._inactive, self._pgdat.generations))
         found = reclaimable.bit_length() - 1 - (sc.nr_to_reclaim - 1).bit_length()
         sc.priority = min(max(found, DEF_PRIORITY // 2), DEF_PRIORITY)
 
@@ -130,7 +131,7 @@ class MultiGen:
         self, memcg: int, sc: ScanControl, swappiness: int, target: int, t_ns: int
     ) -> Generator[Event, Any, tuple[int, int]]:
         """One batch: returns how many folios were looked at, and when it is done."""
-        lruvec, reclaimer = self._pgdat.lruvecs[memcg], self._reclaimer
+        lruvec, reclaimer = self._pgdat.generations[memcg], self._reclaimer
         costs = self._pgdat.kvms[memcg][0].costs
         most = min(target, MAX_LRU_BATCH) if lruvec.rules.two_step else MAX_LRU_BATCH
         t_ns = yield from reach(self._env, t_ns)
@@ -140,7 +141,9 @@ class MultiGen:
         t_ns = lruvec.lock.occupy(reclaimer.task.cpu.id, t_ns, hold_ns)
         if lruvec.max_seq - lruvec.oldest(swappiness) + 1 == MIN_NR_GENS:
             scanned = 0
-        if len(ids):
+        if not len(ids):
+            self._pgdat.wake_flusher()  # if it was for dirty pages that there was nothing
+        else:
             t_ns = yield from reclaimer.shrink_folio_list(memcg, lruvec, ids, sc, t_ns)
         return scanned, t_ns
 
@@ -151,7 +154,7 @@ class MultiGen:
         self._set_initial_priority(sc)
         min_ttl_ns = self._pgdat.min_ttl_ns
         if min_ttl_ns and not any(
-            self._reclaimable(lruvec, sc, t_ns - min_ttl_ns) for lruvec in self._pgdat.lruvecs
+            self._reclaimable(lruvec, sc, t_ns - min_ttl_ns) for lruvec in self._pgdat.generations
         ):
             self._pgdat.pages.out_of_memory(t_ns)
 

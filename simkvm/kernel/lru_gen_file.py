@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from simpy import Event
 
-from simkvm.kernel.lrugen import MAX_SWAPPINESS, TYPES, ListedLruvec
+from simkvm.kernel.listed import MAX_SWAPPINESS, TYPES
+from simkvm.kernel.lrugen import ListedLruvec
 from simkvm.kernel.mglru import MAX_NR_GENS
 from simkvm.kernel.task import Task, reach
 from simkvm.kernel.vmscan import Reclaimer
@@ -57,11 +58,11 @@ class LruGenFile:
         letter, *rest = found.groups()
         memcg, node, seq = (int(number) for number in rest[:3])
         swappiness, option = (None if number is None else int(number) for number in rest[3:])
-        if node or not 1 <= memcg <= len(self._pgdat.lruvecs):
+        if node or not 1 <= memcg <= len(self._pgdat.generations):
             return errno.EINVAL, t_ns
         if swappiness is None:
             swappiness = self._pgdat.swappiness_now()
-        lruvec = self._pgdat.lruvecs[memcg - 1]
+        lruvec = self._pgdat.generations[memcg - 1]
         if swappiness > MAX_SWAPPINESS + lruvec.rules.two_step:
             return errno.EINVAL, t_ns
         reclaimer = self._reclaimer
@@ -77,7 +78,7 @@ class LruGenFile:
 def generations(pgdat: Pgdat, t_ns: int) -> list[str]:
     """What reading the file gives at ``t_ns``, line by line; nothing of the classic LRU."""
     lines: list[str] = []
-    for number, lruvec in enumerate(pgdat.lruvecs):
+    for number, lruvec in enumerate(pgdat.generations):
         lines.append(f"memcg {number + 1:5} {pgdat.paths[number]}")
         lines.append(" node     0")
         lines += generation_lines(lruvec, t_ns)

@@ -134,7 +134,7 @@ class LruAgeing:
 
         Returns whether this task opened it, and when it is done.
         """
-        lruvec, began_ns = self._pgdat.lruvecs[number], t_ns
+        lruvec, began_ns = self._pgdat.generations[number], t_ns
         t_ns = yield from reach(self._env, t_ns)
         if seq <= lruvec.mms.seq:
             return False, t_ns

@@ -14,13 +14,24 @@ a short time (mm/workingset.c).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simkvm.kernel.cacheline import CacheLine, LineCosts
-from simkvm.kernel.folio_list import NOBODY, NUMBER, TICKET_SHIFT, FolioList, Ids
+from simkvm.kernel.cacheline import LineCosts
+from simkvm.kernel.folio_list import NOBODY, TICKET_SHIFT, Ids
+from simkvm.kernel.listed import (
+    ABSENT,
+    ANON,
+    DEFAULT_SWAPPINESS,
+    FILE,
+    ISOLATED,
+    MAX_SWAPPINESS,
+    NO_SHADOW,
+    TYPES,
+    FolioLists,
+    ListedLru,
+)
 from simkvm.kernel.lru_tiers import (
     MAX_NR_TIERS,
     REFERENCED,
@@ -35,28 +46,9 @@ from simkvm.kernel.mglru import (
     MAX_NR_GENS,
     MIN_LRU_BATCH,
     MIN_NR_GENS,
-    LruGen,
-    Lruvec,
 )
 from simkvm.kernel.mm_list import MmList
 from simkvm.kernel.vmstat import Vmstat
-
-ANON: Final = 0
-FILE: Final = 1
-TYPES: Final = (ANON, FILE)
-MAX_SWAPPINESS: Final = 200
-DEFAULT_SWAPPINESS: Final = 60
-ABSENT: Final = 255  #: the list of a folio that is on none,
-NO_SHADOW: Final = -1
-ISOLATED: Final = 254  #: or that somebody has taken off to look at it
-
-
-class Pages(Protocol):
-    """What eviction has to know of a guest's pages to sort them."""
-
-    def waiting(self, leaves: NDArray[np.int64], file: bool) -> NDArray[np.bool_]:
-        """Which of ``leaves`` are locked or under writeback, or dirty pages of a file."""
-        ...
 
 
 def evictable(swappiness: int) -> tuple[int, ...]:
@@ -66,7 +58,7 @@ def evictable(swappiness: int) -> tuple[int, ...]:
     return (ANON,) if swappiness > MAX_SWAPPINESS else TYPES
 
 
-class ListedLruvec(Lruvec):
+class ListedLruvec(FolioLists):
     """Generations of one memcg as lists; ``guests``: leaves of each, and its type of folios.
 
     ``two_step``: the rules since v6.14. ``now``: the time, for the ages of generations.
@@ -80,34 +72,20 @@ class ListedLruvec(Lruvec):
         now: Callable[[], int] = lambda: 0,
         vmstat: Vmstat | None = None,
     ) -> None:
-        super().__init__()
-        self.listed_guests: list[ListedLruGen] = []
+        super().__init__(guests, MAX_NR_GENS, line, vmstat)
         self.rules = rules(two_step)
         self.min_seqs = [0, 0]
         self.controllers = [Controller(self.rules) for _ in TYPES]
-        self.vmstat = Vmstat() if vmstat is None else vmstat
         self.mms = MmList(len(guests), self.vmstat)
-        self.lock = CacheLine(line)  #: the lruvec's spin lock: served first come, first served
         self._now = now
         self.birth_ns = [now()] * MAX_NR_GENS  #: of each generation, by its number modulo four
-        leaves = sum(n for n, _ in guests)
-        self.generation: NDArray[np.uint8] = np.zeros(leaves, np.uint8)
-        self.listed: NDArray[np.uint8] = np.full(leaves, ABSENT, np.uint8)
-        self.states: NDArray[np.uint8] = np.zeros(leaves, np.uint8)
-        self.ticket: NDArray[np.uint8] = np.zeros(leaves, np.uint8)
-        self.lists = [[FolioList() for _ in range(MAX_NR_GENS)] for _ in TYPES]
-        self.on_list = [[0] * MAX_NR_GENS for _ in TYPES]  #: folios on each, stale entries apart
-        self.bases: NDArray[np.int64] = np.cumsum([0, *(n for n, _ in guests)], dtype=np.int64)
+        self.generation: NDArray[np.uint8] = np.zeros(len(self.listed), np.uint8)
+        self.listed_guests: list[ListedLruGen] = []
         for number, (_, of_type) in enumerate(guests):
             self.listed_guests.append(ListedLruGen(self, number, of_type, two_step))
         self.guests = list(self.listed_guests)
 
     # -- generations ----------------------------------------------------------------------------
-
-    @property
-    def types(self) -> list[int]:
-        """The types of folios that there are."""
-        return sorted({lru.of_type for lru in self.listed_guests})
 
     def nr_gens(self, of_type: int) -> int:
         """Generations that a type has."""
@@ -336,6 +314,12 @@ class ListedLruvec(Lruvec):
             self._isolate(ids[self.listed[ids] == generation])
         return ids
 
+    def settle(self, used: Ids, active: Ids, writeback: Ids) -> None:
+        """As :meth:`FolioLists.settle`."""
+        both = np.concatenate((used, active))
+        self.activate(both, np.arange(len(both)) < len(used))
+        self.putback(writeback, self.max_seq - 1)
+
     def putback(self, ids: Ids, seq: int, old_end: bool = False) -> None:
         """Isolated folios, all of one type, go back to generation ``seq``, if still there."""
         ids = ids[self.listed[ids] == ISOLATED]
@@ -370,54 +354,6 @@ class ListedLruvec(Lruvec):
             lru.sizes[generation] += len(part)
         self._relist(ids, of_type, generation, old_end, were_listed=False)
 
-    def by_guest(self, ids: Ids) -> list[tuple[ListedLruGen, Ids]]:
-        """Cut folios by the guest that they belong to, in the order of guests."""
-        if len(self.listed_guests) == 1:
-            return [(self.listed_guests[0], ids)] if len(ids) else []
-        owners = np.searchsorted(self.bases, ids, side="right") - 1
-        return [(self.listed_guests[n], ids[owners == n]) for n in np.unique(owners).tolist()]
-
-    def guest_of(self, folio: int) -> int:
-        """The number of the guest that a folio belongs to."""
-        return int(np.searchsorted(self.bases, folio, side="right")) - 1
-
-    def owner(self, folio: int) -> ListedLruGen:
-        """The guest that a folio belongs to."""
-        return self.listed_guests[self.guest_of(folio)]
-
-    # -- lists ----------------------------------------------------------------------------------
-
-    def _valid(self, entries: Ids, generation: int) -> Ids:
-        """The folios of entries that are not stale, taken off the list ``generation``."""
-        ids = entries & NUMBER
-        tickets = (entries >> TICKET_SHIFT).astype(np.uint8)
-        there = (self.listed[ids] == generation) & (self.ticket[ids] == tickets)
-        valid: Ids = ids[there]
-        return valid
-
-    def _relist(
-        self,
-        ids: Ids,
-        of_type: int,
-        generation: int,
-        old_end: bool = False,
-        were_listed: bool = True,
-    ) -> None:
-        """Put folios, all on one list of their type or on none, on another one."""
-        if not len(ids):
-            return
-        if were_listed:
-            self.on_list[of_type][int(self.listed[ids[0]])] -= len(ids)
-        self.on_list[of_type][generation] += len(ids)
-        self.ticket[ids] += np.uint8(1)
-        self.listed[ids] = generation
-        entries = ids | (self.ticket[ids].astype(np.int64) << TICKET_SHIFT)
-        target = self.lists[of_type][generation]
-        if old_end:
-            target.extend_old(entries)
-        else:
-            target.extend(entries)
-
     def _move_up(self, ids: Ids, generation: int) -> None:
         """Eviction or ageing gives folios the next generation (``folio_inc_gen``)."""
         for lru, part in self.by_guest(ids):
@@ -434,24 +370,13 @@ class ListedLruvec(Lruvec):
         self.states[ids] = self.rules.isolated[self.states[ids]]
 
 
-class ListedLruGen(LruGen):
+class ListedLruGen(ListedLru):
     """One guest's folios on the lists of ``lruvec``."""
 
     def __init__(self, lruvec: ListedLruvec, number: int, of_type: int, two_step: bool) -> None:
-        self.base = int(lruvec.bases[number])
-        self.number = number
-        end = int(lruvec.bases[number + 1])
-        super().__init__(end - self.base, two_step)
-        self.lruvec = self._lists = lruvec
-        self.of_type = of_type
-        self.pages: Pages | None = None
-        self._generation = lruvec.generation[self.base : end]
-        self._states = lruvec.states[self.base : end]
-        self._listed = lruvec.listed[self.base : end]
-        self._fast_ticket = memoryview(lruvec.ticket)[self.base : end]  # type: ignore[arg-type]
-        self._shadows: NDArray[np.int64] = np.full(end - self.base, NO_SHADOW, np.int64)
-        self._fast_listed = memoryview(self._listed)  # type: ignore[arg-type]  # a buffer
-        self._fast_state = memoryview(self._states)  # type: ignore[arg-type]  # a buffer
+        super().__init__(lruvec, number, of_type, two_step)
+        self._lists = lruvec
+        self._generation = lruvec.generation[self.base : self.base + len(self._listed)]
         self._fast = memoryview(self._generation)  # type: ignore[arg-type]  # a buffer
         self._accessed = lruvec.rules.accessed.tolist()
 

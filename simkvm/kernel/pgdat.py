@@ -5,11 +5,12 @@ Source: include/linux/mmzone.h (``pg_data_t``) and the names of /proc/vmstat, v6
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from simkvm.kernel.lrugen import DEFAULT_SWAPPINESS, ListedLruvec
+from simkvm.kernel.listed import DEFAULT_SWAPPINESS, FolioLists
+from simkvm.kernel.lrugen import ListedLruvec
 from simkvm.kernel.memcg_lru import MemcgLru
 from simkvm.kernel.mglru import MIN_LRU_BATCH
 from simkvm.kernel.page_alloc import HostPages
@@ -37,12 +38,15 @@ class Pgdat:
     swap: SwapDevice | None
     sched: Scheduler
     vmstat: Vmstat = field(default_factory=Vmstat)
-    lruvecs: list[ListedLruvec] = field(default_factory=list)
+    lruvecs: list[FolioLists] = field(default_factory=list)
     kvms: list[list[Kvm]] = field(default_factory=list)
     passes: list[Pass] = field(default_factory=list)  #: of ageing that reclaim asked for
     paths: list[str] = field(default_factory=list)  #: of memcgs
     lru_gen: int = LRU_GEN_ALL  #: its capabilities (/sys/kernel/mm/lru_gen/enabled)
     swappiness: int = DEFAULT_SWAPPINESS
+    drive: SwapDevice | None = None  #: of files
+    wake_flusher: Callable[[], None] = lambda: None
+    next_memcg: int = 0  #: at which a direct reclaimer of the classic LRU begins
     min_ttl_ns: int = 0  #: what may not be evicted for that long (min_ttl_ms); 0: no matter
     walked_at: dict[str, int] = field(default_factory=dict)  #: touches of a guest when walked last
     kswapd_failures: int = 0  #: runs of kswapd in a row that took nothing; others reset it
@@ -57,17 +61,18 @@ class Pgdat:
         if swap is not None:
             swap.sched = self.sched
             self.pages.pool = lambda: swap.pool_pages
+        if self.drive is not None:
+            self.drive.sched = self.sched
         self.pages.reclaimable = self._reclaimable
 
     def _reclaimable(self) -> int:
-        """Anonymous pages, if there is a slot left for any (``zone_reclaimable_pages``).
+        """Pages of files, and anonymous ones if there is a slot left (``zone_reclaimable_pages``).
 
         Isolated ones count, as they did up to v4.8: a batch is a small part of a host's memory, but
         may be a large one of a host that was scaled down.
         """
-        if self.swap is None or not self.swap.free_slots:
-            return 0
-        return sum(self._hosts(lambda host: host.page_count))
+        slots = self.swap is not None and self.swap.free_slots > 0
+        return sum(self._hosts(lambda host: host.page_count if slots or host.file else 0))
 
     def write_pending(self) -> int:
         """Pages that are being written (NR_ZONE_WRITE_PENDING)."""
@@ -78,10 +83,15 @@ class Pgdat:
             for place in range(len(kvms)):
                 yield what(self.memory(number, place))
 
-    def charge(self, lruvecs: list[ListedLruvec], rng: np.random.Generator) -> None:
+    def charge(self, lruvecs: Sequence[FolioLists], rng: np.random.Generator) -> None:
         """These are the memcgs; ``rng`` draws their places in the order of reclaim."""
         self.lruvecs += lruvecs
         self.memcg_lru = MemcgLru(len(lruvecs), rng)
+
+    @property
+    def generations(self) -> list[ListedLruvec]:
+        """The lruvecs, if they are the multi-gen LRU's, or none."""
+        return [lruvec for lruvec in self.lruvecs if isinstance(lruvec, ListedLruvec)]
 
     def swappiness_now(self) -> int:
         """How readily anonymous folios are evicted: not at all when swap is (almost) full."""

@@ -244,7 +244,7 @@ class SwapFaultPath(FaultPath):
         assert device is not None
         began_ns = t_ns
         vmstat.pgmajfault += 1
-        vmstat.pswpin += 1
+        vmstat.pswpin += not self._host.file
         if self._host.lru.refault(self._leaf):  # type: ignore[attr-defined]
             self._host.thrashing.add(self._leaf)
         t_ns = yield from device.read(self._task, t_ns)

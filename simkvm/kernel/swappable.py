@@ -33,6 +33,8 @@ DIRTY: Final = 8
 class SwappableMemory(HostMemory):
     """As :class:`HostMemory`, with its pages counted in ``pages`` and its slots in ``device``."""
 
+    file = False  #: whether its pages are those of a file
+
     def __init__(
         self,
         env: Environment,
@@ -184,8 +186,7 @@ class SwappableMemory(HostMemory):
         before = self.page_count_of(first, last)
         swap = self.swap[first:last]
         slots = int(np.count_nonzero(swap & SLOT))
-        if slots and self.device is not None:
-            self.device.free(slots)
+        self._free_slots(slots)
         cached = first + np.flatnonzero((swap & CACHED) > (self.state[first:last] & OWN))
         for leaf in (first + np.flatnonzero(swap & WRITEBACK)).tolist():
             self.writing.pop(leaf, None)
@@ -194,6 +195,10 @@ class SwappableMemory(HostMemory):
         removed = super().zap(first, last)
         self.pages.put(before - self.page_count_of(first, last))
         return removed
+
+    def _free_slots(self, slots: int) -> None:
+        if slots and self.device is not None:
+            self.device.free(slots)
 
     def page_count_of(self, first: int, last: int) -> int:
         """As :attr:`page_count`, of the leaves ``first`` up to ``last``."""

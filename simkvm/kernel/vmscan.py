@@ -16,11 +16,14 @@ import numpy as np
 from simpy import Event
 
 from simkvm.kernel.aging_call import Pass
+from simkvm.kernel.classic_lru import Classic
 from simkvm.kernel.folio_list import NOBODY, Ids
 from simkvm.kernel.folio_referenced import EvictionCheck
 from simkvm.kernel.host_memory import OWN
+from simkvm.kernel.listed import DEFAULT_SWAPPINESS, FolioLists, ListedLru
 from simkvm.kernel.lru_gen import MultiGen
-from simkvm.kernel.lrugen import DEFAULT_SWAPPINESS, ListedLruGen, ListedLruvec
+from simkvm.kernel.lru_walk import LRU_GEN_CORE
+from simkvm.kernel.lrugen import ListedLruvec
 from simkvm.kernel.mglru import MAX_LRU_BATCH, MAX_NR_GENS, MIN_NR_GENS
 from simkvm.kernel.scan_control import DEF_PRIORITY, SWAP_CLUSTER_MAX, ScanControl
 from simkvm.kernel.swappable import CACHED, DIRTY, SLOT, WRITEBACK, SwappableMemory
@@ -61,7 +64,8 @@ class Reclaimer:
         self._checks: dict[str, EvictionCheck] = {}
         self.report = Pass("reclaim", 0)  #: of checks: scanned, young, calls
         self.lru_gen = MultiGen(self)
-        self._order: ReclaimOrder = self.lru_gen
+        classic = not pgdat.lru_gen & LRU_GEN_CORE
+        self._order: ReclaimOrder = Classic(self) if classic else self.lru_gen
 
     # -- rounds ---------------------------------------------------------------------------------
 
@@ -138,7 +142,7 @@ class Reclaimer:
     # -- one batch ------------------------------------------------------------------------------
 
     def shrink_folio_list(
-        self, number: int, lruvec: ListedLruvec, ids: Ids, sc: ScanControl, t_ns: int
+        self, number: int, lruvec: FolioLists, ids: Ids, sc: ScanControl, t_ns: int
     ) -> Steps:
         """Look at isolated folios one after the other, and put back what stays."""
         found: dict[str, list[int]] = {outcome: [] for outcome in OUTCOMES}
@@ -148,17 +152,16 @@ class Reclaimer:
         found["writeback"] = [folio for folio in found["writeback"] if folio not in again]
         t_ns = yield from self._shrink_each(number, lruvec, again, found, t_ns)
         t_ns = yield from reach(self._env, t_ns)
-        stay = _array(found["used"] + found["active"])
-        lruvec.activate(stay, np.arange(len(stay)) < len(found["used"]))
-        lruvec.putback(_array(found["writeback"]), lruvec.max_seq - 1)
+        used, active, writeback = (_array(found[which]) for which in OUTCOMES[1:4])
+        lruvec.settle(used, active, writeback)
         self._rotate_written(number, lruvec, found["writeback"])
-        self._account(sc, len(ids), len(found["freed"]), len(stay))
+        self._account(sc, len(ids), len(found["freed"]), len(used) + len(active))
         return t_ns
 
     def _shrink_each(
         self,
         number: int,
-        lruvec: ListedLruvec,
+        lruvec: FolioLists,
         folios: list[int],
         found: dict[str, list[int]],
         t_ns: int,
@@ -171,14 +174,14 @@ class Reclaimer:
             found[outcome].append(folio)
         return t_ns
 
-    def _is_clean(self, number: int, lruvec: ListedLruvec, folio: int) -> bool:
+    def _is_clean(self, number: int, lruvec: FolioLists, folio: int) -> bool:
         """Whether a folio that was written is in the swap cache, clean and unmapped."""
         place = lruvec.guest_of(folio)
         host, leaf = self._pgdat.memory(number, place), folio - int(lruvec.bases[place])
         state = host.fast_swap[leaf] & (CACHED | WRITEBACK | DIRTY)
         return state == CACHED and not host.fast[leaf] & OWN
 
-    def _rotate_written(self, number: int, lruvec: ListedLruvec, folios: list[int]) -> None:
+    def _rotate_written(self, number: int, lruvec: FolioLists, folios: list[int]) -> None:
         """Those whose write ended while they were isolated go where eviction looks next."""
         for folio in folios:
             if self._is_clean(number, lruvec, folio):
@@ -223,7 +226,7 @@ class Reclaimer:
         if host.fast_swap[leaf] & WRITEBACK:
             return "writeback", t_ns
         lru = host.lru
-        assert isinstance(lru, ListedLruGen)
+        assert isinstance(lru, ListedLru)
         asks = not self._ignore_references
         if asks and host.fast[leaf] & OWN and lru.marked(leaf):
             return "active", t_ns  # a look around saw it, or a fault: nobody is asked
@@ -244,6 +247,8 @@ class Reclaimer:
         swap = host.fast_swap[leaf]
         if not swap & CACHED:
             return "gone", t_ns
+        if swap & DIRTY and host.file:
+            return "active", t_ns  # the flusher's to write
         if swap & DIRTY:
             t_ns, written = yield from self._write(host, leaf, t_ns)
             if not written and host.fast_swap[leaf] & CACHED:
@@ -265,6 +270,15 @@ class Reclaimer:
         t_ns, used = yield from check.check(t_ns, np.array([leaf]), self.report)
         self._task.spend("folio_referenced", t_ns - began_ns)
         return t_ns, used
+
+    def was_referenced(self, number: int, lruvec: FolioLists, folio: int, t_ns: int) -> Steps:
+        """Ask about an active folio and clear its flags, whatever the answer."""
+        place = lruvec.guest_of(folio)
+        kvm, leaf = self._kvm(number, place), folio - int(lruvec.bases[place])
+        t_ns = yield from reach(self._env, t_ns + kvm.costs.reclaim.scan_ns)
+        if kvm.host.fast[leaf] & OWN:
+            t_ns, _ = yield from self._referenced(kvm, leaf, t_ns)
+        return t_ns
 
     def _add_to_swap(self, host: SwappableMemory, leaf: int) -> bool:
         """Give the folio a slot (``add_to_swap``), if it has none; False without any left."""

@@ -14,10 +14,12 @@ class Vmstat:
     pgsteal_kswapd: int = 0
     pgsteal_direct: int = 0
     pgactivate: int = 0  #: folios that reclaim found in use
+    pgdeactivate: int = 0  #: folios that went from an active list to an inactive one
     pgrefill: int = 0  #: folios that it sorted, or moved to another list, without a look at them
     pswpin: int = 0
     pswpout: int = 0
-    pgmajfault: int = 0  #: faults that read from swap
+    nr_written: int = 0  #: pages of files that were written back
+    pgmajfault: int = 0  #: faults that read from swap, or from a file
     swap_cache_hits: int = 0  #: faults that found their page in the swap cache
     first_faults: int = 0  #: faults that took a fresh page, cleared
     workingset_refault: int = 0  #: evicted folios that came back

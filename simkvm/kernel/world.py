@@ -19,12 +19,16 @@ from simkvm.guest.lazy import Lazy
 from simkvm.guest.software_af import vcpu_class
 from simkvm.kernel import bugs
 from simkvm.kernel.aging import AgeingThread
+from simkvm.kernel.classic_lru import ClassicLruvec
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dram import Dram
+from simkvm.kernel.flusher import Flusher
 from simkvm.kernel.kswapd import Kswapd
 from simkvm.kernel.kvm import Kvm
+from simkvm.kernel.listed import ANON, FILE, FolioLists
 from simkvm.kernel.lru_gen_file import LruGenWriter
-from simkvm.kernel.lrugen import ANON, ListedLruvec
+from simkvm.kernel.lru_walk import LRU_GEN_CORE
+from simkvm.kernel.lrugen import ListedLruvec
 from simkvm.kernel.mglru import Lruvec
 from simkvm.kernel.oom_kill import OomKiller
 from simkvm.kernel.page_alloc import HostPages, Watermarks
@@ -47,6 +51,7 @@ from simkvm.scenario.leaf_sizes import block_bytes, logs_writes, workers
 from simkvm.scenario.machine import Machine
 from simkvm.scenario.schema import Guest, Scenario
 from simkvm.scenario.schema import Teardown as TeardownSpec
+from simkvm.scenario.swap import Nvme
 from simkvm.selftests.main_thread import MainThread
 
 FIRST_SAMPLE_NS = 1_000_000
@@ -105,11 +110,16 @@ class World:
         by_name = {kvm.name: kvm for kvm in self.kvms}
         self.kswapd: Kswapd | None = None
         self.lru_gen: LruGenWriter | None = None
+        self.flusher: Flusher | None = None
         if self.pgdat is not None:
             task = Task("kswapd", next(self._free_cpus), {})
             self.kswapd = Kswapd(self.pgdat, task, round(machine["wakeup_ns"]))
             self.pgdat.pages.reclaimer = partial(Reclaimer, self.pgdat)
             OomKiller(self.pgdat, self.kvms, self._process_exit)
+            files = [kvm for kvm in self.kvms if self.pgdat.memory_of(kvm).file]
+            if files:
+                task = Task("flusher", next(self._free_cpus))
+                self.flusher = Flusher(self.pgdat, files, task)
             if scenario.host.memory is not None and scenario.host.memory.commands:
                 task = Task("lru_gen", next(self._free_cpus))
                 writes = scenario.host.memory.commands
@@ -205,6 +215,8 @@ class World:
             yield self.kswapd.task
         if self.lru_gen is not None:
             yield self.lru_gen.task
+        if self.flusher is not None:
+            yield self.flusher.task
         yield from (contender.task for contender in self.contenders)
         yield from (teardown.task for teardown in self.teardowns)
 
@@ -246,6 +258,11 @@ class World:
         if host.swap is not None:
             stream = self.stream("swap")
             swap = SwapDevice.of(self.env, host.swap, self.machine, stream, self.dram, page_bytes)
+        drive = None
+        if any(guest.backing == "file" for guest in self.guests.values()):
+            spec = host.swap if host.swap is not None and host.swap.kind != "zram" else Nvme()
+            stream = self.stream("file")
+            drive = SwapDevice.of(self.env, spec, self.machine, stream, self.dram, page_bytes)
         return Pgdat(
             HostPages(self.env, total, page_bytes, marks),
             swap,
@@ -253,6 +270,7 @@ class World:
             lru_gen=host.memory.lru_gen,
             swappiness=host.memory.swappiness,
             min_ttl_ns=host.memory.min_ttl,
+            drive=drive,
             jiffy_ns=NS_PER_S // host.hz,
         )
 
@@ -300,11 +318,15 @@ class World:
         for kvm in self.kvms:
             memcgs.setdefault(guests[kvm.name].memcg or f"/{kvm.name}", []).append(kvm)
         two_step = self.kernel["promotion"] == "two_step"
-        lruvecs: list[ListedLruvec] = []
+        lruvecs: list[FolioLists] = []
         for kvms in memcgs.values():
-            shapes = [(kvm.leaves, ANON) for kvm in kvms]
+            shapes = [(kvm.leaves, FILE if pgdat.memory_of(kvm).file else ANON) for kvm in kvms]
             line, now = kvms[0].costs.line, lambda: int(self.env.now)
-            lruvecs.append(ListedLruvec(shapes, two_step, line, now, pgdat.vmstat))
+            if pgdat.lru_gen & LRU_GEN_CORE:
+                lruvecs.append(ListedLruvec(shapes, two_step, line, now, pgdat.vmstat))
+            else:
+                page_bytes = pgdat.pages.page_bytes
+                lruvecs.append(ClassicLruvec(shapes, line, page_bytes, pgdat.vmstat))
             for kvm, lru in zip(kvms, lruvecs[-1].listed_guests, strict=True):
                 kvm.host.lru = lru
                 lru.pages = pgdat.memory_of(kvm)
@@ -356,6 +378,8 @@ class World:
             env.process(self.kswapd.run())
         if self.lru_gen is not None:
             env.process(self.lru_gen.run())
+        if self.flusher is not None:
+            env.process(self.flusher.run())
         for contender in self.contenders:
             env.process(contender.thread())
         env.process(self._samples())

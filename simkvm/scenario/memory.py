@@ -83,7 +83,23 @@ def memory_problems(scenario: Scenario, guests: Mapping[str, Guest]) -> Iterator
     """What cannot be on a host whose memory may run out; ``guests`` by their own names."""
     memory = scenario.host.memory
     if memory is None:
+        for name, guest in scenario.guests.items():
+            if guest.backing == "file":
+                message = "needs a host whose memory can run out, host.memory"
+                yield Problem(("guests", name, "backing"), message)
         return
+    classic = not memory.lru_gen & 1
+    if classic and memory.commands:
+        message = "the multi-gen LRU is off (lru_gen): there is nothing to command"
+        yield Problem(("host", "memory", "commands"), message)
+    if classic and scenario.ageing is not None and scenario.ageing.method == "lru_gen":
+        message = "lru_gen is off (host.memory.lru_gen)"
+        yield Problem(("ageing", "method"), message)
+    files = {name for name, guest in scenario.guests.items() if guest.backing == "file"}
+    for name, contender in scenario.contenders.items():
+        if files and contender.guest in (None, *files):
+            message = "takes anonymous memory back, not that of a file"
+            yield Problem(("contenders", name, "guest"), message)
     yield from _guests(scenario, guests)
     for name, contender in scenario.contenders.items():
         if contender.kind not in ZAPPING:
@@ -107,6 +123,9 @@ def _guests(scenario: Scenario, guests: Mapping[str, Guest]) -> Iterator[Problem
             key = "mapping" if guest.mapping != guest.page_size else "folio"
             message = f"reclaim takes single pages, not {exact_size(getattr(guest, key))}"
             yield Problem((*keys, key) if scenario.selftest is None else keys, message)
+        if guest.backing == "file" and guest.mapped and scenario.selftest is None:
+            message = "a file's pages are read when they are first used"
+            yield Problem((*keys, "mapped"), message)
         if guest.teardown is not None:
             message = "the end of a VM under memory pressure is not modelled"
             yield Problem((*keys, "teardown"), message)

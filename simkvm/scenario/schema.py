@@ -234,6 +234,12 @@ class Guest(Model):
         "reverse-map chain (x86's shadow MMU only).",
     )
     access: Access = Field(description="What each vCPU touches.")
+    backing: Literal["anonymous", "file"] = Field(
+        default="anonymous",
+        description="What the memory is, on a host whose memory can run out (host.memory): "
+        "anonymous, swapped out if there is swap; or a shared mapping of a file on a drive, whose "
+        "pages are dropped when they are clean and written back when they are not.",
+    )
     engine: Literal["explicit", "lazy"] = Field(
         default="explicit",
         description="How touches are followed: one by one, or (lazy) counted, with accessed flags "

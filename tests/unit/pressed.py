@@ -10,7 +10,8 @@ import worlds
 from simpy import Event
 from worlds import MIB, MS
 
-from simkvm.kernel.lrugen import ANON, ListedLruvec
+from simkvm.kernel.listed import ANON
+from simkvm.kernel.lrugen import ListedLruvec
 from simkvm.kernel.mglru import MAX_NR_GENS
 from simkvm.kernel.pgdat import Pgdat
 from simkvm.kernel.scan_control import ScanControl
@@ -51,7 +52,7 @@ class Pressed:
 
     @property
     def lruvec(self) -> ListedLruvec:
-        return self.pgdat.lruvecs[0]
+        return self.pgdat.generations[0]
 
     @property
     def host(self) -> SwappableMemory:

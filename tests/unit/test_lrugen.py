@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from simkvm.kernel.cacheline import LineCosts
 from simkvm.kernel.folio_list import FolioList
+from simkvm.kernel.listed import ANON, FILE, ISOLATED
 from simkvm.kernel.lru_tiers import (
     COUNT,
     FIRST,
@@ -21,7 +22,7 @@ from simkvm.kernel.lru_tiers import (
     Controller,
     may_evict,
 )
-from simkvm.kernel.lrugen import ANON, FILE, ISOLATED, ListedLruGen, ListedLruvec
+from simkvm.kernel.lrugen import ListedLruGen, ListedLruvec
 from simkvm.kernel.mglru import MAX_NR_GENS
 
 LINE = LineCosts(1, 2, 2, 64)
@@ -174,6 +175,22 @@ def test_reworked_a_fresh_folio_is_in_the_second_youngest_generation() -> None:
     made = lruvec((2, ANON), two_step=True)
     lru_of(made).add(0)
     assert by_age(made) == [0, 1, 0, 0]
+
+
+def test_reworked_what_is_known_of_the_working_set_comes_back_to_the_youngest() -> None:
+    made = aged(1, two_step=True)
+    lru = lru_of(made)
+    for _ in range(2):
+        lru.promote(array(0))
+    for _ in range(3):
+        made.inc_max_seq()
+    made.advance_min_seq()
+    assert taken(made) == [0]
+    lru.evicted(0)
+    assert lru.refault(0)
+    lru.add(0)
+    assert by_age(made) == [1, 0, 0, 0]
+    assert made.vmstat.workingset_restore == 1
 
 
 def test_reworked_once_promoted_a_folio_needs_one_sighting_more_each_time() -> None:

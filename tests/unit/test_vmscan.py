@@ -11,13 +11,14 @@ from pressed import MIB, MS, Pressed, ScanControl
 from simkvm.kernel import memcg_lru
 from simkvm.kernel.aging_call import Pass
 from simkvm.kernel.bloom import BLOOM_FILTER_SHIFT, BloomFilters, keys
-from simkvm.kernel.host_memory import OWN
+from simkvm.kernel.host_memory import OWN, PRESENT, WRPROTECT
 from simkvm.kernel.lru_gen_file import LruGenFile, generations
 from simkvm.kernel.lru_walk import ReclaimWalk
 from simkvm.kernel.memcg_lru import MEMCG_NR_GENS, MemcgLru
 from simkvm.kernel.mglru import suitable_to_scan
 from simkvm.kernel.mm_list import MmList
 from simkvm.kernel.sites import AGE, RANGE_START
+from simkvm.kernel.swappable import SLOT
 from simkvm.kernel.vmstat import Vmstat
 
 PAGES = 4096
@@ -270,10 +271,10 @@ def test_memcgs_go_through_three_slots() -> None:
 
 def test_who_was_aged_is_not_reclaimed_from_again_in_that_round() -> None:
     made = Pressed(guests=3)
-    for lruvec in made.pgdat.lruvecs:
+    for lruvec in made.pgdat.generations:
         lruvec.min_seqs[:] = [lruvec.max_seq - 1] * 2  # nothing to evict
     made.shrink(ScanControl(10_000, False, priority=3))
-    assert [lruvec.max_seq for lruvec in made.pgdat.lruvecs] == [4, 4, 4]
+    assert [lruvec.max_seq for lruvec in made.pgdat.generations] == [4, 4, 4]
     assert made.pgdat.memcg_lru.seq == MEMCG_NR_GENS + 1
 
 
@@ -334,3 +335,55 @@ def test_the_file_reads_as_the_kernels() -> None:
     assert lines[2] == "          0        250        512           0 "
     assert lines[6] == "memcg     2 /vm1"
     assert len(lines) == 2 * (2 + 4)
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def of_a_file() -> Pressed:
+    """A guest whose pages have all been read, and none written; old ones."""
+    made = Pressed(2 * MIB, backing="file", mapped=False)
+    lru = made.host.lru
+    for leaf in range(512):
+        made.host.swapped_in(leaf, write=False)
+        made.host.install(leaf, own=True)
+        made.pgdat.pages.take()
+    made.host.state[:] = OWN | PRESENT | WRPROTECT
+    lru.all_old()  # type: ignore[attr-defined]
+    return made
+
+
+def test_clean_pages_of_a_file_are_dropped() -> None:
+    made = of_a_file()
+    free = made.pgdat.pages.free
+    assert made.evict(64) == 0
+    vmstat = made.pgdat.vmstat
+    assert (vmstat.pgsteal_direct, vmstat.pswpout, vmstat.nr_written) == (64, 0, 0)
+    assert made.pgdat.pages.free == free + 64
+    assert (made.host.swap[:64] == SLOT).all(), "the file has them"
+
+
+def test_dirty_pages_of_a_file_are_passed_by_until_they_are_written_back() -> None:
+    """sort_folio(): to the next generation; the flusher takes the right to write, page by page."""
+    made = of_a_file()
+    for leaf in range(100):
+        made.host.written(leaf)
+    assert made.evict(64) == 0
+    assert (made.host.state[:100] & OWN).all()
+    assert not (made.host.state[100:164] & OWN).any()
+    made.world.env.process(made.world.flusher.run())  # type: ignore[union-attr]
+    made.world.env.run(1)
+    made.pgdat.wake_flusher()
+    made.world.env.run(20 * MS)
+    assert made.pgdat.vmstat.nr_written == 100
+    assert made.host.dirty == 0
+    assert rows(made, RANGE_START) == 64 + 100
+    assert (made.host.state[:100] & WRPROTECT).all()
+    made.evict(1000)
+    assert made.host.page_count == 0
+
+
+def test_without_swap_only_files_are_evicted() -> None:
+    made = Pressed(2 * MIB, backing="file", mapped=False)
+    made.pgdat.swap = None
+    assert made.pgdat.swappiness_now() == 0
