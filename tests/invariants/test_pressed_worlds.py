@@ -18,9 +18,9 @@ def test_pages_slots_and_contents_are_conserved(number: int) -> None:
     run_watched(pressed(Random(number)))
 
 
-@pytest.mark.parametrize("number", [0, 4, 10, 18, 23, 25, 29, 38])
+@pytest.mark.parametrize("number", [0, 5, 7, 9, 10])
 def test_worlds_that_showed_mistakes(number: int) -> None:
-    """Put back one by one, in faults or in eviction, mistakes showed in one of these."""
+    """Put back one by one, mistakes in faults and in eviction show in one of these."""
     run_watched(pressed(Random(number)))
 
 
