@@ -74,9 +74,8 @@ def section(runs: Runs, kernels: Mapping[str, str], folder: Path) -> tuple[str, 
     rows = [_row(one, _lockless(found, one), kernels) for one in found]
     title = "### A key-value server that does not fit: eviction runs"
     figure = f"\n\n![Requests and latency by lock, as memory shrinks]({DRAWN})"
-    return _answer(
-        found, kernels
-    ), f"{title}\n\n`workloads/{FILE}`\n\n{table(headers, rows)}{figure}"
+    text = f"{title}\n\n`workloads/{FILE}`\n\n{table(headers, rows)}{figure}"
+    return _answer(found), text
 
 
 def _found(points: Points, kernels: Mapping[str, str]) -> list[Pressed]:

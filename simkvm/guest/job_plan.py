@@ -364,4 +364,6 @@ class JobPlan(Vcpu):
         begun = bisect_right(self._origins, t_ns)
         if not self._running:
             return False
+        if begun < len(self._origins) and t_ns >= self._origins[begun] - self._shares[begun]:
+            return False  # it pays its share of the debt first
         return t_ns >= (self._ends[begun - 1] if begun else self._idle_from_ns)

@@ -313,6 +313,13 @@ class ListedLruvec(FolioLists):
         self.activate(both, np.arange(len(both)) < len(used))
         self.putback(writeback, self.max_seq - 1)
 
+    def take_off(self, ids: Ids) -> Ids:
+        """Isolate those of ``ids`` that are on a list (``folio_isolate_lru``); returns them."""
+        ids = ids[self.listed[ids] < ISOLATED]
+        for generation in np.unique(self.listed[ids]).tolist():
+            self._isolate(ids[self.listed[ids] == generation])
+        return ids
+
     def putback(self, ids: Ids, seq: int, old_end: bool = False) -> None:
         """Isolated folios, all of one type, go back to generation ``seq``, if still there."""
         ids = ids[self.listed[ids] == ISOLATED]

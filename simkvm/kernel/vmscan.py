@@ -51,9 +51,13 @@ class ReclaimOrder(Protocol):
 
 
 class Reclaimer:
-    """Reclaim by one task: kswapd, or who allocates."""
+    """Reclaim by one task: kswapd, or who allocates.
 
-    def __init__(self, pgdat: Pgdat, task: Task) -> None:
+    ``ignore_references``: whether a page was used is no matter, nor does it count as scanned.
+    """
+
+    def __init__(self, pgdat: Pgdat, task: Task, ignore_references: bool = False) -> None:
+        self._ignore_references = ignore_references
         self.pgdat = self._pgdat = pgdat
         self.task = self._task = task
         self._env = pgdat.pages.env
@@ -190,6 +194,8 @@ class Reclaimer:
             self._pgdat.kswapd_failures = 0
         vmstat = self._pgdat.vmstat
         vmstat.pgactivate += active
+        if self._ignore_references:
+            return
         if sc.kswapd:
             vmstat.pgscan_kswapd += scanned
             vmstat.pgsteal_kswapd += freed
@@ -221,13 +227,15 @@ class Reclaimer:
             return "writeback", t_ns
         lru = host.lru
         assert isinstance(lru, ListedLru)
-        if host.fast[leaf] & OWN and lru.marked(leaf):
+        asks = not self._ignore_references
+        if asks and host.fast[leaf] & OWN and lru.marked(leaf):
             return "active", t_ns  # a look around saw it, or a fault: nobody is asked
         if host.fast[leaf] & OWN:
-            t_ns, used = yield from self._referenced(kvm, leaf, t_ns)
-            t_ns = yield from reach(self._env, t_ns)
-            if used:
-                return "used", t_ns
+            if asks:
+                t_ns, used = yield from self._referenced(kvm, leaf, t_ns)
+                t_ns = yield from reach(self._env, t_ns)
+                if used:
+                    return "used", t_ns
             if not host.fast[leaf] & OWN:
                 return "gone", t_ns  # somebody gave it up while it was looked at
             if not self._add_to_swap(host, leaf):

@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any, Final
 
 from simkvm.validate.row import TraceRow
-from simkvm.validate.traced import batches, grace_periods, record
+from simkvm.validate.traced import batches, grace_periods, memcg, record
 from simkvm.validate.traced.batches import Burst
 from simkvm.validate.traced.grace_periods import Experiment, Samples
 from simkvm.validate.traced.labvm import LabVm
@@ -40,6 +40,7 @@ MEANINGS: Final[Mapping[str, str]] = {
     "kvm_mmu_notifier_invalidate_range_end": "notifier ranges ended",
     "kvm_pgtable_stage2_unmap": "walks",
     "kvm_unmap_gfn_range": "unmaps asked for by notifier ranges",
+    "kvm_unmap_hva_range backwards": "notifier ranges that lie below the one before",
     "stage2_unmap_walker": "entries visited by unmaps",
     "kvm_s2_put_page": "references to pages of tables dropped",
     "__kvm_tlb_flush_vmid_ipa, _range": "invalidations of an address or a range",
@@ -55,13 +56,37 @@ MEANINGS: Final[Mapping[str, str]] = {
     "mmu_lock write": "write acquisitions of mmu_lock",
     "min_seq": "oldest generation afterwards",
     "max_seq": "youngest generation afterwards",
+    "evict_folios": "batches of eviction",
+    "shrink_folio_list": "lists of isolated pages to be reclaimed",
+    "folio_referenced": "pages asked about",
+    "lru_gen_look_around": "mappings asked about, with a look around if one was used",
+    "kvm_mmu_notifier_clear_young": "ageing calls, the VMM's own pages included",
+    "mm_vmscan_lru_shrink_inactive nr_scanned": "pages scanned as the events say",
+    "pgscan_direct": "pages isolated",
+    "pgsteal_direct": "pages reclaimed",
+    "pgrefill": "pages sorted or moved to another list unasked",
+    "pswpout": "pages written to swap",
+    "pswpin": "pages read from swap",
+    "pgmajfault": "faults that read from swap",
+    "workingset_refault_anon": "evicted pages that came back",
+    "workingset_activate_anon": "of those the ones evicted from the oldest generation of now",
+    "workingset_restore_anon": "of those the ones that count as in the working set",
+    "errno": "error of the write to lru_gen",
 }
+PAGES: Final = (
+    *("mm_vmscan_lru_shrink_inactive nr_scanned", "pgscan_direct", "pgsteal_direct", "pgrefill"),
+    *("pswpout", "pswpin", "workingset_refault_anon", "workingset_activate_anon"),
+    "workingset_restore_anon",
+)
 UNITS: Final[Mapping[str, str]] = {
     "mmu_lock read": "acquisitions",
     "mmu_lock write": "acquisitions",
     "nr_sec_page_table_pages": "pages",
     "min_seq": "number",
     "max_seq": "number",
+    "errno": "number",
+    "pgmajfault": "faults",
+    **dict.fromkeys(PAGES, "pages"),
 }
 
 TICKS: Final[Mapping[str, str]] = {
@@ -89,13 +114,16 @@ def rows(kernel: str = "linux-6.12") -> Iterator[TraceRow]:
 
 def counted(run: Run, kernel: str = "linux-6.12", **keys: Any) -> Iterator[TraceRow]:
     """The rows of one run of commands. ``keys``: more of the scenario's."""
-    host = {"preemption": PREEMPTION[run.kernel]}
+    host: dict[str, Any] = {"preemption": PREEMPTION[run.kernel]}
+    if run.others is not None:
+        host |= memcg.HOST
     vm = LabVm(
         run.memory,
         run.vcpus,
         run.thp,
         apart="slotdel" in run.commands,
         meet="bgstop" in run.commands,
+        others=run.others,
         kernel=kernel,
         host=host,
         **keys,

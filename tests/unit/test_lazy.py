@@ -433,6 +433,28 @@ def test_warm_pages_cost_no_event() -> None:
     assert events(made.env) < 64 + 2 * 65 + 10, "each vCPU's start, and the samples of the run"
 
 
+@pytest.mark.parametrize(
+    "guest",
+    [
+        {"memory": 256 * MIB, "mapping": 2 * MIB},
+        {"memory": 4 * MIB, "memslots": 4},
+        {"memory": 4 * MIB, "page_size": 64 << 10},
+    ],
+    ids=["blocks", "slots", "64K"],
+)
+def test_any_leaf_size_and_number_of_slots(guest: dict[str, Any]) -> None:
+    """Every leaf is faulted in once: writes only, many touches a leaf."""
+    touch = {"write_ratio": 1.0, "think": 2_000}
+    given = keys("lazy", "zipf", vcpus=2, access=touch, **guest)
+    made, record = run(**given, duration=20_000_000, ties="shuffle", ageing={"interval": 500_000})
+    kvm = made.kvms[0]
+    mapped = np.count_nonzero(kvm.stage2.leaf.entries & VALID)
+    assert mapped > kvm.leaves // 2
+    assert mapped <= record.summary["faults"] <= 1.2 * mapped + 5
+    assert record.summary["young_pages"] > mapped
+    assert record.summary["touches"] == sum(vcpu.touches for vcpu in kvm.vcpus) > 5_000
+
+
 def test_a_run_gives_the_same_again_and_another_seed_does_not() -> None:
     given = keys("lazy", "zipf", vcpus=2) | {"duration": 300_000, "ageing": {"interval": 50_000}}
     prints = [run(**given, seed=seed)[1].fingerprint for seed in (1, 1, 2)]

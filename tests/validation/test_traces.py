@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from simpy import Event
 
+from simkvm.guest.vcpu import Vcpu
+from simkvm.kernel.folio_referenced import EvictionCheck
+from simkvm.kernel.vmscan import Reclaimer
 from simkvm.validate import traces
 from simkvm.validate.traced import batches, grace_periods, record
 from simkvm.validate.traced.grace_periods import EXPERIMENTS, Experiment
@@ -92,6 +98,8 @@ OTHERS = {
     "ageing_call": ("blind", "cost-age-thp", "1/kvm_age_gfn", "0/nr_sec_page_table_pages"),
     "ageing_lock": ("read", "locks-age", "1/mmu_lock write", "1/max_seq"),
     "fault_lock": ("write", "locks-fault", "0/mmu_lock read", "1/mmu_lock write"),
+    "eviction_young": ("clear_flush_young", "evict-hot-c", "5/kvm_age_gfn", "3/kvm_age_gfn"),
+    "promotion": ("two_step", "evict-mixed-c", "5/pgrefill", "3/max_seq"),
     "collapse_free": (
         *("inline", "dirty2-c", "5/stage2_free_unlinked_table_rcu_cb"),
         "4/stage2_free_unlinked_table",
@@ -107,6 +115,61 @@ def test_another_policy_counts_otherwise(policy: str) -> None:
     verdicts = {row.id.partition("/")[2]: row.verdict for row in traces.counted(RUNS[run], kernel)}
     assert verdicts[kept] == "equal"
     assert verdicts[changed] == "differs"
+
+
+EVICTING = ("evict-cold-c", "evict-hot-c", "evict-mixed-c", "pageout-c")
+
+
+def differing(name: str) -> set[str]:
+    """What of a run is not the kernel's, as number of the command and count."""
+    rows = traces.counted(RUNS[name])
+    return {row.id.partition("/")[2] for row in rows if row.verdict == "differs"}
+
+
+def test_a_smaller_window_around_a_used_page_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    span = EvictionCheck.span
+
+    def half(check: EvictionCheck, leaf: int) -> tuple[int, int]:
+        first, last = span(check, leaf)
+        low = max(first, min(leaf - 16, last - 32))
+        return low, low + 32
+
+    monkeypatch.setattr(EvictionCheck, "span", half)
+    assert not differing("evict-cold-c")  # where nothing is used nobody looks around
+    assert differing("evict-hot-c") >= {"5/lru_gen_look_around", "5/kvm_age_gfn"}
+    assert differing("evict-mixed-c") >= {"5/lru_gen_look_around", "5/kvm_age_gfn", "5/pgrefill"}
+
+
+def test_a_second_range_for_each_page_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    unmap = Reclaimer._unmap
+
+    def twice(reclaimer: Reclaimer, *args: Any) -> Generator[Event, Any, int]:
+        t_ns = yield from unmap(reclaimer, *args)
+        return (yield from unmap(reclaimer, *args[:-1], t_ns))
+
+    monkeypatch.setattr(Reclaimer, "_unmap", twice)
+    start = "kvm_mmu_notifier_invalidate_range_start"
+    for name, command in zip(EVICTING, (4, 5, 5, 1), strict=True):
+        found = differing(name)
+        assert f"{command}/{start}" in found
+        assert not any(each.endswith(("pgsteal_direct", "pswpin")) for each in found)
+
+
+def test_a_tlb_that_outlives_the_host_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page whose translation is still there looks unused: the emulated machine had none."""
+    monkeypatch.setattr(Vcpu, "forget_translations", lambda vcpu: None)
+    assert not differing("evict-cold-c")
+    assert differing("evict-mixed-c") >= {"5/pgsteal_direct", "6/pgsteal_direct", "7/pswpin"}
+
+
+def test_what_waits_for_the_lru_is_not_evicted() -> None:
+    """The pages that the CPU keeps back are neither found nor missed by chance."""
+    run = RUNS["evict-mixed-c"]
+    assert run.others is not None
+    others = replace(run.others, waiting=run.others.waiting + 1)
+    rows = {row.id: row.verdict for row in traces.counted(replace(run, others=others))}
+    assert rows["evict-mixed-c/6/pgsteal_direct"] == "differs"
+    assert rows["evict-mixed-c/5/pgsteal_direct"] == "equal"
 
 
 def test_another_clock_rate_has_other_grace_periods() -> None:

@@ -18,19 +18,22 @@ Commands take numbers, offsets and lengths in KiB, a length of 0 being the rest 
     bgrand:OFFSET,LENGTH,WRITE       vCPUs touch random pages of the range from now on
     bgstop                           until now
     age:SWAPPINESS                   a pass of MGLRU's ageing over the memcg (lru_gen in debugfs)
+    evict:AHEAD,N                    eviction of up to N pages of the generation AHEAD of the oldest
+    pageout:OFFSET,LENGTH            one madvise(MADV_PAGEOUT)
     sleep:MS, destroy                as they say
 
 The model has one memory slot. A guest of small pages gets the page of code in front of its memory,
 in the GiB below, where it costs what it cost there: two tables and a leaf. A guest on huge pages
 cannot have it there, nor one whose slot goes; its two tables and one page are then added to what is
-counted.
+counted. A run that evicts has the rest of its memcg with it (:mod:`simkvm.validate.traced.memcg`);
+its page of code has a host table to itself, so that memory begins where a host table does.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -42,10 +45,12 @@ from simkvm.guest.vcpu import Vcpu
 from simkvm.kernel.memslot import MemslotUpdate
 from simkvm.kernel.task import Task, reach
 from simkvm.validate.traced.lab import GIB, KIB, MIB, Lab, Tally
+from simkvm.validate.traced.memcg import Memcg, Others, guests
 
 PAGE: Final = 4 * KIB
 CODE_PAGES: Final = 1
 CODE_TABLES: Final = 2
+TABLE_PAGES: Final = 512
 MS: Final = 1_000_000
 BACKGROUND_TOUCHES: Final = 512
 BACKGROUND_GAP_NS: Final = 1000
@@ -95,7 +100,7 @@ class LabVm:
     """A VM of ``memory`` bytes. ``thp``: on huge pages. ``lab`` as :class:`Lab`'s ``keys``.
 
     ``apart``: the page of code is only added to what is counted; ``meet``: vCPUs may touch the
-    same page at the same time.
+    same page at the same time; ``others``: what else is in the memcg of a run that evicts.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class LabVm:
         *,
         apart: bool = False,
         meet: bool = False,
+        others: Others | None = None,
         **lab: Any,
     ) -> None:
         self._memory = memory
@@ -116,23 +122,29 @@ class LabVm:
         if thp:
             guest["mapping"] = 2 * MIB
             lab.setdefault("contenders", {"log": {"kind": "dirty_log", "guest": "vm"}})
-        self._first = 0 if self._apart else 1  # page of the slot where memory begins
+        # The page of the slot where memory begins.
+        self._first = 0 if self._apart else 1 if others is None else TABLE_PAGES
         guest["ipa_base"] = 2 * GIB - self._first * PAGE
+        if others is not None:
+            guest["memory"] = memory + self._first * PAGE
+            lab["guests"] = guests(guest)
         self.lab = Lab(memory + self._first * PAGE, guest, **lab)
+        self._memcg = None if others is None else Memcg(self.lab, others)
         self._kvm = self.lab.kvm
         self._tally = Tally(self.lab)
         self._offers = 0  # to break the lock
         self._count_offers()
         self._orders = Orders(vcpus)
         self._jobs: list[Iterator[Chunk]] = [iter(())] * vcpus
-        self._stop = self._over = False
+        self._stop = self._over = self._populated = False
         for index in range(vcpus):
             kind = type(self.lab.vcpus[0])
             cpu = self.lab.world.cpus[index]
             self.lab.start(kind(self._kvm, index, cpu, self._thread(index)))
-        if not self._apart:
-            self._touch([np.arange(1)])
         self._random = 88172645463325252
+        self._draw_seeds()
+        if not self._apart:
+            self._touch([np.array([self._first - 1])])
         self._before = self._totals()
         self.lab.acquisitions()
 
@@ -168,20 +180,32 @@ class LabVm:
     def _pops(self, offset: int, length: int, write: int, stride: int) -> Counts:
         first, size = self._range(offset, length)
         step, vcpus = stride * KIB, len(self._jobs)
+        self._draw_seeds()
         share = size // vcpus // step * step
         ends = [(v + 1) * share for v in range(vcpus - 1)] + [size]
         pages = [
             np.arange(first + v * share, first + end, step, dtype=np.int64) // PAGE
             for v, end in enumerate(ends)
         ]
-        return self._touch([self._first + each for each in pages], bool(write))
+        counts = self._touch([self._first + each for each in pages], bool(write))
+        if self._memcg is not None and not self._populated:
+            self._memcg.unlist(self._first - 1, self._first, self._kvm.leaves)
+            self._populated = True
+        return counts
+
+    def _draw_seeds(self) -> list[int]:
+        """Every job of a vCPU gets a seed, whether or not its touches are random."""
+        seeds = []
+        for _ in self._jobs:
+            self._random = _next(self._random)
+            seeds.append(self._random)
+        return seeds
 
     def _rand(self, offset: int, length: int, number: int, write: int) -> Counts:
         first, size = self._range(offset, length)
         pages = []
-        for _ in self._jobs:
-            self._random = _next(self._random)
-            drawn = islice(_drawn(self._random, size // PAGE), number)
+        for seed in self._draw_seeds():
+            drawn = islice(_drawn(seed, size // PAGE), number)
             pages.append(self._first + first // PAGE + np.fromiter(drawn, np.int64))
         return self._touch(pages, bool(write))
 
@@ -189,6 +213,9 @@ class LabVm:
         """Have vCPUs touch ``pages``, each its own; each ends with one access to a device."""
         faults = [vcpu.fault for vcpu in self._kvm.vcpus]
         before = [(fault.faults, fault.retries) for fault in faults]
+        if self._memcg is not None:  # where the page of code may be gone
+            self._memcg.bring_back()
+            pages = [np.append(self._first - 1, part) for part in pages]
         for index, part in enumerate(pages):
             if len(part):
                 chunk = Chunk(part.astype(np.int64), np.full(len(part), write), 0)
@@ -209,7 +236,10 @@ class LabVm:
         )
 
     def _give(self) -> None:
+        """Have the guest run. The emulated processor's TLB is empty then: HCR_EL2 was written."""
         self.lab.env.run(max(self.lab.t_ns, int(self.lab.env.now) + 1))
+        for vcpu in self._kvm.vcpus:
+            vcpu.forget_translations()
         self._orders.give(self.lab.t_ns)
 
     def _wait(self) -> None:
@@ -220,9 +250,8 @@ class LabVm:
     def _bgrand(self, offset: int, length: int, write: int) -> None:
         first, size = self._range(offset, length)
         self._stop = False
-        for index in range(len(self._jobs)):
-            self._random = _next(self._random)
-            low, drawn = self._first + first // PAGE, _drawn(self._random, size // PAGE)
+        for index, seed in enumerate(self._draw_seeds()):
+            low, drawn = self._first + first // PAGE, _drawn(seed, size // PAGE)
             self._jobs[index] = self._background(low, drawn, bool(write))
         self._give()
 
@@ -272,8 +301,20 @@ class LabVm:
         return Counter({"synchronize_srcu_expedited": update.grace_periods})
 
     def _age(self, swappiness: int) -> Counts:
+        if self._memcg is not None:
+            return self._memcg.age(swappiness)
         calls = self.lab.age().calls + (CODE_PAGES if self._apart else 0)
         return Counter({"kvm_age_gfn": calls})
+
+    def _evict(self, ahead: int, number: int) -> Counts:
+        assert self._memcg is not None
+        return self._memcg.evict(ahead, number)
+
+    def _pageout(self, offset: int, length: int) -> None:
+        assert self._memcg is not None
+        first, size = self._range(offset, length)
+        page = self._first + first // PAGE
+        self._memcg.pageout(page, page + size // PAGE)
 
     def _sleep(self, ms: int) -> None:
         self.lab.t_ns += ms * MS
@@ -335,6 +376,8 @@ class LabVm:
         for walk in self._tally.walks:
             size = (walk.last - walk.first) * PAGE // KIB
             counts[f"kvm_pgtable_stage2_unmap of {size} KiB"] += 1
+        starts = [walk.first for walk in self._tally.walks]
+        counts["kvm_unmap_hva_range backwards"] = sum(a > b for a, b in pairwise(starts))
         found = self._tally.take()
         counts["kvm_pgtable_stage2_unmap"] += found["calls"]
         counts["stage2_unmap_walker"] += found["visits"]
@@ -342,6 +385,8 @@ class LabVm:
         # its own; a block or table that makes room for the other, its entry's.
         counts["kvm_s2_put_page"] += found["leaves"] + 2 * found["tables"]
         counts["kvm_s2_put_page"] += counts["splits"] + counts["stage2_free_unlinked_table"]
+        if self._memcg is not None:
+            counts.update(self._memcg.counts())
         counts["nr_sec_page_table_pages"] = self._table_pages()
         counts["min_seq"], counts["max_seq"] = (
             self._kvm.host.lru.min_seq,

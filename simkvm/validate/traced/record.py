@@ -18,11 +18,19 @@ function's calls or:
 * ``__kvm_tlb_flush_vmid_ipa, _range``: calls of the two together;
 * ``kvm_guest_fault``: the event, once a call of kvm_handle_guest_abort();
 * ``nr_sec_page_table_pages``: /proc/vmstat after the command, where that changed it;
-* ``min_seq``, ``max_seq``: generations in debugfs's lru_gen after the command.
+* ``min_seq``, ``max_seq``: generations in debugfs's lru_gen after the command;
+* ``kvm_unmap_hva_range backwards``: events whose addresses lie below those of the one before;
+* ``errno``: what the write to it failed with, or 0;
+* ``mm_vmscan_lru_shrink_inactive nr_scanned``: the sum over the events;
+* ``pg...``, ``pswp...``, ``workingset_...``: changes of /proc/vmstat.
 
-Left out of what was traced: eviction, which the model does not have; idle page tracking, whose
-calls depend on which pages of the VM lie together in physical memory; command 6 of `thp-h`, in
-which the host's khugepaged happened to run; a MADV_COLLAPSE that failed.
+Runs that evict have a table `others` in `runs.toml`: what else was in their memcg, read from the
+same traces (:class:`simkvm.validate.traced.memcg.Others`). A count from which one of those was read
+and that says nothing else is left out here.
+
+Left out of what was traced: idle page tracking, whose calls depend on which pages of the VM lie
+together in physical memory; command 6 of `thp-h`, in which the host's khugepaged happened to run; a
+MADV_COLLAPSE that failed.
 """
 
 from __future__ import annotations
@@ -34,6 +42,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 from simkvm.units import parse_size
+from simkvm.validate.traced.memcg import Others
 
 FILES = resources.files("simkvm.validate.traced")
 
@@ -42,7 +51,8 @@ FILES = resources.files("simkvm.validate.traced")
 class Run:
     """One run of the program. ``memory`` in bytes; ``thp``: on huge pages.
 
-    ``counts``: by number of the command, what was counted over it.
+    ``counts``: by number of the command, what was counted over it. ``others``: what else was in
+    the memcg of a run that evicts.
     """
 
     name: str
@@ -52,6 +62,7 @@ class Run:
     thp: bool
     commands: tuple[str, ...]
     counts: Mapping[int, Mapping[str, int]]
+    others: Others | None = None
 
     @property
     def kernel(self) -> str:
@@ -76,6 +87,7 @@ def runs() -> list[Run]:
             thp=table["thp"],
             commands=tuple(table["commands"]),
             counts=counts.get(name, {}),
+            others=Others(**table["others"]) if "others" in table else None,
         )
         for name, table in tables.items()
     ]
