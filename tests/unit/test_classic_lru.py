@@ -82,8 +82,8 @@ def test_a_refault_is_active_if_so_few_went_since() -> None:
     assert made.on_list[ANON] == [10, 10]
     # The last ten went within a distance of ten active pages.
     assert [lru.refault(leaf) for leaf in ids.tolist()[:10]] == [False] * 10
-    assert lru.refault(int(ids[-1]))
-    lru.add(int(ids[-1]))
+    assert lru.refault(int(ids[10]))
+    lru.add(int(ids[10]))
     assert made.on_list[ANON] == [10, 11]
     assert (made.vmstat.workingset_refault, made.vmstat.workingset_activate) == (11, 1)
 
