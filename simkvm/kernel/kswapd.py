@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Steps = Generator[Event, Any, int]
 NEVER: Final = -1
+NAP_NS: Final = 100_000_000  #: HZ / 10
 
 
 class Kswapd:
@@ -62,8 +63,10 @@ class Kswapd:
             if self._may_sleep():
                 sched.sleep(task, t_ns)
                 self._woken = Event(self._env)
+                self._nap(self._woken, t_ns)
                 t_ns = yield self._woken
                 t_ns = yield from sched.wake(task, t_ns)
+                self._pgdat.vmstat.kswapd_wakeups += 1
             self._began_ns = t_ns
             t_ns = yield from self._balance(t_ns)
             t_ns = yield from reach(self._env, t_ns + task.cpu.take_stolen())
@@ -73,16 +76,28 @@ class Kswapd:
 
     def _may_sleep(self) -> bool:
         """Whether the node is balanced, or hopeless (``prepare_kswapd_sleep``)."""
-        pages = self._pgdat.pages
-        return pages.free >= pages.marks.high or self._pgdat.kswapd_failures >= MAX_RECLAIM_RETRIES
+        return self._pgdat.pages.balanced or self._pgdat.kswapd_failures >= MAX_RECLAIM_RETRIES
+
+    def _nap(self, woken: Event, t_ns: int) -> None:
+        """Sleep lightly at first: up again if the node is not balanced any more when that is over.
+
+        (``kswapd_try_to_sleep``; after that only the low watermark wakes it.)
+        """
+
+        def over(_: Event) -> None:
+            if self._woken is woken and not self._may_sleep():
+                self.wake(int(self._env.now))
+
+        nap = self._env.timeout(max(0, t_ns - int(self._env.now)) + NAP_NS)
+        assert nap.callbacks is not None
+        nap.callbacks.append(over)
 
     def _balance(self, t_ns: int) -> Steps:
         """``balance_pgdat``: rounds of growing effort until the high watermark is reached."""
-        self._pgdat.vmstat.kswapd_wakeups += 1
         pages = self._pgdat.pages
         sc = ScanControl(max(pages.marks.high, SWAP_CLUSTER_MAX), kswapd=True)
         total = 0
-        while sc.priority >= 1 and pages.free < pages.marks.high:
+        while sc.priority >= 1 and not pages.balanced:
             sc.reclaimed = 0
             self._reclaimer.age_node(sc, t_ns)
             t_ns = yield from self._reclaimer.shrink_node(sc, t_ns)
@@ -90,5 +105,6 @@ class Kswapd:
             total += sc.reclaimed
             if sc.scanned < sc.nr_to_reclaim or not sc.reclaimed:
                 sc.priority -= 1
-        self._pgdat.kswapd_failures = 0 if total else self._pgdat.kswapd_failures + 1
+        if not total and not pages.balanced:
+            self._pgdat.kswapd_failures += 1
         return t_ns

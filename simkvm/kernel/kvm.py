@@ -182,6 +182,7 @@ class Kvm:
         if self.pgdat is not None:
             tables = sum(len(lower.counts) for _, lower, _, _ in self.stage2.steps)
             self.pgdat.pages.spoken_for += tables + len(self.host.present)
+            self.pgdat.pages.to_map += self.leaves
 
     def map_all(self) -> None:
         """Have all of the memory mapped before the run begins, as far as the host has room."""

@@ -307,18 +307,18 @@ class ListedLruvec(FolioLists):
                 found[np.isin(ids, part)] = lru.pages.waiting(part - lru.base, of_type == FILE)
         return found
 
-    def settle(self, used: Ids, active: Ids, writeback: Ids) -> None:
-        """As :meth:`FolioLists.settle`."""
-        both = np.concatenate((used, active))
-        self.activate(both, np.arange(len(both)) < len(used))
-        self.putback(writeback, self.max_seq - 1)
-
     def take_off(self, ids: Ids) -> Ids:
         """Isolate those of ``ids`` that are on a list (``folio_isolate_lru``); returns them."""
         ids = ids[self.listed[ids] < ISOLATED]
         for generation in np.unique(self.listed[ids]).tolist():
             self._isolate(ids[self.listed[ids] == generation])
         return ids
+
+    def settle(self, used: Ids, active: Ids, writeback: Ids) -> None:
+        """As :meth:`FolioLists.settle`."""
+        both = np.concatenate((used, active))
+        self.activate(both, np.arange(len(both)) < len(used))
+        self.putback(writeback, self.max_seq - 1)
 
     def putback(self, ids: Ids, seq: int, old_end: bool = False) -> None:
         """Isolated folios, all of one type, go back to generation ``seq``, if still there."""

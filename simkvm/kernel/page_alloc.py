@@ -28,7 +28,7 @@ MIN_FREE_KBYTES: Final = (128, 262144)  #: bounds of what the kernel chooses its
 
 @dataclass(frozen=True)
 class Watermarks:
-    """In pages: below ``low`` kswapd starts, at ``high`` it stops, ``min`` is a reserve."""
+    """In pages: below ``low`` kswapd starts, above ``high`` it stops, ``min`` is a reserve."""
 
     min: int
     low: int
@@ -64,6 +64,7 @@ class HostPages:
         self.out_of_memory: Callable[[int], None] = lambda t_ns: None
         self.reclaimable: Callable[[], int] = lambda: 0  #: pages that reclaim might take
         self.spoken_for = 0  #: for page tables of guests that are about to be mapped as a whole
+        self.to_map = 0  #: pages of memory of those guests
         self.allocstalls = 0  #: allocations that had to reclaim themselves
         self.stall_ns = 0
 
@@ -71,6 +72,11 @@ class HostPages:
     def free(self) -> int:
         """Free pages."""
         return self._unused - self.pool()
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the high watermark is met (``pgdat_balanced``)."""
+        return self.free > self.marks.high
 
     def take(self, pages: int = 1) -> None:
         """Take pages that nobody can refuse."""
@@ -133,9 +139,6 @@ class HostPages:
             fruitless = 0 if progress else fruitless + 1
             if self._worth_retrying(fruitless, pages):
                 continue
-            # The last look: somebody else may have had the killer come (__alloc_pages_may_oom()).
-            if alive() and self._take_above(self.marks.high, pages):
-                return t_ns, True
             if alive():
                 self.out_of_memory(t_ns)
             fruitless = 0

@@ -114,6 +114,10 @@ class SwapDevice(ABC):
     @property
     def pool_pages(self) -> int:
         """Pages of host memory that what is stored takes."""
+        return self.pool_with(0)
+
+    def pool_with(self, pages: int) -> int:
+        """As :attr:`pool_pages`, if so many ``pages`` more were stored."""
         return 0
 
     # -- reading and writing ------------------------------------------------------------------

@@ -113,14 +113,19 @@ class SwapFaultPath(FaultPath):
         return t_ns
 
     def _wait_for_folio(self, t_ns: int) -> Steps:
-        """Somebody reads the page in, or is about to evict it: sleep until the folio is free."""
-        sched = self._kvm.sched
+        """Somebody reads the page in, or is about to evict it: sleep until the folio is free.
+
+        That is a stall (PSI) if it went a short time ago (``folio_wait_bit_common``: a folio of the
+        working set that is not up to date).
+        """
+        sched, thrashing = self._kvm.sched, self._leaf in self._host.thrashing
         sched.sleep(self._task, t_ns)
         at_ns: int = yield self._host.folio_unlocked(self._leaf)
         woken_ns = max(t_ns, at_ns + self._kvm.costs.wakeup_ns)
         woken_ns = yield from reach(self._env, woken_ns)
         woken_ns = yield from sched.wake(self._task, woken_ns)
-        self._pgdat.stalled(t_ns, woken_ns)
+        if thrashing:
+            self._pgdat.stalled(t_ns, woken_ns)
         return woken_ns
 
     def _beaten_ns(self) -> int:
@@ -240,9 +245,12 @@ class SwapFaultPath(FaultPath):
         began_ns = t_ns
         vmstat.pgmajfault += 1
         vmstat.pswpin += not self._host.file
+        if self._host.lru.refault(self._leaf):  # type: ignore[attr-defined]
+            self._host.thrashing.add(self._leaf)
         t_ns = yield from device.read(self._task, t_ns)
-        self._pgdat.stalled(began_ns, t_ns)
-        self._host.lru.refault(self._leaf)  # type: ignore[attr-defined]
+        if self._leaf in self._host.thrashing:
+            self._host.thrashing.remove(self._leaf)
+            self._pgdat.stalled(began_ns, t_ns)
         return t_ns + self._costs.gup_swap_ns
 
     # -- the host's entry -----------------------------------------------------------------------

@@ -52,6 +52,9 @@ class SwappableMemory(HostMemory):
         self.fast_swap = memoryview(self.swap)  # type: ignore[arg-type]  # a buffer
         self._folio_locks: dict[int, list[Event]] = {}
         self._tables: NDArray[np.bool_] = np.zeros(len(self.present), np.bool_)
+        self.thrashing: set[int] = (
+            set()
+        )  #: leaves that are read again, a short time after they went
         self.writing: dict[int, object] = {}  #: leaf under writeback -> which one that is
 
     # -- the folio lock -------------------------------------------------------------------------
@@ -117,7 +120,8 @@ class SwappableMemory(HostMemory):
         self._tables[:] = True
         self.pages.take(len(self.present))
         self.pages.spoken_for -= len(self.present)
-        out = self._without_room(leaves)
+        self.pages.to_map -= leaves
+        out = self._without_room(leaves, self.pages.to_map)
         super().map_all()
         if out:
             self._swap_out(np.arange(out))
@@ -125,18 +129,24 @@ class SwappableMemory(HostMemory):
         self.lru.all_old()  # type: ignore[attr-defined]
         self.pages.take(leaves - out)
 
-    def _without_room(self, leaves: int) -> int:
+    def _without_room(self, leaves: int, to_come: int = 0) -> int:
         """Slots for those of ``leaves`` that have no room, above the high watermark; their number.
 
-        Compressed swap takes room itself.
+        Compressed swap takes room itself. ``to_come``: pages of guests that are still to be mapped;
+        each has the same part of its memory swapped out.
         """
-        pages, out = self.pages, 0
-        kept = pages.marks.high + pages.spoken_for
-        while out < leaves and (lacking := leaves - out - (pages.free - kept)) > 0:
-            assert self.device is not None, "checked before: there is swap for what does not fit"
-            taken = self.device.allocate(min(lacking, leaves - out))
-            assert taken, "checked before: it holds what does not fit"
-            out += taken
+        pages, device = self.pages, self.device
+        room = pages.free - pages.marks.high - pages.spoken_for
+        if leaves + to_come <= room:
+            return 0
+        assert device is not None, "checked before: there is swap for what does not fit"
+        room += device.pool_pages
+        total, out = leaves + to_come, 0
+        while out < total and (lacking := total - out + device.pool_with(out) - room) > 0:
+            out = min(total, out + lacking)
+        out = -(-out * leaves // total)
+        taken = device.allocate(out)
+        assert taken == out, "checked before: it holds what does not fit"
         return out
 
     def populate(self, first: int, last: int, huge: bool) -> int:
@@ -144,10 +154,10 @@ class SwappableMemory(HostMemory):
 
         As eviction would: what was written first goes first.
         """
-        before = self.page_count_of(first, last)
+        before, tables = self.page_count_of(first, last), self.table_pages
         lacking = super().populate(first, last, huge)
         self._tables[first // self.entries : -(-last // self.entries)] = True
-        self.pages.take(len(self.present))
+        self.pages.take(self.table_pages - tables)
         came = self.page_count_of(first, last) - before
         out = self._without_room(came)
         if out:

@@ -71,10 +71,9 @@ class Zram(SwapDevice):
             max(1, round(spec.stored * page_bytes)),
         )
 
-    @property
-    def pool_pages(self) -> int:
+    def pool_with(self, pages: int) -> int:
         """Pages of host memory that hold what is stored, without what lies idle between objects."""
-        return -(-self.used * self._stored_bytes // self.page_bytes)
+        return -(-(self.used + pages) * self._stored_bytes // self.page_bytes)
 
     def read(self, task: Task, t_ns: int) -> Generator[Event, Any, int]:
         """Bring a page back, on the CPU of ``task``."""

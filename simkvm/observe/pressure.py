@@ -2,8 +2,9 @@
 
 Counts have the names of /proc/vmstat. Shares of kswapd's time are laid out as ``perf report
 --children`` has them: a function's share includes what it called, so they do not add up to one.
-Stalls are PSI's (kernel/sched/psi.c, v6.12): *some*, the share of the time in which a task waits
-for memory, in direct reclaim or for a page from swap; *full*, in which all vCPUs do.
+Stalls are what PSI calls so (kernel/sched/psi.c, v6.12): a task is in direct reclaim, or waits for
+a page of the working set from swap. *some*: the share of the time in which a task stalls; *full*,
+in which all vCPUs do. The kernel's averages over CPUs are other numbers.
 """
 
 from __future__ import annotations

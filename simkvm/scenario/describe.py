@@ -7,12 +7,13 @@ a phase: ``guests.vm0.access.phases.0.touches``. The end of a key is enough if i
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
 
+from simkvm.scenario import first
 from simkvm.scenario.errors import InputError, nearest
 from simkvm.scenario.expand import spelled
 from simkvm.scenario.keys import Key, Shape, keys_of, models, shape_of, tag_value
@@ -56,6 +57,8 @@ def explain(key: str) -> str:
     Raises InputError for a key that the schema does not have, with the nearest one.
     """
     wanted = key.strip().split(".")
+    if wanted == [first.KEY]:
+        return f"{first.KEY}\n  {first.DESCRIPTION}"
     found = [entry for entry in _entries() if _matches(entry.name.split("."), wanted)]
     if not found and any(_matches(name.split(".")[: len(wanted)], wanted) for name in key_names()):
         return explain(".".join(wanted[:-1]))  # a free name: what may be under it
@@ -72,6 +75,14 @@ def key_names() -> list[str]:
     return list(dict.fromkeys(entry.name for entry in _entries()))
 
 
+RUN: Mapping[str, Any] = {
+    "description": first.DESCRIPTION,
+    "type": "object",
+    "minProperties": 1,
+}
+"""The one key of a file that is of no scenario."""
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a scenario or sweep file, for editors.
 
@@ -82,6 +93,7 @@ def json_schema() -> dict[str, Any]:
     for name, definition in definitions.items():
         _finish(definition, _branches()[name])
     top = definitions.pop(Scenario.__name__)
+    top["properties"] = {**top["properties"], first.KEY: RUN}
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **top}
     return {**schema, "$defs": definitions}
 

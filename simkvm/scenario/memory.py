@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import ceil
 from typing import TYPE_CHECKING, Annotated, Final
 
 from pydantic import BeforeValidator, Field
 
 from simkvm.scenario.errors import Keys, Problem
 from simkvm.scenario.fields import Duration, Model, Size, as_tuple
+from simkvm.scenario.swap import Swap, Zram
 from simkvm.units import exact_size
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class Memory(Model):
     min_free: Size | None = Field(
         default=None,
         description="Reserve below which an allocation reclaims by itself (vm.min_free_kbytes); "
-        "null: what the kernel computes of the size, 4 times the root of 16 times the KiB.",
+        "null: what the kernel computes of the size, the root of 16 times the KiB.",
     )
     watermark_scale: int = Field(
         default=10,
@@ -151,8 +153,21 @@ def _room(scenario: Scenario, memory: Memory, guests: Mapping[str, Guest]) -> It
         yield Problem(("host", "memory", "size"), message)
         return
     mapped = sum(guest.memory_pages for guest in guests.values() if guest.mapped)
-    over = (mapped + fixed + marks.high - total) * page
-    swap = scenario.host.swap
-    if over > 0 and (swap is None or (swap.size is not None and swap.size < over)):
-        message = f"guests that are mapped from the start exceed it by {exact_size(over)}"
-        yield Problem(("host", "memory", "size"), f"{message}: host.swap has to hold that")
+    over = mapped + fixed + marks.high - total
+    if over > 0:
+        yield from _swapped_from_the_start(scenario.host.swap, over, mapped, page)
+
+
+def _swapped_from_the_start(
+    swap: Swap | None, over: int, mapped: int, page: int
+) -> Iterator[Problem]:
+    """Whether ``over`` of the ``mapped`` pages have a place in swap; compressed ones need room."""
+    stored = swap.stored if isinstance(swap, Zram) else 0.0
+    out = ceil(over / (1 - stored)) if stored < 1 else mapped + 1
+    message = f"guests that are mapped from the start exceed it by {exact_size(over * page)}"
+    if out > mapped:
+        message = f"{message}, and compressed they have no room either"
+        yield Problem(("host", "memory", "size"), message)
+    elif swap is None or (swap.size is not None and swap.size < out * page):
+        message = f"{message}: host.swap has to hold {exact_size(out * page)}"
+        yield Problem(("host", "memory", "size"), message)

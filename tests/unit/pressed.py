@@ -33,13 +33,14 @@ class Pressed:
         kernel: Any = "linux-6.12",
         guests: int = 1,
         host: dict[str, Any] | None = None,
+        swap: str = "zram",
         **keys: Any,
     ) -> None:
         guest = {"memory": memory, "mapped": True, "access": IDLE, **keys}
         self.world: World = worlds.world(
             guests={f"vm{n}": guest for n in range(guests)},
             kernel=kernel,
-            host={"memory": {"size": 256 * MIB, **(host or {})}, "swap": {"kind": "zram"}},
+            host={"memory": {"size": 256 * MIB, **(host or {})}, "swap": {"kind": swap}},
         )
         assert self.world.pgdat is not None
         self.pgdat: Pgdat = self.world.pgdat

@@ -1,0 +1,126 @@
+"""What is said of scenarios under memory pressure that cannot be: file, line, keys, status 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from simkvm.cli import main
+
+GOOD = """\
+name: short
+machine: ampere-altra-80c
+kernel: linux-6.12
+host:
+  memory:
+    size: 24 MiB
+  swap: {kind: optane}
+guests:
+  vm0:
+    vcpus: 1
+    memory: 4 MiB
+    access: {pattern: populate}
+duration: 100 us
+"""
+KSM = "contenders:\n  c: {kind: ksm, guest: vm0}\n"
+SELFTEST = GOOD[: GOOD.index("guests:")]
+SIZE = "host.memory.size"
+
+
+def said(tmp_path: Path, text: str) -> tuple[int, str]:
+    """Exit status and the first line that ``simkvm run`` says of a scenario."""
+    path = tmp_path / "short.yaml"
+    path.write_text(text)
+    result = CliRunner().invoke(main, ["run", str(path)])
+    lines = [line for line in result.output.splitlines() if str(path) in line]
+    return result.exit_code, lines[0].removeprefix(f"{path}:") if lines else result.output
+
+
+def test_the_scenario_to_begin_with_is_right(tmp_path: Path) -> None:
+    assert said(tmp_path, GOOD)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (
+            GOOD + KSM,
+            15,
+            "contenders.c.kind: ksm under memory pressure is not modelled: madvise_dontneed, "
+            "free_page_reporting, balloon are",
+        ),
+        (
+            SELFTEST + "selftest: {test: dirty_log_perf_test, vcpus: 1}\n",
+            8,
+            "selftest.test: dirty_log_perf_test under memory pressure is not modelled: "
+            "max_guest_memory_test, access_tracking_perf_test are",
+        ),
+        (
+            GOOD.replace(
+                "duration",
+                "  vm1: {vcpus: 1, memory: 4 MiB, page_size: 16 KiB, "
+                "access: {pattern: populate}}\nduration",
+            ),
+            5,
+            "host.memory: has pages of one size, guests have pages of 4 KiB and 16 KiB",
+        ),
+        (
+            GOOD.replace("    access", "    mapping: 2 MiB\n    access"),
+            12,
+            "guests.vm0.mapping: reclaim takes single pages, not 2 MiB",
+        ),
+        (
+            GOOD.replace("    access", "    folio: 64 KiB\n    access"),
+            12,
+            "guests.vm0.folio: reclaim takes single pages, not 64 KiB",
+        ),
+        (
+            GOOD.replace("    access", "    teardown: {order: close_vm, at: 50 us}\n    access"),
+            12,
+            "guests.vm0.teardown: the end of a VM under memory pressure is not modelled",
+        ),
+        (
+            GOOD.replace("24 MiB", "24578 KiB"),
+            6,
+            f"{SIZE}: 24578 KiB is not a multiple of the guests' page_size, 4 KiB",
+        ),
+        (
+            GOOD.replace("24 MiB", "600 KiB"),
+            6,
+            f"{SIZE}: page tables, memory caches and the high watermark alone take 704 KiB",
+        ),
+        (
+            GOOD.replace("24 MiB", "4 MiB")
+            .replace("optane}", "optane, size: 128 KiB}")
+            .replace("    access", "    mapped: true\n    access"),
+            6,
+            f"{SIZE}: guests that are mapped from the start exceed it by 640 KiB: host.swap has to "
+            "hold 640 KiB",
+        ),
+        (
+            GOOD.replace("24 MiB", "4 MiB")
+            .replace("{kind: optane}", "{kind: zram, ratio: 0.5, size: 640 KiB}")
+            .replace("    access", "    mapped: true\n    access"),
+            6,
+            f"{SIZE}: guests that are mapped from the start exceed it by 640 KiB: host.swap has to "
+            "hold 1280 KiB",
+        ),
+        (
+            GOOD.replace("24 MiB", "4 MiB")
+            .replace("optane}", "zram, ratio: 1.0}")
+            .replace("    access", "    mapped: true\n    access"),
+            6,
+            f"{SIZE}: guests that are mapped from the start exceed it by 640 KiB, and compressed "
+            "they have no room either",
+        ),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(
+    tmp_path: Path, text: str, line: int, message: str
+) -> None:
+    status, told = said(tmp_path, text)
+    assert status == 2
+    assert told.startswith(f"{line}:"), told
+    assert told.partition(": ")[2] == message
