@@ -14,6 +14,7 @@ from pressed import MIB, MS, Pressed, ScanControl
 
 from simkvm import cli
 from simkvm.kernel import memcg_lru
+from simkvm.kernel.aging import AgeingThread
 from simkvm.kernel.aging_call import Pass
 from simkvm.kernel.bloom import BLOOM_FILTER_SHIFT, BloomFilters, keys
 from simkvm.kernel.host_memory import OWN, PRESENT, WRPROTECT
@@ -26,6 +27,7 @@ from simkvm.kernel.sites import AGE, RANGE_START
 from simkvm.kernel.swappable import SLOT
 from simkvm.kernel.vmstat import Vmstat
 from simkvm.scenario.errors import InputError
+from simkvm.scenario.schema import Ageing
 
 PAGES = 4096
 
@@ -464,3 +466,16 @@ def test_run_prints_the_file(tmp_path: Path) -> None:
     assert said.exit_code == 0, said.output
     assert said.output.splitlines()[-6:-4] == ["memcg     1 /vm0", " node     0"]
     assert "lru_gen" not in CliRunner().invoke(cli.main, ["run", str(file)]).output
+
+
+def test_ageing_by_a_scenario_fills_filters_too() -> None:
+    """The command's walk is forced, but tells the next one what was dense."""
+    made = Pressed(4 * MIB)
+    made.use(*range(512, 1024))
+    seq = made.lruvec.max_seq
+    thread = AgeingThread(made.kvms, made.task, Ageing(passes=1))
+    made.do(thread.run(lambda: True))
+    assert made.lruvec.max_seq == seq + 1
+    assert made.by_age() == [0, 512, 0, 512]
+    filters = made.lruvec.mms.filters
+    assert [filters.passes(seq + 1, 0, table) for table in (0, 1)] == [False, True]
