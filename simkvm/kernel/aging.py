@@ -61,6 +61,10 @@ class AgeingThread:
 
     def __init__(self, kvms: list[Kvm], task: Task, ageing: Ageing) -> None:
         method = METHODS[ageing.method]
+        if method is AgeingWalk and kvms and kvms[0].pgdat is not None:
+            from simkvm.kernel.lru_walk import CommandWalk  # which is made of this module's walk
+
+            method = CommandWalk
         by_memcg: dict[Lruvec, list[AgeingMethod]] = {}  # the order of the first guest of each
         for kvm in kvms:
             by_memcg.setdefault(kvm.host.lru.lruvec, []).append(method(kvm, task))

@@ -118,6 +118,23 @@ class ReclaimWalk(AgeingWalk):
         return self._lru.promote(leaves, self._seq)
 
 
+class CommandWalk(ReclaimWalk):
+    """The walk of a command where lruvecs have lists: by force, and it fills the next filter."""
+
+    def run(self, t_ns: int, opens: bool = True) -> Generator[Event, Any, Pass]:
+        """As :meth:`AgeingWalk.run`."""
+        seq, mms = self._lruvec.max_seq, self._lruvec.mms
+        if self._lru.number == 0:
+            mms.filters.reset(seq + 1)
+        report = Pass(self.kvm.name, t_ns)
+        report.end_ns = t_ns
+        if self.kvm.walks_page_tables:
+            report = yield from self.walk(seq, True, t_ns)
+        if opens:
+            report.end_ns = yield from self.open_generation(report.end_ns)
+        return report
+
+
 class LruAgeing:
     """Ageing of lruvecs by one task."""
 

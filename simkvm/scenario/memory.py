@@ -95,6 +95,10 @@ def memory_problems(scenario: Scenario, guests: Mapping[str, Guest]) -> Iterator
     if classic and scenario.ageing is not None and scenario.ageing.method == "lru_gen":
         message = "lru_gen is off (host.memory.lru_gen)"
         yield Problem(("ageing", "method"), message)
+    test = scenario.selftest
+    if classic and test is not None and test.test == "access_tracking_perf_test":
+        message = "ages by lru_gen, which is off (host.memory.lru_gen)"
+        yield Problem(("selftest", "test"), message)
     files = {name for name, guest in scenario.guests.items() if guest.backing == "file"}
     for name, contender in scenario.contenders.items():
         if files and contender.guest in (None, *files):

@@ -149,6 +149,7 @@ def _hits(name: str) -> Hits:
     samples: list[tuple[int, int, int]] = []
     made.env.process(_sample(made, samples))
     made.run()
+    assert made.kvms[0].alive, "a guest that was killed misses nothing"
     touches, misses, room = np.array(samples[WARM_UP - 1 :]).T
     ratios = 1 - np.diff(misses) / np.maximum(1, np.diff(touches))
     return Hits(batched(ratios.tolist()), float(room.mean()))

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import worlds
+from click.testing import CliRunner
 from pressed import MIB, MS, Pressed, ScanControl
 
+from simkvm import cli
 from simkvm.kernel import memcg_lru
+from simkvm.kernel.aging import AgeingThread
 from simkvm.kernel.aging_call import Pass
 from simkvm.kernel.bloom import BLOOM_FILTER_SHIFT, BloomFilters, keys
 from simkvm.kernel.host_memory import OWN, PRESENT, WRPROTECT
@@ -20,6 +26,8 @@ from simkvm.kernel.mm_list import MmList
 from simkvm.kernel.sites import AGE, RANGE_START
 from simkvm.kernel.swappable import SLOT
 from simkvm.kernel.vmstat import Vmstat
+from simkvm.scenario.errors import InputError
+from simkvm.scenario.schema import Ageing
 
 PAGES = 4096
 
@@ -387,3 +395,87 @@ def test_without_swap_only_files_are_evicted() -> None:
     made = Pressed(2 * MIB, backing="file", mapped=False)
     made.pgdat.swap = None
     assert made.pgdat.swappiness_now() == 0
+
+
+# -- scenarios -------------------------------------------------------------------------------------
+
+IDLE_FILE = {
+    "memory": 2 * MIB,
+    "backing": "file",
+    "access": {"pattern": "uniform", "touches": 9},
+}
+MEMORY = {"size": 64 * MIB}
+DONTNEED = {"kind": "madvise_dontneed", "guest": "vm0", "range": MIB, "rate": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"guest": IDLE_FILE}, "needs a host whose memory can run out"),
+        ({"guest": {**IDLE_FILE, "mapped": True}, "host": {"memory": MEMORY}}, "first used"),
+        (
+            {"host": {"memory": {**MEMORY, "lru_gen": 0, "commands": [{"at": 0, "write": "+"}]}}},
+            "nothing to command",
+        ),
+        ({"host": {"memory": {**MEMORY, "lru_gen": 0}}, "ageing": {}}, "lru_gen is off"),
+        (
+            {
+                "guest": IDLE_FILE,
+                "host": {"memory": MEMORY},
+                "contenders": {"vmm": DONTNEED},
+            },
+            "not that of a file",
+        ),
+    ],
+)
+def test_what_a_scenario_may_not_ask_for(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        worlds.scenario(**keys)
+
+
+def test_writes_of_a_scenario_and_the_file_at_the_end() -> None:
+    """A write that fails is said; the run goes on."""
+    record = worlds.run(
+        guest={"memory": 4 * MIB, "access": {"pattern": "populate", "write": True}},
+        host={
+            "memory": {
+                **MEMORY,
+                "commands": [
+                    {"at": 20 * MS, "write": "+ 1 0 3"},
+                    {"at": 10 * MS, "write": "- 1 0 3 60 64"},
+                ],
+            },
+            "swap": {"kind": "zram"},
+        },
+        duration=40 * MS,
+    )
+    lines = dict(zip(record.phases["name"], record.phases["line"], strict=True))
+    said = [line for line in record.phases["line"] if "Invalid argument" in line]
+    assert said == ["lru_gen: '- 1 0 3 60 64': Invalid argument"]
+    assert record.summary["lru_gen_walks"] == 1
+    assert lines["lru_gen"].split()[0] == "4", "the youngest generation comes last"
+
+
+def test_run_prints_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "pressed.yaml"
+    file.write_text(
+        "{name: pressed, machine: ampere-altra-80c, kernel: linux-6.12, host: {memory: {size: 64 "
+        "MiB}}, guests: {vm0: {memory: 1 MiB, access: {pattern: populate, write: true}}}}"
+    )
+    said = CliRunner().invoke(cli.main, ["run", str(file), "--lru-gen"])
+    assert said.exit_code == 0, said.output
+    assert said.output.splitlines()[-6:-4] == ["memcg     1 /vm0", " node     0"]
+    assert "lru_gen" not in CliRunner().invoke(cli.main, ["run", str(file)]).output
+
+
+def test_ageing_by_a_scenario_fills_filters_too() -> None:
+    """The command's walk is forced, but tells the next one what was dense."""
+    made = Pressed(4 * MIB)
+    made.use(*range(512, 1024))
+    seq = made.lruvec.max_seq
+    thread = AgeingThread(made.kvms, made.task, Ageing(passes=1))
+    made.do(thread.run(lambda: True))
+    assert made.lruvec.max_seq == seq + 1
+    assert made.by_age() == [0, 512, 0, 512]
+    filters = made.lruvec.mms.filters
+    assert [filters.passes(seq + 1, 0, table) for table in (0, 1)] == [False, True]
