@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from simkvm.kernel.sched import FairScheduler
+
 if TYPE_CHECKING:
     from simkvm.kernel.pgdat import Pgdat
     from simkvm.kernel.world import World
@@ -68,7 +70,10 @@ def _work(world: World, pgdat: Pgdat, scanned: int, stolen: int) -> Summary:
 
 def _kswapd(world: World, end_ns: int) -> Summary:
     assert world.kswapd is not None
-    busy_ns, functions = world.kswapd.busy_until(end_ns), world.kswapd.task.functions or {}
+    kswapd = world.kswapd
+    busy_ns, functions = kswapd.busy_until(end_ns), kswapd.task.functions or {}
+    if isinstance(world.sched, FairScheduler):  # what it waited for a CPU is no work
+        busy_ns = world.sched.threads[kswapd.task].run_ns
     shares: Summary = {
         f"kswapd_share_{name}_ratio": functions.get(name, 0) / busy_ns if busy_ns else math.nan
         for name in FUNCTIONS
