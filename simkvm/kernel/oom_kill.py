@@ -67,6 +67,6 @@ class OomKiller:
 def _badness(kvm: Kvm) -> int:
     host = kvm.host
     assert isinstance(host, SwappableMemory)
-    swapped = int(np.count_nonzero(host.swap & SLOT))
+    swapped = 0 if host.file else int(np.count_nonzero(host.swap & SLOT))
     tables = kvm.tables_allocated - kvm.tables_freed + host.table_pages
     return host.page_count + swapped + tables

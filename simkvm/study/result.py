@@ -293,6 +293,12 @@ class Results:
 
         return figures.ageing_scaling(self, **options)
 
+    def plot_under_pressure(self, **options: Any) -> Figure:
+        """Throughput and tail latency against the host's memory, a line a kernel variant."""
+        from simkvm.show import figures
+
+        return figures.under_pressure(self, **options)
+
     def plot_callback_cost(self, **options: Any) -> Figure:
         """Time of RCU callbacks that free tables, against the page size: of a table, of a GiB."""
         from simkvm.show import figures

@@ -70,6 +70,16 @@ def test_swap_entries_and_page_tables_count() -> None:
     assert killer(made).kills[0][1] == "b"
 
 
+def test_the_length_of_a_file_does_not_count() -> None:
+    """A guest whose memory is a file's has what is in memory, as any other (MM_FILEPAGES)."""
+    made = world({"kind": "optane"}, a=small(), b=small(4 * MIB, backing="file"))
+    first = host(made.kvms[0])
+    first.populate(0, 100, huge=False)
+    first.pages.take(100)
+    killer(made).kill(0)
+    assert killer(made).kills[0][1] == "a"
+
+
 def test_the_first_of_equals_is_killed_and_nobody_twice() -> None:
     made = world(a=small(), b=small())
     for at_ns in (1, 2, 3):
