@@ -13,8 +13,8 @@ from simkvm.validate.row import TheoryRow
 if TYPE_CHECKING:
     import numpy as np
 
-CONFIDENCE = 0.9995
-"""Of each row's interval: of some sixty rows that are drawn, one set in thirty has a wrong one."""
+CONFIDENCE = 0.9996
+"""Of each row's interval: of some eighty rows that are drawn, one set in thirty has a wrong one."""
 
 SEED = 20230526
 """Of everything drawn here: the date of the first message about lock-free ageing. Taken once."""
