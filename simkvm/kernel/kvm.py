@@ -18,6 +18,7 @@ from simkvm.kernel.cmpxchg_race import CmpxchgRaces, Loads
 from simkvm.kernel.costs import Costs, FreeCosts
 from simkvm.kernel.dirty_log import DirtyLog
 from simkvm.kernel.dram import Dram
+from simkvm.kernel.fault import CACHE_CAPACITY
 from simkvm.kernel.file_memory import FileMemory
 from simkvm.kernel.geometry import GEOMETRIES
 from simkvm.kernel.host_memory import WRPROTECT, HostMemory
@@ -175,11 +176,10 @@ class Kvm:
         memory.root(geometry.root_pages * self.table_bytes)
         self._take_table_pages(geometry.root_pages)
 
-    def prepare_to_map_all(self) -> None:
-        """Before any guest is mapped: fill the memory caches, and set pages for tables aside."""
-        for vcpu in self.vcpus:
-            vcpu.fault.fill_cache()
+    def prepare_to_map_all(self, vcpus: int) -> None:
+        """Before any guest is mapped: pages for memory caches of ``vcpus``, others for tables."""
         if self.pgdat is not None:
+            self.pgdat.pages.take(vcpus * CACHE_CAPACITY)
             tables = sum(len(lower.counts) for _, lower, _, _ in self.stage2.steps)
             self.pgdat.pages.spoken_for += tables + len(self.host.present)
             self.pgdat.pages.to_map += self.leaves

@@ -45,8 +45,7 @@ class SwapFaultPath(FaultPath):
         self._owed = 0  #: pages for the memory cache that only reclaim can give
 
     def fill_cache(self) -> None:
-        """As :meth:`FaultPath.fill_cache`; where memory is short its pages count."""
-        self._pgdat.pages.take(CACHE_CAPACITY - self.cached)
+        """As :meth:`FaultPath.fill_cache`: its pages were taken before any guest was mapped."""
         self.cached = CACHE_CAPACITY
 
     def free_cache(self) -> None:

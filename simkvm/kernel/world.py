@@ -91,18 +91,21 @@ class World:
         self._free_cpus: Iterator[Cpu] = cycle(self.cpus) if shared else iter(self.cpus)
         self.kvms = [self._guest(name, guest) for name, guest in self.guests.items()]
         self._charge(self.guests)
+        mapped = [kvm for kvm in self.kvms if self.guests[kvm.name].mapped]
+        for kvm in mapped:
+            kvm.prepare_to_map_all(self.guests[kvm.name].vcpus)
+        for kvm in mapped:
+            kvm.map_all()
         self.selftest: MainThread | None = None
         if scenario.selftest is None:
             for kvm in self.kvms:
                 self._vcpus(kvm, self.guests[kvm.name])
+            for kvm in mapped:
+                for vcpu in kvm.vcpus:
+                    vcpu.fault.fill_cache()
         else:
             self.selftest = selftests.build(self)
             self._free_cpus = self.selftest.spare_cpus
-        mapped = [kvm for kvm in self.kvms if self.guests[kvm.name].mapped]
-        for kvm in mapped:
-            kvm.prepare_to_map_all()
-        for kvm in mapped:
-            kvm.map_all()
         self.ageing: AgeingThread | None = None
         if scenario.ageing is not None:
             task = Task("ageing", next(self._free_cpus))

@@ -28,12 +28,11 @@ MEASURES: Final = (
     Measure("requests_per_s", "Requests", "requests a second", format_rate),
     Measure("bytes_per_s", "Work", "bytes sorted a second", format_size),
     Measure("loads_per_s", "Work", "loads a second", format_rate),
-    Measure("latency_p99_ns", "Latency, p99", "latency at the client", format_duration),
     Measure("latency_p999_ns", "Latency, p99.9", "latency at the client", format_duration),
     Measure("vcpu_wall_ns", "Guest", "time until a vCPU has finished", format_duration),
 )
 """Panels, of which those are shown that the runs have something to say about."""
-MOST_PANELS: Final = 3
+MOST_PANELS: Final = 2
 
 
 @style.in_style

@@ -380,6 +380,29 @@ def rate_sweep(
     )
 
 
+def memory_sweep(
+    kernels: tuple[str, ...] = ("linux-7.1", "linux-7.1-lockless"),
+    sizes: tuple[str, ...] = ("64 MiB", "56 MiB", "48 MiB"),
+) -> SyntheticResults:
+    """Kernels against the host's memory, with a server whose clients feel it."""
+    found = []
+    for kernel in kernels:
+        for number, size in enumerate(sizes):
+            made = result(kernel, axes={"kernel": kernel, "host.memory.size": size})
+            pressed(made, number, kernel.endswith("lockless"))
+            found.append(made)
+    return SyntheticResults(found)
+
+
+def pressed(made: SyntheticResult, number: int, lockless: bool) -> None:
+    """Let a result tell of requests and of pages that were stolen, the more the higher `number`."""
+    slower = (1 + number) * (1 if lockless else 1.3)
+    made.summary["requests_per_s"] = 1e6 / slower
+    made.summary["latency_p99_ns"] = 8e4 * slower
+    made.summary["latency_p999_ns"] = 2e5 * slower**4
+    made.summary["pgsteal_kswapd"] = 1000 * number
+
+
 def page_size_sweep(
     kernels: tuple[str, ...] = ("linux-7.1-lockless",),
     sizes: tuple[str, ...] = ("4 KiB", "16 KiB", "64 KiB"),

@@ -41,6 +41,11 @@ def sizes() -> synthetic.SyntheticResults:
 
 
 @pytest.fixture(scope="module")
+def memories() -> synthetic.SyntheticResults:
+    return synthetic.memory_sweep()
+
+
+@pytest.fixture(scope="module")
 def lock_figure(sweep) -> Figure:
     return figures.lock_distribution(sweep, "hold")
 
@@ -585,10 +590,20 @@ def test_without_the_axis_there_is_nothing_to_draw(draw):
 # --- what all figures share --------------------------------------------------------------------
 
 
+def test_pressure_shows_requests_and_tails_by_memory(memories):
+    figure = figures.under_pressure(memories)
+    titles = [ax.get_title(loc="left") or ax.get_title() for ax in figure.axes]
+    assert titles == ["Requests", "Latency, p99.9"]
+    drawn = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 3]
+    assert len(drawn) == 2, "a line a kernel, a point a size"
+    with pytest.raises(InputError, match="does not sweep the host's memory"):
+        figures.under_pressure(memories.points[:1])
+
+
 @pytest.mark.parametrize("name", figures.FIGURES)
-def test_no_text_covers_another(name, sweep, rates, sizes):
+def test_no_text_covers_another(name, sweep, rates, sizes, memories):
     kind = figures.FIGURES[name]
-    results = next(r for r in (rates, sweep, sizes) if kind.applies(r))
+    results = next(r for r in (rates, sweep, sizes, memories) if kind.applies(r))
 
     assert overlaps(kind.function(results)) == []
 
@@ -604,11 +619,14 @@ def test_long_names_and_many_sites_cover_nothing_either(name):
                 "guests.vm0.vcpus": vcpus,
                 "guests.vm0.page_size": f"{4 * vcpus} KiB",
                 "contenders.vmm.rate": f"{vcpus} / ms",
+                "host.memory.size": f"{64 + vcpus} MiB",
             },
         )
         for _ in range(2)
         for vcpus in (1, 8)
     ]
+    for number, result in enumerate(results):
+        synthetic.pressed(result, 1 + number % 2, lockless=True)
     for result, free in zip(results, ["free_removed_table_count_test", "inline"] * 2, strict=True):
         changes = {"table_free": free, "teardown_walk": "chunked"}
         result.scenario["kernel"] = {"base": LOCKLESS, "set": changes}

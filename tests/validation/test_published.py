@@ -23,10 +23,8 @@ GIB = SIZE_BYTES["GiB"]
 RUN = [f for f in published.figures() if published.benchmark_of(f) is not None]
 
 
-def test_every_figure_but_those_of_reclaim_is_run_or_said_to_be_unanswered() -> None:
-    left = {f.id for f in published.figures() if f not in RUN and f.id not in UNANSWERED}
-    assert left
-    assert all(id_.startswith("V2-") for id_ in left)
+def test_every_figure_is_run_or_said_to_be_unanswered() -> None:
+    assert {f.id for f in published.figures() if f not in RUN} == set(UNANSWERED)
 
 
 @pytest.mark.parametrize("figure", RUN, ids=lambda f: f"{f.id}/{f.metric}/{f.arm}")
@@ -35,7 +33,8 @@ def test_a_benchmark_is_a_scenario_that_can_be_run(figure: published.Figure) -> 
     assert benchmark is not None
     run = benchmark.run(figure, host_of(figure.id), published.LIMIT_BYTES)
     require_possible(run.scenario)
-    assert 1 / 128 <= run.scale <= 1
+    # Reclaim needs the time to go round the memory, and so a small one (the scale rule).
+    assert 1 / (1024 if figure.id.startswith("V2-") else 128) <= run.scale <= 1
 
 
 def test_a_benchmark_is_whole_unless_it_is_too_large() -> None:
@@ -48,7 +47,7 @@ def test_a_fitted_constant_is_a_parameter_of_its_machine_and_says_how() -> None:
         for fitted in host.fitted:
             assert machine[fitted.name] == fitted.value
             assert fitted.how
-        assert bool(host.fitted) == bool(host.fit)
+        assert bool(host.fitted or host.workload) == bool(host.fit)
 
 
 def test_rows_that_constants_were_fitted_to_are_few_and_called_so() -> None:
