@@ -2,7 +2,7 @@
 
 Source: virt/kvm/async_pf.c (``kvm_setup_async_pf``, ``async_pf_execute``) and
 arch/x86/kvm/mmu/mmu.c (``__kvm_faultin_pfn``), v6.12. KVM first asks GUP not to wait. If the page
-has to be read, or somebody has its folio, a kworker waits for it instead, with GUP for writing
+has to be read, or is about to be evicted, a kworker waits for it instead, with GUP for writing
 whatever the guest wanted. Then it kicks the vCPU.
 
 Other than in Linux it is also the kworker that allocates the page and sends the request, which

@@ -104,15 +104,17 @@ class SwapFaultPath(FaultPath):
         return t_ns
 
     def _would_wait(self) -> bool:
-        """Whether the page has to be read, or somebody has its folio (GUP with FOLL_NOWAIT).
+        """Whether the page has to be read, or is in the hands of eviction (GUP with FOLL_NOWAIT).
 
         A synchronous device leaves nothing to wait for: the vCPU reads the page itself.
         """
         host, leaf = self._host, self._leaf
-        if host.folio_locked(leaf):
-            return True
-        missing = not host.fast[leaf] and host.fast_swap[leaf] & (SLOT | CACHED) == SLOT
-        return missing and host.device is not None and not host.device.synchronous
+        if host.fast[leaf] or not host.fast_swap[leaf] & SLOT:
+            return False
+        if host.fast_swap[leaf] & CACHED:
+            return host.folio_locked(leaf)
+        assert host.device is not None
+        return not host.device.synchronous
 
     def _hopeless(self) -> bool:
         """Whether KVM has given the fault up before it looked for a page."""

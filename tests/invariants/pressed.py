@@ -203,6 +203,7 @@ class Watch:
                 assert isinstance(vcpu.fault, SwapFaultPath)
                 assert vcpu.fault.cached >= 0
                 held += vcpu.fault.cached + vcpu.fault.in_flight
+            held += sum(work.in_flight for work in kvm.kworkers)  # type: ignore[attr-defined]
             if kvm.alive or any(vcpu.fault.cached for vcpu in kvm.vcpus):
                 held += kvm.stage2.geometry.root_pages
         pool = 0 if self.pgdat.swap is None else self.pgdat.swap.pool_pages
