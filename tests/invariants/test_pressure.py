@@ -139,6 +139,7 @@ def test_no_page_is_lost_or_counted_twice(kind: str) -> None:
     assert ledger.checks > 1000
     assert int(summary["pgsteal_kswapd"]) + int(summary["pgsteal_direct"]) > 200
     assert summary["violations"] == 0
+    assert (int(summary["async_page_faults"]) > 100) == ("async" in kind)
     assert made.pgdat is not None
     swap = made.pgdat.swap
     assert swap is not None
