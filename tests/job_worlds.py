@@ -62,7 +62,13 @@ def jobs(*each: tuple[list[int], int, int], step: int = US) -> Jobs:
     )
 
 
-def given(patch: pytest.MonkeyPatch, *stages: list[Stage], warmup: int = 0, **guest: Any) -> World:
+def given(
+    patch: pytest.MonkeyPatch,
+    *stages: list[Stage],
+    warmup: int = 0,
+    host: dict[str, Any] | None = None,
+    **guest: Any,
+) -> World:
     """A world in which vCPU n goes through the n-th list of stages."""
 
     class Given:
@@ -75,7 +81,7 @@ def given(patch: pytest.MonkeyPatch, *stages: list[Stage], warmup: int = 0, **gu
     patch.setitem(workloads.PROGRAMS, "memcached", Given)
     access = {"pattern": "memcached", "keys": 10, "requests": 1, "warmup": warmup}
     keys = {"vcpus": len(stages), "memory": 8 * MIB, "mapped": True, "access": access, **guest}
-    return world(guest=keys)
+    return world(guest=keys, host=host or {})
 
 
 def seat(

@@ -89,6 +89,9 @@ class JobPlan(Vcpu):
         self._ended = 0  #: jobs since then
         self._debt_ns = 0
         self._share_ns = 0
+        # Where threads sleep while their pages are read (:mod:`simkvm.guest.job_threads`).
+        self._ready_waits = False  #: whether one of them goes on when the job under way is done
+        self._resumed = False  #: whether the first job is one that has gone on
         # Where CPUs are shared.
         self._halts = False  #: whether its thread gives its CPU up when there is no job
         self._halts_until_ns = 0  #: the plan ends with that, up to then
@@ -134,7 +137,8 @@ class JobPlan(Vcpu):
         origins, ends = self._origins, self._ends
         clients, asked, each = self._clients, self._asked, self._stage.each
         job = self._job + len(origins)  # the next to be planned
-        stop = min(len(totals), job + self._jobs_ahead)
+        ahead = 0 if self._ready_waits else self._jobs_ahead
+        stop = min(len(totals), job + ahead)
         under_way = bool(ends) and ends[-1] == FAR
         free_ns = origins[-1] + totals[job - 1] if under_way else self._free_ns
         room_ns = self._settle_at_ns - free_ns  # no job begins later than that
@@ -188,7 +192,7 @@ class JobPlan(Vcpu):
         self._exit_ns = FAR
         over = not clients or (job == len(totals) and self._last_batch)
         self._halts_until_ns = begin_ns if halts and begin_ns > free_ns and not over else 0
-        return free_ns if over or self._halts_until_ns else begin_ns
+        return free_ns if over or self._halts_until_ns or self._ready_waits else begin_ns
 
     def _fault_at(self, touch: int) -> int:
         """The plan ends with a fault at ``touch``: returns when it comes to the host."""

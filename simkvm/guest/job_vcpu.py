@@ -135,6 +135,8 @@ class JobVcpu(JobPlan):
             rest = fault.install(t_ns)
             if rest is not None:
                 t_ns = yield from rest
+            if fault.not_present:
+                return self._put_to_sleep(t_ns)
         grant = fault.take(t_ns)
         if isinstance(grant, int):
             self.next_ns = grant
@@ -143,6 +145,10 @@ class JobVcpu(JobPlan):
             self.alarm = grant
             yield grant
         return self.next_ns
+
+    def _put_to_sleep(self, t_ns: int) -> int:
+        """The page is not present: see :class:`simkvm.guest.job_threads.ThreadedVcpu`."""
+        raise NotImplementedError
 
     def _meet(self, t_ns: int) -> Generator[Event, Any, int]:
         """Wait for the other vCPUs, from ``t_ns`` on; returns when this one goes on."""
@@ -201,7 +207,7 @@ class JobVcpu(JobPlan):
         self._commit(bisect_right(self._ends, t_ns))
         origins = self._origins
         begun = self._position > self._offsets[self._job]
-        kept = bool(origins) and (begun or origins[0] < t_ns)
+        kept = bool(origins) and (begun or self._resumed or origins[0] < t_ns)
         self._unplan(int(kept))
         self._into_ns = t_ns - origins[0] if kept else 0
         self._left_ns = 0

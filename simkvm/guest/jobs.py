@@ -67,6 +67,7 @@ class Stage:
     requests: bool = False
     counts: bool = True  #: whether its jobs are work, or only prepare some
     barrier: bool = False
+    threads: int = 1  #: among whom the clients are dealt out in turn
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class Layout(NamedTuple):
 
 
 class Server:
-    """One worker thread: the requests of its connections."""
+    """The worker threads of a vCPU: the requests of their connections."""
 
     def __init__(self, access: Memcached, seat: Seat) -> None:
         self.access = access
@@ -127,6 +127,7 @@ class Server:
             each=each,
             extra_ns=access.network,
             requests=True,
+            threads=access.threads,
         )
 
     def _batches(self) -> Iterator[Jobs]:

@@ -12,6 +12,7 @@ from simkvm.guest.barrier import Barrier
 from simkvm.guest.chase import Chaser
 from simkvm.guest.interactive import Browser
 from simkvm.guest.job_accesses import JobAccesses
+from simkvm.guest.job_threads import ThreadedVcpu
 from simkvm.guest.job_vcpu import JobVcpu
 from simkvm.guest.jobs import Seat, Stage
 from simkvm.guest.memcached import Server
@@ -64,6 +65,7 @@ def join(
     vcpus: list[JobVcpu] = []
     accesses = JobAccesses(vcpus, kvm.leaves, kvm.kernel["remote_flush"] == "broadcast")
     barrier = Barrier(kvm.env, guest.vcpus)
+    kind = ThreadedVcpu if guest.async_pf else JobVcpu
     for index, rng in enumerate(streams):
         seat = Seat(
             vcpu=index,
@@ -77,6 +79,6 @@ def join(
             mapped=guest.mapped,
         )
         stages = PROGRAMS[access.pattern](access, seat).stages()
-        vcpus.append(JobVcpu(kvm, index, next(cpus), stages, access, accesses, barrier))
+        vcpus.append(kind(kvm, index, next(cpus), stages, access, accesses, barrier))
     kvm.vcpus.extend(vcpus)
     kvm.accesses = accesses

@@ -223,7 +223,7 @@ class AgeingWalk:
         """Take the lock of a host table at ``t_ns``, unless a fault is installing an entry."""
         kvm = self.kvm
         held = table in kvm.host.locked
-        if held or any(vcpu.fault.holds_table(table, t_ns) for vcpu in kvm.vcpus):
+        if held or any(path.holds_table(table, t_ns) for path in kvm.host_faults()):
             report.skipped_tables += 1
             return False
         kvm.host.lock_table(table, t_ns)

@@ -130,6 +130,7 @@ class Costs:
     tlb_refill_ns: int
     wakeup_ns: int
     switch_ns: int
+    kick_ns: int  #: an exit of a vCPU for an interrupt, and its entry
 
     @classmethod
     def of(cls, machine: Machine, leaf_bytes: int, page_bytes: int, memslots: int = 1) -> Costs:
@@ -160,6 +161,7 @@ class Costs:
             tlb_refill_ns=round(machine["tlb_miss_nested_warm_ns"]),
             wakeup_ns=round(machine["wakeup_ns"]),
             switch_ns=round(machine["context_switch_ns"]),
+            kick_ns=round(machine["exit_roundtrip_ns"]),
         )
 
 

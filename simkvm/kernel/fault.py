@@ -66,6 +66,7 @@ class FaultPath:
         self._slot = 0  #: memslot that this vCPU used last (``last_used_slot``)
         self.cached = 0  #: table pages in the memory cache
         self.lacking = False  #: whether the host page has to be installed
+        self.not_present = False  #: whether a kworker is to do that (async page fault)
         self.ptl_table = -1  #: host table whose lock the fault in flight takes,
         self.ptl_until_ns = 0  #: and until when
         self._leaf = 0

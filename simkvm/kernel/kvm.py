@@ -47,6 +47,7 @@ from simkvm.scenario.schema import Guest
 
 if TYPE_CHECKING:
     from simkvm.guest.vcpu import Vcpu
+    from simkvm.kernel.fault import FaultPath
     from simkvm.kernel.pgdat import Pgdat
 
 
@@ -104,6 +105,7 @@ class Kvm:
         self.fault_path = self.mmu.sized_fault if sized else self.mmu.fault
         if pgdat is not None:
             self.fault_path = self.mmu.swap_fault
+        self.kworkers: list[FaultPath] = []  #: that take pages in for vCPUs (async page faults)
         self.huge_pages = block_bytes == guest.mapping  #: the host backs it with huge pages
         self.stage2 = Stage2(geometry, guest.ipa_base, self.pages, leaf_bytes, block_bytes)
         self.mmu_lock = QueuedRwlock(
@@ -297,6 +299,10 @@ class Kvm:
         if self.stage2.block_leaves == host.entries:
             return True
         return host.all_huge(first, last)
+
+    def host_faults(self) -> list[FaultPath]:
+        """Who may fault on the host's mappings: the vCPUs, and kworkers in their place."""
+        return [*(vcpu.fault for vcpu in self.vcpus), *self.kworkers]
 
     def refusal(self, leaf: int, write: bool) -> Refusal | None:
         """Why a fault on ``leaf`` goes to user space, if it does."""

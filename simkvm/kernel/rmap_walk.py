@@ -134,7 +134,7 @@ class RmapAgeing:
 
     def faults_until(self, t_ns: int, table: int) -> int:
         """When the last of the faults that want or have host table ``table`` now is done; or 0."""
-        faults = [vcpu.fault for vcpu in self.kvm.vcpus]
+        faults = self.kvm.host_faults()
         return max((f.ptl_until_ns for f in faults if f.holds_table(table, t_ns)), default=0)
 
     def ask(self, t_ns: int, first: int, last: int, report: Pass, flush: bool = False) -> Answer:

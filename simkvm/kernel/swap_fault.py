@@ -42,6 +42,7 @@ class SwapFaultPath(FaultPath):
         #: GUP marks it once, and so does arm64 (kvm_set_pfn_accessed()).
         self._marks = 2 if kvm.kernel.arch == "arm64" else 1
         self.in_flight = 0  #: pages that this fault has allocated and nobody maps yet
+        self.asynchronous = False  #: whether a kworker may wait for the page in its place
         self._owed = 0  #: pages for the memory cache that only reclaim can give
 
     def fill_cache(self) -> None:
@@ -88,6 +89,9 @@ class SwapFaultPath(FaultPath):
             t_ns = yield from self._top_up(t_ns)
         rest_ns = self._hit_ns  # somebody else may have brought it in
         while self._kvm.alive and not self._hopeless():
+            if self.asynchronous and self._would_wait():
+                self.not_present = True
+                return t_ns
             if host.folio_locked(leaf):
                 t_ns = yield from self._wait_for_folio(t_ns)
                 continue
@@ -97,6 +101,19 @@ class SwapFaultPath(FaultPath):
             rest_ns = 0
             t_ns = yield from self._handle_fault(t_ns, state, swap)
         return t_ns
+
+    def _would_wait(self) -> bool:
+        """Whether the page has to be read, or is in the hands of eviction (GUP with FOLL_NOWAIT).
+
+        A synchronous device leaves nothing to wait for: the vCPU reads the page itself.
+        """
+        host, leaf = self._host, self._leaf
+        if host.fast[leaf] or not host.fast_swap[leaf] & SLOT:
+            return False
+        if host.fast_swap[leaf] & CACHED:
+            return host.folio_locked(leaf)
+        assert host.device is not None
+        return not host.device.synchronous
 
     def _hopeless(self) -> bool:
         """Whether KVM has given the fault up before it looked for a page."""

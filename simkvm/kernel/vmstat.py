@@ -20,6 +20,7 @@ class Vmstat:
     pswpout: int = 0
     nr_written: int = 0  #: pages of files that were written back
     pgmajfault: int = 0  #: faults that read from swap, or from a file
+    async_page_faults: int = 0  #: of them those that a kworker took in
     swap_cache_hits: int = 0  #: faults that found their page in the swap cache
     first_faults: int = 0  #: faults that took a fresh page, cleared
     workingset_refault: int = 0  #: evicted folios that came back

@@ -4,7 +4,8 @@ Counts have the names of /proc/vmstat. Shares of kswapd's time are laid out as `
 --children`` has them: a function's share includes what it called, so they do not add up to one.
 Stalls are what PSI calls so (kernel/sched/psi.c, v6.12): a task is in direct reclaim, or waits for
 a page of the working set from swap. *some*: the share of the time in which a task stalls; *full*,
-in which all vCPUs do. The kernel's averages over CPUs are other numbers.
+in which all vCPUs do, or with async page faults all their threads. The kernel's averages over CPUs
+are other numbers.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simkvm.kernel.sched import FairScheduler
+from simkvm.scenario.workloads import Memcached
 
 if TYPE_CHECKING:
     from simkvm.kernel.pgdat import Pgdat
     from simkvm.kernel.world import World
+    from simkvm.scenario.schema import Guest
 
 Summary = dict[str, int | float | str]
 FUNCTIONS: Final = (
@@ -34,8 +37,8 @@ def pressure_summary(world: World, end_ns: int) -> Summary:
     pgdat = world.pgdat
     if pgdat is None:
         return {}
-    vcpus = sum(len(kvm.vcpus) for kvm in world.kvms)
-    some, full = stalled_shares(np.array(pgdat.stalls, np.int64).reshape(-1, 2), vcpus, end_ns)
+    tasks = sum(map(_tasks, world.guests.values()))
+    some, full = stalled_shares(np.array(pgdat.stalls, np.int64).reshape(-1, 2), tasks, end_ns)
     scanned = pgdat.vmstat.pgscan_kswapd + pgdat.vmstat.pgscan_direct
     stolen = pgdat.vmstat.pgsteal_kswapd + pgdat.vmstat.pgsteal_direct
     return {
@@ -49,6 +52,13 @@ def pressure_summary(world: World, end_ns: int) -> Summary:
         **_work(world, pgdat, scanned, stolen),
         **_kswapd(world, end_ns),
     }
+
+
+def _tasks(guest: Guest) -> int:
+    """What can stall of ``guest``: vCPUs, or their threads if each sleeps for itself."""
+    if guest.async_pf and isinstance(guest.access, Memcached):
+        return guest.vcpus * guest.access.threads
+    return guest.vcpus
 
 
 def _work(world: World, pgdat: Pgdat, scanned: int, stolen: int) -> Summary:

@@ -30,7 +30,7 @@ from simkvm.scenario.possible import kernel_problems
 from simkvm.scenario.schema import BLOCK_BYTES, Guest, Scenario
 from simkvm.scenario.selftest import Selftest
 from simkvm.scenario.swap import swap_problems
-from simkvm.scenario.workload_check import workload_problems
+from simkvm.scenario.workload_check import async_pf_problems, workload_problems
 from simkvm.scenario.workloads import ENDLESS, Workload
 from simkvm.units import exact_duration, exact_size
 
@@ -70,6 +70,7 @@ def problems(
     yield from _swap(scenario, guests, machine)
     yield from memory_problems(scenario, guests)
     yield from _lazy(scenario, machine)
+    yield from async_pf_problems(scenario)
     yield from _times(scenario)
     yield from _bugs(scenario)
 

@@ -247,6 +247,13 @@ class Guest(Model):
         "cost however much is touched. lazy is for uniform, zipf and hot_cold, and gives the same "
         "in distribution, not touch for touch.",
     )
+    async_pf: bool = Field(
+        default=False,
+        description="Whether a vCPU goes on while a kworker reads the page that it faulted on "
+        "(KVM_ASYNC_PF, virt/kvm/async_pf.c): the guest puts the thread to sleep and runs another, "
+        "if it has one (`threads` of memcached). For pages that a drive has to be asked for; zram "
+        "is read by the vCPU itself. Merged for x86 only; on arm64 it tells what it would give.",
+    )
     mapped: bool = Field(
         default=False,
         description="Whether all of the memory is mapped, in the host and in stage 2, when the "

@@ -33,6 +33,26 @@ def workload_problems(
         yield Problem((*below, "pattern"), "there are more vCPUs than pages")
 
 
+def async_pf_problems(scenario: Scenario) -> Iterator[Problem]:
+    """Where async page faults mean nothing, or are not modelled."""
+    for name, guest in scenario.guests.items():
+        if not guest.async_pf:
+            continue
+        keys = ("guests", name, "async_pf")
+        if not isinstance(guest.access, Workload):
+            known = "memcached, sort, chase and interactive"
+            message = f"is modelled for vCPUs that work off jobs ({known})"
+            yield Problem(keys, f"{message}, not for {guest.access.pattern}", "false")
+        if scenario.host.memory is None:
+            message = "no page is ever read back where memory does not run out (host.memory)"
+            yield Problem(keys, message, "false")
+        elif scenario.host.swap is None and guest.backing == "anonymous":
+            yield Problem(keys, "there is no swap to read pages from (host.swap)", "false")
+        if scenario.host.scheduler != "none":
+            message = "is modelled for vCPUs with a CPU each, not for host.scheduler"
+            yield Problem(keys, f"{message} {scenario.host.scheduler}", "false")
+
+
 def _memcached(access: Memcached, guest: Guest, keys: Keys) -> Iterator[Problem]:
     from simkvm.guest.memcached import touched_bytes  # brings numpy
 

@@ -44,7 +44,7 @@ class Workload(Model):
 
 
 class Memcached(Workload):
-    """A key-value server with a worker thread a vCPU, and clients that wait for their answers.
+    """A key-value server with worker threads on each vCPU, and clients that wait for their answers.
 
     As memcached with memtier_benchmark: a connection belongs to one worker for good and has one
     request under way; a worker serves its connections first come first served. Items lie in slab
@@ -54,6 +54,13 @@ class Memcached(Workload):
     pattern: Literal["memcached"] = "memcached"
     clients: int = Field(
         default=200, ge=1, description="Connections, dealt out to the vCPUs in turn."
+    )
+    threads: int = Field(
+        default=1,
+        ge=1,
+        description="Worker threads of each vCPU, to which its connections are dealt out in turn. "
+        "They run one request after the other; only where a guest has `async_pf` does one go on "
+        "while another waits for a page.",
     )
     keys: int = Field(default=100_000, ge=1, description="Keys, all of which are stored.")
     value_size: Size = Field(

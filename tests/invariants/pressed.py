@@ -29,6 +29,7 @@ KERNELS = {
 MACHINES = {"arm64": ["ampere-altra-80c", "graviton3-64c"], "x86": ["x86-icelake-64c"]}
 PLACES = (0, SLOT, SLOT | CACHED)  #: of a page that is not mapped: nowhere, in swap, in its cache
 TIGHT = 0.9  #: share of a page that one takes in a compressed pool that gains little
+PATTERNS = ("memcached", "chase", "sort", "interactive")
 STEPS = 400_000  #: events after which a run is taken for one that never ends
 DURATION = 10 * MS
 
@@ -64,6 +65,8 @@ def pressed(dice: Random) -> Scenario:
     classic = pages % 4 == 0  # the two lists in place of generations
     takers = {f"c{number}": taker(dice, guests, page) for number in range(dice.choice([0, 1, 2]))}
     cpus = vcpus + 2 + len(takers)
+    if swap is not None and not fair:
+        sleep_for_themselves(guests, Random(total))
     return scenario(
         seed=dice.randrange(1000),
         machine={"base": dice.choice(MACHINES[arch]), "set": {"hw_af": not software}},
@@ -88,6 +91,15 @@ def pressed(dice: Random) -> Scenario:
         contenders=takers,
         ties=dice.choice(["fifo", "shuffle"]),
     )
+
+
+def sleep_for_themselves(guests: dict[str, Any], dice: Random) -> None:
+    """Some of the vCPUs that work off jobs go on while a page is read."""
+    for one in guests.values():
+        if one["access"]["pattern"] in PATTERNS:
+            one["async_pf"] = dice.random() < 0.7
+        if one["access"]["pattern"] == "memcached":
+            one["access"]["threads"] = dice.choice([1, 2, 5])
 
 
 def guest(dice: Random, page: int, software: bool) -> dict[str, Any]:
@@ -203,6 +215,7 @@ class Watch:
                 assert isinstance(vcpu.fault, SwapFaultPath)
                 assert vcpu.fault.cached >= 0
                 held += vcpu.fault.cached + vcpu.fault.in_flight
+            held += sum(work.in_flight for work in kvm.kworkers)  # type: ignore[attr-defined]
             if kvm.alive or any(vcpu.fault.cached for vcpu in kvm.vcpus):
                 held += kvm.stage2.geometry.root_pages
         pool = 0 if self.pgdat.swap is None else self.pgdat.swap.pool_pages

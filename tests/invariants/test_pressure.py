@@ -16,6 +16,16 @@ from simkvm.kernel.world import World
 from simkvm.observe.record import Record
 
 UNIFORM = {"pattern": "uniform", "touches": 3000, "think": 2000, "write_ratio": 0.6}
+SERVER = {
+    "pattern": "memcached",
+    "clients": 12,
+    "threads": 2,
+    "keys": 4000,
+    "value_size": 900,
+    "get_ratio": 0.5,
+    "service": 2000,
+    "network": 5000,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "optane": {},
     "zram": {"swap": {"kind": "zram"}},
@@ -34,6 +44,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "kernel": "linux-7.1",
     },
     "little swap": {"swap": {"kind": "nvme", "size": 3 * MIB}},
+    "async page faults": {"access": SERVER, "async_pf": True},
+    "async page faults, file": {"access": SERVER, "async_pf": True, "backing": ("file",)},
     "balloon": {"contender": {"kind": "madvise_dontneed", "guest": "vm0", "range": 65536}},
 }
 
@@ -46,9 +58,12 @@ def pressed(
     contender: dict[str, Any] | None = None,
     backing: tuple[str, ...] = ("anonymous",),
     memcg: str | None = None,
+    access: dict[str, Any] = UNIFORM,
+    async_pf: bool = False,
 ) -> World:
     """Guests of 6 MiB in all on a host that has 4 MiB for them."""
-    guest = {"vcpus": 3, "memory": 6 * MIB // guests, "access": UNIFORM, "memcg": memcg}
+    guest = {"vcpus": 3, "memory": 6 * MIB // guests, "access": access, "memcg": memcg}
+    guest["async_pf"] = async_pf
     kinds = backing * guests
     return world(
         guests={f"vm{n}": {**guest, "backing": kinds[n]} for n in range(guests)},
@@ -91,7 +106,7 @@ class Ledger:
 
     def check(self) -> None:
         self.checks += 1
-        faults = [vcpu.fault for kvm in self.made.kvms for vcpu in kvm.vcpus]
+        faults = [path for kvm in self.made.kvms for path in kvm.host_faults()]
         assert self.missing() == sum(fault.in_flight for fault in faults)  # type: ignore[attr-defined]
         for lruvec in self.pgdat.lruvecs:
             self.lists_hold_what_is_there(lruvec)
@@ -124,6 +139,7 @@ def test_no_page_is_lost_or_counted_twice(kind: str) -> None:
     assert ledger.checks > 1000
     assert int(summary["pgsteal_kswapd"]) + int(summary["pgsteal_direct"]) > 200
     assert summary["violations"] == 0
+    assert (int(summary["async_page_faults"]) > 100) == ("async" in kind)
     assert made.pgdat is not None
     swap = made.pgdat.swap
     assert swap is not None
