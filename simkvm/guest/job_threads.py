@@ -202,6 +202,7 @@ class ThreadedVcpu(JobVcpu):
         self._shares.append(0)
         self._counted_ns = done_ns
         self._free_ns = t_ns
+        self._idle_from_ns = FAR  # it works from now on, if only at the switch
         self._resumed = True
         self.next_ns = self._plan_jobs(self._position)
         self.cpu.leave_guest_at(self._exit_ns)
