@@ -187,8 +187,6 @@ class ThreadedVcpu(JobVcpu):
         parked = self._ready.popleft()
         self._parked.remove(parked)
         self._ready_waits = bool(self._ready)
-        if t_ns >= self._settle_at_ns:
-            t_ns += self._settle(t_ns)
         if self._aside is None:
             self._aside = self._batch()
         self._load_batch(parked.batch)

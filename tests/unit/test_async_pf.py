@@ -335,17 +335,21 @@ def test_a_parked_job_is_done_though_no_other_is_left(monkeypatch: pytest.Monkey
 
 
 def test_hot_pages_are_counted_once_if_a_job_is_parked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job of 100 us half before it: settled then, when the page comes, and after 1 ms.
+    """A job of 100 us, a quarter before a fault, a quarter before it is parked, and the rest.
+
+    Settled at the fault, at its parking, when the page comes, and after 1 ms.
 
     A working vCPU comes by 8 hot pages a microsecond, and the flushes were of more than that.
     """
 
     def found(flushes: int) -> Seen:
-        work = ([0, FAR_PAGE], 100 * US, 10**9), *[([0], 100 * US, 0)] * 30
+        work = ([0, 9, FAR_PAGE], 100 * US, 10**9), *[([0], 100 * US, 0)] * 30
         stage = Stage(
-            iter([jobs(*work, step=50 * US)]), first_ns=(0, 1), each=30, requests=True, threads=2
+            iter([jobs(*work, step=25 * US)]), first_ns=(0, 1), each=30, requests=True, threads=2
         )
-        return watched(monkeypatch, stage, FAR_PAGE, flushed=flushes)
+        return watched(
+            monkeypatch, stage, FAR_PAGE, zapped=(9,), flushed=flushes, reads_ns=(60 * US,)
+        )
 
     calm, flushed = found(0), found(1000)
     (ready_ns,) = flushed.ready_ns
@@ -355,7 +359,7 @@ def test_hot_pages_are_counted_once_if_a_job_is_parked(monkeypatch: pytest.Monke
     settled = next(number for number, end in enumerate(ends) if end >= MS)
     assert ready_ns < ends[0]
     assert flushed.ready_ns[0] - calm.ready_ns[0] < US
-    refills = 8 * 50 + 8 * (100 * settled + 50)
+    refills = 8 * 25 + 8 * (100 * settled + 50)
     assert ends[-1] - calm.answers[-1][0] == refills * REFILL_NS
 
 
@@ -426,6 +430,18 @@ def test_more_threads_serve_more() -> None:
     served = [int(pressed(threads, kind="nvme").summary["requests"]) for threads in (1, 2, 13)]
     blocking = int(pressed(kind="nvme", async_pf=False).summary["requests"])
     assert served[0] < blocking < served[1] < served[2]
+
+
+@pytest.mark.parametrize(("async_pf", "full"), [(False, 1), (True, 0)])
+def test_all_stall_if_all_threads_do(async_pf: bool, full: int) -> None:
+    """Of a vCPU with two threads one stalls, all the time."""
+    access = {**SERVER, "threads": 2}
+    guest = {"memory": 32 * MIB, "mapped": True, "access": access, "async_pf": async_pf}
+    made = world(guest=guest, host=HOST, duration=MS)
+    assert made.pgdat is not None
+    made.pgdat.stalled(0, MS)
+    summary = made.run().summary
+    assert (summary["psi_some_ratio"], summary["psi_full_ratio"]) == (1, full)
 
 
 def test_a_device_that_the_vcpu_reads_itself_leaves_nothing_to_wait_for() -> None:
