@@ -187,8 +187,6 @@ class ThreadedVcpu(JobVcpu):
         parked = self._ready.popleft()
         self._parked.remove(parked)
         self._ready_waits = bool(self._ready)
-        if t_ns >= self._settle_at_ns:
-            t_ns += self._settle(t_ns)
         if self._aside is None:
             self._aside = self._batch()
         self._load_batch(parked.batch)
@@ -202,6 +200,7 @@ class ThreadedVcpu(JobVcpu):
         self._shares.append(0)
         self._counted_ns = done_ns
         self._free_ns = t_ns
+        self._idle_from_ns = FAR  # it works from now on, if only at the switch
         self._resumed = True
         self.next_ns = self._plan_jobs(self._position)
         self.cpu.leave_guest_at(self._exit_ns)

@@ -173,12 +173,15 @@ class JobVcpu(JobPlan):
         self.due_ns = FAR
         self.next_ns, self._halts_until_ns = self._halts_until_ns, 0
         self.kvm.sched.sleep(self.task, t_ns)
-        if self.next_ns > env.now and queue and self.next_ns >= queue[0][0]:
+        if self.next_ns == FAR:
+            self.alarm = Event(env)  # for who has something to do to bring forward
+            yield self.alarm
+        elif self.next_ns > env.now and queue and self.next_ns >= queue[0][0]:
             self.alarm = alarm = self._sleeper
             alarm.callbacks = []
             heappush(queue, (self.next_ns, NORMAL, next(env._eid), alarm))
             yield alarm
-            self.alarm = None
+        self.alarm = None
         self._halted = False
         t_ns = yield from self.kvm.sched.wake(self.task, self.next_ns)
         self._pausing = False

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
-from job_worlds import PROGRAMS, SERVER, given, jobs
+from job_worlds import PROGRAMS, REFILL_NS, SERVER, given, jobs
 from simpy import Event
 from worlds import MIB, MS, US, scenario, world
 
@@ -54,18 +55,25 @@ def swap_out(made: World, *pages: int) -> None:
         host.swap[page] = SLOT
 
 
-def read_takes(made: World, ns: int) -> None:
-    """Every read of the device takes ``ns``, in which its reader sleeps."""
+def read_takes(made: World, *each_ns: int) -> None:
+    """Reads of the device take ``each_ns``, the last of them again and again; readers sleep."""
+    left_ns = list(each_ns)
     assert made.pgdat is not None
     device = made.pgdat.swap
     assert device is not None
 
     def read(task: Task, t_ns: int) -> Generator[Event, Any, int]:
         made.sched.sleep(task, t_ns)
+        ns = left_ns.pop(0) if len(left_ns) > 1 else left_ns[0]
         t_ns = yield from reach(made.env, t_ns + ns)
         return (yield from made.sched.wake(task, t_ns))
 
     device.read = read  # type: ignore[method-assign]
+
+
+def flush_all(made: World, t_ns: int, times: int, _: Event) -> None:
+    for _each in range(times):
+        made.kvms[0].accesses.flushed(t_ns, 0, 0)
 
 
 def watched(
@@ -75,12 +83,14 @@ def watched(
     async_pf: bool = True,
     zapped: tuple[int, ...] = (),
     kill_ns: int = 0,
+    reads_ns: tuple[int, ...] = (),
+    flushed: int = 0,
 ) -> Seen:
     """Run ``stage`` on one vCPU; ``swapped`` is in swap, of ``zapped`` only stage 2 knows not."""
     seen = Seen()
     made = given(patch, [stage], host=HOST, async_pf=async_pf)
     swap_out(made, *swapped)
-    read_takes(made, READ_NS)
+    read_takes(made, *(reads_ns or (READ_NS,)))
     kvm = made.kvms[0]
     for page in zapped:
         kvm.stage2.leaf.entries[page] = 0
@@ -121,6 +131,10 @@ def watched(
             add(ends_ns, latencies_ns)
 
         vcpu.answers.add = noted  # type: ignore[method-assign,union-attr,assignment]
+        for t_ns in (10 * US, 600 * US):
+            timer = made.env.timeout(t_ns)
+            flush = partial(flush_all, made, t_ns, flushed)
+            timer.callbacks.append(flush)  # type: ignore[union-attr]
         if kill_ns:
             assert made.pgdat is not None
             timer = made.env.timeout(kill_ns)
@@ -273,6 +287,82 @@ def test_parked_jobs_die_with_the_vm(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(latency < READ_NS for _, latency in seen.answers)
 
 
+@pytest.mark.parametrize("done_ns", [0, 5 * US])
+def test_a_page_that_comes_while_a_job_goes_on_again(
+    monkeypatch: pytest.MonkeyPatch, done_ns: int
+) -> None:
+    """Before, at and after the moment at which the first thread is switched to."""
+    fault_ns = one_fault_ns(monkeypatch)
+    kinds = set()
+    for later_ns in range(-4 * US, 9 * US, 100):
+        each = [0, FAR_PAGE] if done_ns else [FAR_PAGE], [6], [0]
+        work = jobs(*[(pages, JOB_NS, 0) for pages in each], step=5 * US)
+        stage = Stage(iter([work]), first_ns=(0, 1, 2), each=1, requests=True, threads=2)
+        reads_ns = (READ_NS, READ_NS + later_ns)
+        seen = watched(monkeypatch, stage, FAR_PAGE, 6, reads_ns=reads_ns)
+        ends = {end - latency: end for end, latency in seen.answers}
+        first_ns, second_ns = seen.ready_ns
+        ran_ns = seen.ran_ns[1]
+        assert sorted(ends) == [0, 1, 2]
+        if ends[0] > ends[1]:
+            continue  # the other page was first
+        due_ns = first_ns + WAKEUP_NS + SWITCH_NS + JOB_NS - done_ns + fault_ns
+        extra_ns = ends[0] - due_ns
+        assert extra_ns in (0, ran_ns, ran_ns + COSTS.kick_ns)
+        kinds.add((extra_ns, first_ns + WAKEUP_NS < second_ns < first_ns + WAKEUP_NS + SWITCH_NS))
+        assert ends[1] >= second_ns
+        assert ends[2] > ends[0]
+    assert {where for _, where in kinds} == {True, False}
+    assert len({extra for extra, _ in kinds}) == 3
+
+
+def test_a_vcpu_that_idles_is_woken_by_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would have had nothing to do before the other client asks."""
+    fault_ns = one_fault_ns(monkeypatch)
+    work = jobs(([FAR_PAGE], JOB_NS, 0), ([0], JOB_NS, 0))
+    stage = Stage(iter([work]), first_ns=(0, MS), each=1, requests=True, threads=2)
+    seen = watched(monkeypatch, stage, FAR_PAGE)
+    (ready_ns,) = seen.ready_ns
+    end_ns = ready_ns + WAKEUP_NS + SWITCH_NS + JOB_NS + fault_ns
+    assert [end for end, _ in seen.answers] == [end_ns, MS + WAKEUP_NS + JOB_NS]
+
+
+def test_a_parked_job_is_done_though_no_other_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client waits for nothing: there are two jobs for three."""
+    work = ([FAR_PAGE], JOB_NS, 0), ([0], JOB_NS, 0)
+    seen = watched(monkeypatch, stage_of(*work, clients=3, threads=3, times=1), FAR_PAGE)
+    assert [end - latency for end, latency in seen.answers] == [1, 0]
+
+
+def test_hot_pages_are_counted_once_if_a_job_is_parked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job of 100 us, a quarter before a fault, a quarter before it is parked, and the rest.
+
+    Settled at the fault, at its parking, when the page comes, and after 1 ms.
+
+    A working vCPU comes by 8 hot pages a microsecond, and the flushes were of more than that.
+    """
+
+    def found(flushes: int) -> Seen:
+        work = ([0, 9, FAR_PAGE], 100 * US, 10**9), *[([0], 100 * US, 0)] * 30
+        stage = Stage(
+            iter([jobs(*work, step=25 * US)]), first_ns=(0, 1), each=30, requests=True, threads=2
+        )
+        return watched(
+            monkeypatch, stage, FAR_PAGE, zapped=(9,), flushed=flushes, reads_ns=(60 * US,)
+        )
+
+    calm, flushed = found(0), found(1000)
+    (ready_ns,) = flushed.ready_ns
+    ends = [end for end, _ in flushed.answers]
+    begins = [end - latency == 0 for end, latency in flushed.answers]
+    assert begins.index(True) == 1, "the parked job is the second to end"
+    settled = next(number for number, end in enumerate(ends) if end >= MS)
+    assert ready_ns < ends[0]
+    assert flushed.ready_ns[0] - calm.ready_ns[0] < US
+    refills = 8 * 25 + 8 * (100 * settled + 50)
+    assert ends[-1] - calm.answers[-1][0] == refills * REFILL_NS
+
+
 # -- runs -------------------------------------------------------------------------------------
 
 
@@ -340,6 +430,18 @@ def test_more_threads_serve_more() -> None:
     served = [int(pressed(threads, kind="nvme").summary["requests"]) for threads in (1, 2, 13)]
     blocking = int(pressed(kind="nvme", async_pf=False).summary["requests"])
     assert served[0] < blocking < served[1] < served[2]
+
+
+@pytest.mark.parametrize(("async_pf", "full"), [(False, 1), (True, 0)])
+def test_all_stall_if_all_threads_do(async_pf: bool, full: int) -> None:
+    """Of a vCPU with two threads one stalls, all the time."""
+    access = {**SERVER, "threads": 2}
+    guest = {"memory": 32 * MIB, "mapped": True, "access": access, "async_pf": async_pf}
+    made = world(guest=guest, host=HOST, duration=MS)
+    assert made.pgdat is not None
+    made.pgdat.stalled(0, MS)
+    summary = made.run().summary
+    assert (summary["psi_some_ratio"], summary["psi_full_ratio"]) == (1, full)
 
 
 def test_a_device_that_the_vcpu_reads_itself_leaves_nothing_to_wait_for() -> None:
