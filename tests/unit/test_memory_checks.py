@@ -115,6 +115,18 @@ def test_the_scenario_to_begin_with_is_right(tmp_path: Path) -> None:
             f"{SIZE}: guests that are mapped from the start exceed it by 640 KiB, and compressed "
             "they have no room either",
         ),
+        (
+            GOOD.replace("  memory:\n    size: 24 MiB\n", ""),
+            5,
+            "host.swap: is never used by a host whose memory cannot run out: host.memory says its "
+            "size",
+        ),
+        (
+            GOOD.replace("24 MiB", "24 MiB\n    lru_gen: 0\n    min_ttl: 1 s"),
+            8,
+            "host.memory.min_ttl: the multi-gen LRU is off (lru_gen): there are no ages of "
+            "generations",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(
