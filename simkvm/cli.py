@@ -152,9 +152,13 @@ def run(
     from simkvm.show.lru_gen import text as generations
 
     study = api.load(file, sets, seed)
-    if study.first:
+    if len(study.first) == 1:
+        study = replace(study, points=study.first)
+    elif study.first:
         if lock_stat is not None:
             raise click.UsageError("--lock-stat writes one run; set the axes of the sweep")
+        if lru_gen:
+            raise click.UsageError("--lru-gen prints one run; set the axes of the sweep")
         ctx.exit(_run_first(study, out, as_json))
     result = api.run(study, out=out)
     if lock_stat is not None:

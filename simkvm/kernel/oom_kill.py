@@ -1,10 +1,11 @@
 """The OOM killer: what happens when an allocation has reclaimed in vain for too long.
 
 Source: mm/oom_kill.c (``out_of_memory``, ``oom_badness``, ``__oom_kill_process``), v6.12. The
-victim is the process with the most memory: pages, swap entries and page tables. That is a result
-of the run, and the others go on. The victim's memory is free at once, as if the OOM reaper
-had no walk to make; :mod:`simkvm.contenders.oom_reaper` has that walk. Its page tables and its
-vCPUs' memory caches follow when its process has ended (:mod:`simkvm.kernel.teardown`).
+victim is the process with the most memory: pages, swap entries and page tables of its own. Those
+of stage 2 do not count (``mm_pgtables_bytes`` knows nothing of KVM's). That is a result of the run,
+and the others go on. The victim's memory is free at once, as if the OOM reaper had no walk to make;
+:mod:`simkvm.contenders.oom_reaper` has that walk. Its page tables and its vCPUs' memory caches
+follow when its process has ended (:mod:`simkvm.kernel.teardown`).
 """
 
 from __future__ import annotations
@@ -68,5 +69,4 @@ def _badness(kvm: Kvm) -> int:
     host = kvm.host
     assert isinstance(host, SwappableMemory)
     swapped = 0 if host.file else int(np.count_nonzero(host.swap & SLOT))
-    tables = kvm.tables_allocated - kvm.tables_freed + host.table_pages
-    return host.page_count + swapped + tables
+    return host.page_count + swapped + host.table_pages

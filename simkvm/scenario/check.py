@@ -79,8 +79,12 @@ def _swap(scenario: Scenario, guests: Mapping[str, Guest], machine: Machine) -> 
     if scenario.host.swap is None:
         return
     pages = {name: guest.page_size for name, guest in guests.items()}
-    for key, message in swap_problems(scenario.host.swap, machine, pages):
+    found = list(swap_problems(scenario.host.swap, machine, pages))
+    for key, message in found:
         yield Problem(("host", "swap", *([key] if key else [])), message)
+    if scenario.host.memory is None and not found:
+        message = "is never used by a host whose memory cannot run out: host.memory says its size"
+        yield Problem(("host", "swap"), message)
 
 
 def _lazy(scenario: Scenario, machine: Machine) -> Iterator[Problem]:

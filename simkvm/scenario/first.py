@@ -3,8 +3,8 @@
     run: {kernel: [linux-6.4, linux-6.4-yuzhao-v2], host.memory.size: 1 GiB}
 
 Each entry names an axis of the sweep by its dotted key, and one or several of its values as the
-file writes them; an axis that is not named keeps all of its values. It is about the file, not about
-any scenario.
+file writes them; an axis that is not named keeps all of its values, and so does one that ``--set``
+has changed. It is about the file, not about any scenario.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from simkvm.scenario.errors import Keys, Problem, nearest
 from simkvm.scenario.expand import Axis, Scalar, spelled
+from simkvm.scenario.override import COMMAND_LINE
 
 if TYPE_CHECKING:
     from simkvm.scenario.document import Document
@@ -39,6 +40,8 @@ def wanted(document: Document, chosen: Any, axes: Sequence[Axis]) -> Mapping[str
         raise _error(document, (KEY,), "is a mapping from axes of the sweep to values")
     found: dict[str, list[Scalar]] = {}
     for name, values in chosen.items():
+        if document.place(tuple(str(name).split("."))) == COMMAND_LINE:
+            continue  # whoever runs it has chosen
         axis = by_name.get(str(name))
         if axis is None:
             known = ", ".join(by_name) or "there is none"

@@ -90,7 +90,7 @@ def load(path: str | Path, sets: Sequence[str] = (), seed: int | None = None) ->
         first=tuple(
             point
             for point in points
-            if labels and all(point.axes[axis] in some for axis, some in labels.items())
+            if chosen is not None and all(point.axes[axis] in some for axis, some in labels.items())
         ),
     )
 

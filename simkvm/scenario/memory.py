@@ -92,6 +92,9 @@ def memory_problems(scenario: Scenario, guests: Mapping[str, Guest]) -> Iterator
     if classic and memory.commands:
         message = "the multi-gen LRU is off (lru_gen): there is nothing to command"
         yield Problem(("host", "memory", "commands"), message)
+    if classic and memory.min_ttl:
+        message = "the multi-gen LRU is off (lru_gen): there are no ages of generations"
+        yield Problem(("host", "memory", "min_ttl"), message)
     if classic and scenario.ageing is not None and scenario.ageing.method == "lru_gen":
         message = "lru_gen is off (host.memory.lru_gen)"
         yield Problem(("ageing", "method"), message)

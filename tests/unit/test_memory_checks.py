@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from simkvm.cli import main
+from simkvm.scenario.load import load
 
 GOOD = """\
 name: short
@@ -115,6 +116,18 @@ def test_the_scenario_to_begin_with_is_right(tmp_path: Path) -> None:
             f"{SIZE}: guests that are mapped from the start exceed it by 640 KiB, and compressed "
             "they have no room either",
         ),
+        (
+            GOOD.replace("  memory:\n    size: 24 MiB\n", ""),
+            5,
+            "host.swap: is never used by a host whose memory cannot run out: host.memory says its "
+            "size",
+        ),
+        (
+            GOOD.replace("24 MiB", "24 MiB\n    lru_gen: 0\n    min_ttl: 1 s"),
+            8,
+            "host.memory.min_ttl: the multi-gen LRU is off (lru_gen): there are no ages of "
+            "generations",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(
@@ -124,3 +137,61 @@ def test_what_cannot_be_is_said_in_one_line(
     assert status == 2
     assert told.startswith(f"{line}:"), told
     assert told.partition(": ")[2] == message
+
+
+SWEEP = GOOD.replace("24 MiB", "[24 MiB, 32 MiB]").replace("linux-6.12", "[linux-6.4, linux-6.12]")
+RUN = "run: {kernel: linux-6.12, host.memory.size: 24 MiB}\n"
+
+
+def first(tmp_path: Path, text: str, *sets: str) -> list[list[str]]:
+    """Values of the axes of the points that ``simkvm run`` makes."""
+    path = tmp_path / "short.yaml"
+    path.write_text(text)
+    return [list(map(str, point.axes.values())) for point in load(path, sets).first]
+
+
+def test_a_sweep_says_what_to_run_first(tmp_path: Path) -> None:
+    assert first(tmp_path, SWEEP) == []
+    assert first(tmp_path, SWEEP + RUN) == [["linux-6.12", "24 MiB"]]
+    both = "run: {kernel: [linux-6.12, linux-6.4]}\n"
+    assert len(first(tmp_path, SWEEP + both)) == 4
+
+
+def test_what_is_set_from_outside_is_run(tmp_path: Path) -> None:
+    one = f"{SIZE}=28 MiB"
+    assert first(tmp_path, SWEEP + RUN, one) == [["linux-6.12"]]
+    two = f"{SIZE}=[28 MiB, 30 MiB]"
+    assert [size for _, size in first(tmp_path, SWEEP + RUN, two)] == ["28 MiB", "30 MiB"]
+    assert first(tmp_path, SWEEP + RUN, one, "kernel=linux-7.1") == [[]]
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (
+            "run: {kernels: linux-6.12}\n",
+            "run.kernels: is no axis of this sweep: kernel, host.memory.size "
+            "(did you mean 'kernel'?)",
+        ),
+        (
+            "run: {host.memory.size: 24 GiB}\n",
+            f"run.{SIZE}: 24 GiB is no value of this axis: 24 MiB, 32 MiB (did you mean '24 MiB'?)",
+        ),
+        ("run: 3\n", "run: is a mapping from axes of the sweep to values"),
+    ],
+)
+def test_what_a_sweep_cannot_run_first(tmp_path: Path, run: str, message: str) -> None:
+    status, told = said(tmp_path, SWEEP + run)
+    assert (status, told.partition(": ")[2]) == (2, message)
+
+
+def test_generations_of_one_run(tmp_path: Path) -> None:
+    path = tmp_path / "short.yaml"
+    path.write_text(SWEEP + "run: {kernel: linux-6.12}\n")
+    result = CliRunner().invoke(main, ["run", str(path), "--lru-gen"])
+    assert result.exit_code == 2
+    assert "--lru-gen prints one run" in result.output
+    path.write_text(SWEEP + RUN)
+    result = CliRunner().invoke(main, ["run", str(path), "--lru-gen"])
+    assert result.exit_code == 0
+    assert "memcg     1 /vm0" in result.output

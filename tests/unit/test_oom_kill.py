@@ -70,6 +70,14 @@ def test_swap_entries_and_page_tables_count() -> None:
     assert killer(made).kills[0][1] == "b"
 
 
+def test_tables_of_stage_2_do_not_count() -> None:
+    """They are nobody's RSS, and not in ``mm_pgtables_bytes``."""
+    made = world(a=small(), b=small())
+    made.kvms[1].tables_allocated += 100
+    killer(made).kill(0)
+    assert killer(made).kills[0][1] == "a"
+
+
 def test_the_length_of_a_file_does_not_count() -> None:
     """A guest whose memory is a file's has what is in memory, as any other (MM_FILEPAGES)."""
     made = world({"kind": "optane"}, a=small(), b=small(4 * MIB, backing="file"))
