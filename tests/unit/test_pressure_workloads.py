@@ -1,4 +1,4 @@
-"""The files of `workloads/pressure/`: what `simkvm run` makes of them is what rows are judged by."""
+"""The files of `workloads/pressure/`: what `simkvm run` makes is what rows are judged by."""
 
 from __future__ import annotations
 
