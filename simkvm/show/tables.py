@@ -40,6 +40,7 @@ RECLAIM = "Reclaim, in pages"
 KSWAPD = "kswapd's time, by function with what it calls"
 TABLES_AND_RCU = "RCU and stage-2 tables"
 CALLBACKS = "What RCU callbacks do"
+OOM_KILL = "oom_kill"  #: phases that are the OOM killer's
 MOST_VIOLATIONS = 5
 PLACE_WIDTH = 30
 QUANTITIES = ("wait", "hold")
@@ -53,6 +54,7 @@ def run_report(result: ResultLike) -> Group:
     return Group(
         headline(result),
         *printed(result),
+        *killed(result),
         guest_table(result),
         *one_row(result, WORK),
         *one_row(result, RECLAIM),
@@ -91,12 +93,22 @@ def printed(result: ResultLike) -> list[RenderableType]:
     phases = getattr(result, "phases", None)
     if phases is None or phases.empty:
         return []
-    phases = phases[~phases["name"].isin(lru_gen.NAMES)]
+    phases = phases[~phases["name"].isin((*lru_gen.NAMES, OOM_KILL))]
     if phases.empty:
         return []
     said = phases[(phases["line"] != "") | (phases["name"] == "message")]["line"]
     text = "\n".join(said)
     return [Text("As the selftest prints it", "bold"), Text(text), ""]
+
+
+def killed(result: ResultLike) -> list[RenderableType]:
+    """Whom the OOM killer chose, and when; nothing if it had nothing to do."""
+    phases = getattr(result, "phases", None)
+    if phases is None or phases.empty or not (phases["name"] == OOM_KILL).any():
+        return []
+    kills = phases[phases["name"] == OOM_KILL]
+    rows = [[name, _time(at_ns)] for name, at_ns in kills[["line", "begin_ns"]].values.tolist()]
+    return [titled_table("Killed, out of memory", ("guest", "at"), rows)]
 
 
 def describe_selftest(selftest: Mapping[str, Any]) -> str:
