@@ -233,8 +233,6 @@ class ClassicLru(ListedLru):
 class Classic:
     """Reclaim by active and inactive lists, for one task."""
 
-    name = "classic"
-
     def __init__(self, reclaimer: Reclaimer) -> None:
         self._reclaimer = reclaimer
         self._pgdat = reclaimer.pgdat

@@ -31,8 +31,6 @@ Steps = Generator[Event, Any, int]
 class MultiGen:
     """For one reclaiming task."""
 
-    name = "lru_gen"
-
     def __init__(self, reclaimer: Reclaimer) -> None:
         self._reclaimer = reclaimer
         self._pgdat: Pgdat = reclaimer.pgdat

@@ -22,17 +22,24 @@ from simkvm.kernel.swappable import SLOT, SwappableMemory
 if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm
     from simkvm.kernel.pgdat import Pgdat
+    from simkvm.observe.recorder import Recorder
 
 
 ProcessExit = Callable[["Kvm", int], Generator[Event, Any, Any]]
 
 
 class OomKiller:
-    """Kills VMs among ``kvms``; ``kills``: when, and whom. ``exit_of``: how a process ends."""
+    """Kills VMs among ``kvms``; ``kills``: when, and whom. ``exit_of``: how a process ends.
 
-    def __init__(self, pgdat: Pgdat, kvms: Sequence[Kvm], exit_of: ProcessExit) -> None:
+    ``recorder`` notes each kill as a phase ``oom_kill`` that takes no time.
+    """
+
+    def __init__(
+        self, pgdat: Pgdat, kvms: Sequence[Kvm], exit_of: ProcessExit, recorder: Recorder
+    ) -> None:
         self._pgdat = pgdat
         self._exit_of = exit_of
+        self._recorder = recorder
         self._kvms = kvms
         self.kills: list[tuple[int, str]] = []
         pgdat.pages.out_of_memory = self.kill
@@ -50,6 +57,7 @@ class OomKiller:
         assert isinstance(host, SwappableMemory)
         host.give_all_up()
         self._pgdat.vmstat.oom_kills += 1
+        self._recorder.phase("oom_kill", len(self.kills), t_ns, t_ns, victim.name)
         self.kills.append((t_ns, victim.name))
         self._pgdat.pages.env.process(self._exit(victim, t_ns))
 

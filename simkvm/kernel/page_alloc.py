@@ -83,12 +83,6 @@ class HostPages:
         self._unused -= pages
         self.lowest = min(self.lowest, self.free)
 
-    def take_and_wake(self, t_ns: int, pages: int) -> None:
-        """As :meth:`take` at ``t_ns``; kswapd hears of it."""
-        self.take(pages)
-        if self.free <= self.marks.low:
-            self.wake_kswapd(t_ns)
-
     def put(self, pages: int) -> None:
         """Pages are free again."""
         self._unused += pages

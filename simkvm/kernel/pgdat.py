@@ -5,11 +5,12 @@ Source: include/linux/mmzone.h (``pg_data_t``) and the names of /proc/vmstat, v6
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from simkvm.kernel.listed import DEFAULT_SWAPPINESS, FolioLists
+from simkvm.kernel.lru_walk import LRU_GEN_ALL
 from simkvm.kernel.lrugen import ListedLruvec
 from simkvm.kernel.memcg_lru import MemcgLru
 from simkvm.kernel.mglru import MIN_LRU_BATCH
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from simkvm.kernel.aging_call import Pass
     from simkvm.kernel.kvm import Kvm
     from simkvm.kernel.swappable import SwappableMemory
-
-
-LRU_GEN_ALL: Final = 0xF
 
 
 @dataclass
@@ -51,7 +49,8 @@ class Pgdat:
     walked_at: dict[str, int] = field(default_factory=dict)  #: touches of a guest when walked last
     kswapd_failures: int = 0  #: runs of kswapd in a row that took nothing; others reset it
     stalls: list[int] = field(default_factory=list)  #: begin, end, begin, end... of stalled tasks
-
+    direct_ns: int = 0  #: what tasks reclaimed themselves, throttled sleep apart
+    direct_functions: dict[str, int] = field(default_factory=dict)  #: and of it each function
     jiffy_ns: int = 4_000_000
 
     def __post_init__(self) -> None:
@@ -107,6 +106,12 @@ class Pgdat:
     def memory_of(kvm: Kvm) -> SwappableMemory:
         """The host's mappings of a guest."""
         return kvm.host  # type: ignore[return-value]
+
+    def reclaimed_directly(self, ns: int, functions: Mapping[str, int]) -> None:
+        """A task spent ``ns`` on a round of direct reclaim, of it so much in ``functions``."""
+        self.direct_ns += ns
+        for name, spent_ns in functions.items():
+            self.direct_functions[name] = self.direct_functions.get(name, 0) + spent_ns
 
     def stalled(self, begin_ns: int, end_ns: int) -> None:
         """A task waited for memory (PSI): from ``begin_ns`` to ``end_ns``."""

@@ -52,9 +52,7 @@ class SwappableMemory(HostMemory):
         self.fast_swap = memoryview(self.swap)  # type: ignore[arg-type]  # a buffer
         self._folio_locks: dict[int, list[Event]] = {}
         self._tables: NDArray[np.bool_] = np.zeros(len(self.present), np.bool_)
-        self.thrashing: set[int] = (
-            set()
-        )  #: leaves that are read again, a short time after they went
+        self.thrashing: set[int] = set()  #: leaves read again, a short time after they went
         self.writing: dict[int, object] = {}  #: leaf under writeback -> which one that is
 
     # -- the folio lock -------------------------------------------------------------------------

@@ -74,7 +74,11 @@ class Reclaimer:
         sc = ScanControl(SWAP_CLUSTER_MAX, kswapd=False)
         for priority in range(DEF_PRIORITY, -1, -1):
             sc.priority = priority
+            began_ns, functions = t_ns, dict[str, int]()
+            self._task.functions = functions
             t_ns = yield from self.shrink_node(sc, t_ns)
+            self._task.functions = None
+            self._pgdat.reclaimed_directly(t_ns - began_ns, functions)
             t_ns = yield from self._pgdat.throttle.consider(
                 self._task, t_ns, priority, sc.reclaimed, sc.scanned
             )

@@ -118,7 +118,7 @@ class World:
             task = Task("kswapd", next(self._free_cpus), {})
             self.kswapd = Kswapd(self.pgdat, task, round(machine["wakeup_ns"]))
             self.pgdat.pages.reclaimer = partial(Reclaimer, self.pgdat)
-            OomKiller(self.pgdat, self.kvms, self._process_exit)
+            OomKiller(self.pgdat, self.kvms, self._process_exit, self.recorder)
             files = [kvm for kvm in self.kvms if self.pgdat.memory_of(kvm).file]
             if files:
                 task = Task("flusher", next(self._free_cpus))

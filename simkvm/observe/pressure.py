@@ -1,6 +1,7 @@
-"""What memory pressure did to a run: reclaim's counts, kswapd's time by function, stalled tasks.
+"""What memory pressure did to a run: reclaim's counts, its time by function, stalled tasks.
 
-Counts have the names of /proc/vmstat. Shares of kswapd's time are laid out as ``perf report
+Counts have the names of /proc/vmstat. Shares of kswapd's time, and of that of all direct reclaimers
+together, are laid out as ``perf report
 --children`` has them: a function's share includes what it called, so they do not add up to one.
 Stalls are what PSI calls so (kernel/sched/psi.c, v6.12): a task is in direct reclaim, or waits for
 a page of the working set from swap. *some*: the share of the time in which a task stalls; *full*,
@@ -11,6 +12,7 @@ are other numbers.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -29,7 +31,7 @@ FUNCTIONS: Final = (
     *("folio_referenced", "look_around", "notifier", "write_lock", "read_lock"),
     *("ageing", "unmap", "unmap_lock", "compression", "swap_writepage"),
 )
-"""Functions of kswapd whose time is accounted, by the names of their columns."""
+"""Functions of reclaim whose time is accounted, by the names of their columns."""
 
 
 def pressure_summary(world: World, end_ns: int) -> Summary:
@@ -51,6 +53,8 @@ def pressure_summary(world: World, end_ns: int) -> Summary:
         "psi_full_ratio": full,
         **_work(world, pgdat, scanned, stolen),
         **_kswapd(world, end_ns),
+        "direct_reclaim_ns_total": pgdat.direct_ns,
+        **_shares("direct_reclaim", pgdat.direct_functions, pgdat.direct_ns),
     }
 
 
@@ -84,11 +88,17 @@ def _kswapd(world: World, end_ns: int) -> Summary:
     busy_ns, functions = kswapd.busy_until(end_ns), kswapd.task.functions or {}
     if isinstance(world.sched, FairScheduler):  # what it waited for a CPU is no work
         busy_ns = world.sched.threads[kswapd.task].run_ns
-    shares: Summary = {
-        f"kswapd_share_{name}_ratio": functions.get(name, 0) / busy_ns if busy_ns else math.nan
+    return {
+        "kswapd_busy_ratio": busy_ns / max(1, end_ns),
+        **_shares("kswapd", functions, busy_ns),
+    }
+
+
+def _shares(whose: str, functions: Mapping[str, int], of_ns: int) -> Summary:
+    return {
+        f"{whose}_share_{name}_ratio": functions.get(name, 0) / of_ns if of_ns else math.nan
         for name in FUNCTIONS
     }
-    return {"kswapd_busy_ratio": busy_ns / max(1, end_ns), **shares}
 
 
 def stalled_shares(stalls: NDArray[np.int64], tasks: int, end_ns: int) -> tuple[float, float]:

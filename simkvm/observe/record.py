@@ -11,7 +11,8 @@ Table = dict[str, list[Any]]
 
 
 #: Of a selftest's phases. ``line`` is what the test prints, without its last newline; a row of
-#: the name ``message`` measures nothing.
+#: the name ``message`` measures nothing. Under memory pressure ``lru_gen`` are lines of that file,
+#: ``lru_gen_write`` writes to it, and ``oom_kill`` names a guest.
 PHASE_COLUMNS = ("name", "iteration", "begin_ns", "end_ns", "line")
 
 

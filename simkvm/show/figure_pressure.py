@@ -33,6 +33,8 @@ MEASURES: Final = (
 )
 """Panels, of which those are shown that the runs have something to say about."""
 MOST_PANELS: Final = 2
+TOUCHES: Final = Measure("touches_per_s", "Guest", "touches a second", format_rate)
+"""For guests that serve nobody and never end."""
 
 
 @style.in_style
@@ -46,7 +48,7 @@ def under_pressure(results: OneOrMany, *, where: Where | None = None) -> Figure:
     if axis is None:
         raise InputError("this study does not sweep the host's memory", key="under_pressure")
     table = along_axis(results, axis, where=where)
-    measures = [m for m in MEASURES if _says_something(table, m)][:MOST_PANELS]
+    measures = [m for m in MEASURES if _says_something(table, m)][:MOST_PANELS] or [TOUCHES]
     colours = style.variant_colours(dict.fromkeys(table["variant"]))
     width = len(measures) * style.width_under(max(map(len, colours)) + 14)
     figure, panels = style.sheet(1, len(measures), width, 4.0 + 0.16 * len(colours))

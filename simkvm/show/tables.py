@@ -38,8 +38,10 @@ END_OF_VMS = "End of VMs"
 WORK = "Requests and work done"
 RECLAIM = "Reclaim, in pages"
 KSWAPD = "kswapd's time, by function with what it calls"
+DIRECT = "Direct reclaim's time, likewise"
 TABLES_AND_RCU = "RCU and stage-2 tables"
 CALLBACKS = "What RCU callbacks do"
+OOM_KILL = "oom_kill"  #: phases that are the OOM killer's
 MOST_VIOLATIONS = 5
 PLACE_WIDTH = 30
 QUANTITIES = ("wait", "hold")
@@ -53,10 +55,12 @@ def run_report(result: ResultLike) -> Group:
     return Group(
         headline(result),
         *printed(result),
+        *killed(result),
         guest_table(result),
         *one_row(result, WORK),
         *one_row(result, RECLAIM),
         *one_row(result, KSWAPD),
+        *one_row(result, DIRECT),
         ageing_table(result),
         *lock_tables(result),
         rcu_table(result),
@@ -91,12 +95,22 @@ def printed(result: ResultLike) -> list[RenderableType]:
     phases = getattr(result, "phases", None)
     if phases is None or phases.empty:
         return []
-    phases = phases[~phases["name"].isin(lru_gen.NAMES)]
+    phases = phases[~phases["name"].isin((*lru_gen.NAMES, OOM_KILL))]
     if phases.empty:
         return []
     said = phases[(phases["line"] != "") | (phases["name"] == "message")]["line"]
     text = "\n".join(said)
     return [Text("As the selftest prints it", "bold"), Text(text), ""]
+
+
+def killed(result: ResultLike) -> list[RenderableType]:
+    """Whom the OOM killer chose, and when; nothing if it had nothing to do."""
+    phases = getattr(result, "phases", None)
+    if phases is None or phases.empty or not (phases["name"] == OOM_KILL).any():
+        return []
+    kills = phases[phases["name"] == OOM_KILL]
+    rows = [[name, _time(at_ns)] for name, at_ns in kills[["line", "begin_ns"]].values.tolist()]
+    return [titled_table("Killed, out of memory", ("guest", "at"), rows)]
 
 
 def describe_selftest(selftest: Mapping[str, Any]) -> str:
@@ -491,6 +505,19 @@ def _size_of(value: object) -> str:
     return format_size(value) if isinstance(value, int) else str(value)
 
 
+def _functions(whose: str) -> tuple[tuple[str, Cell], ...]:
+    """Shares of the time of ``whose`` reclaim by function."""
+    titles = {
+        **{"folio_referenced": "folio_\nreferenced", "look_around": "look_\naround"},
+        **{"notifier": "notifier", "write_lock": "write\nlock", "read_lock": "read\nlock"},
+        **{"ageing": "ageing\nwalk", "unmap": "unmap", "compression": "compres-\nsion"},
+        "swap_writepage": "swap\nwrite",
+    }
+    return tuple(
+        (title, _figure(f"{whose}_share_{name}_ratio", _share)) for name, title in titles.items()
+    )
+
+
 SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {
     "Guests and ageing": (
         ("touches/s", _figure("touches_per_s", _count)),
@@ -530,15 +557,11 @@ SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {
     ),
     KSWAPD: (
         ("busy", _figure("kswapd_busy_ratio", _share)),
-        ("folio_\nreferenced", _figure("kswapd_share_folio_referenced_ratio", _share)),
-        ("look_\naround", _figure("kswapd_share_look_around_ratio", _share)),
-        ("notifier", _figure("kswapd_share_notifier_ratio", _share)),
-        ("write\nlock", _figure("kswapd_share_write_lock_ratio", _share)),
-        ("read\nlock", _figure("kswapd_share_read_lock_ratio", _share)),
-        ("ageing\nwalk", _figure("kswapd_share_ageing_ratio", _share)),
-        ("unmap", _figure("kswapd_share_unmap_ratio", _share)),
-        ("compres-\nsion", _figure("kswapd_share_compression_ratio", _share)),
-        ("swap\nwrite", _figure("kswapd_share_swap_writepage_ratio", _share)),
+        *_functions("kswapd"),
+    ),
+    DIRECT: (
+        ("in all", _figure("direct_reclaim_ns_total", _time_spent)),
+        *_functions("direct_reclaim"),
     ),
     "mmu_lock": (
         ("fault\nwait\np50", _at_site("fault", "wait", "p50")),

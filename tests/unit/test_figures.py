@@ -600,6 +600,16 @@ def test_pressure_shows_requests_and_tails_by_memory(memories):
         figures.under_pressure(memories.points[:1])
 
 
+def test_pressure_on_guests_that_serve_nobody_shows_their_touches():
+    memories = synthetic.memory_sweep()
+    for result in memories.points:
+        for name in ("requests_per_s", "latency_p999_ns"):
+            result.summary[name] = np.nan
+        result.summary["vcpu_wall_ns"] = result.summary["sim_ns"]
+    figure = figures.under_pressure(memories)
+    assert [ax.get_ylabel() for ax in figure.axes] == ["touches a second"]
+
+
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_no_text_covers_another(name, sweep, rates, sizes, memories):
     kind = figures.FIGURES[name]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import worlds
+from click.testing import CliRunner
 from worlds import MIB, MS
 
+from simkvm.cli import main
 from simkvm.kernel.oom_kill import OomKiller
 from simkvm.kernel.swap_fault import SwapFaultPath
 from simkvm.kernel.swappable import SLOT, SwappableMemory
@@ -47,6 +50,21 @@ def test_the_victim_is_who_has_most() -> None:
     assert [kvm.alive for kvm in made.kvms] == [True, False, True]
     killer(made).kill(20)
     assert killer(made).kills[1] == (20, "c")
+
+
+def test_a_report_names_the_victim(tmp_path: Path) -> None:
+    file = tmp_path / "short.yaml"
+    file.write_text(
+        "{name: short, machine: ampere-altra-80c, kernel: linux-6.12, host: {memory: {size: 2 MiB}}"
+        ", guests: {a: {memory: 512 KiB, access: {pattern: populate}}, b: {memory: 2 MiB, "
+        "access: {pattern: populate}}}}"
+    )
+    said = CliRunner().invoke(main, ["run", str(file)])
+    assert said.exit_code == 0, said.output
+    lines = said.output.splitlines()
+    at = lines.index("Killed, out of memory")
+    assert [line.split()[0] for line in lines[at + 1 : at + 4 : 2]] == ["guest", "b"]
+    assert "As the selftest prints it" not in said.output
 
 
 def test_swap_entries_and_page_tables_count() -> None:

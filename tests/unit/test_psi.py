@@ -43,10 +43,11 @@ def pressed_run(kernel: str, **host: Any) -> Any:
     ).summary
 
 
+@pytest.mark.parametrize("whose", ["kswapd", "direct_reclaim"])
 @pytest.mark.parametrize("kernel", ["linux-6.4", "linux-6.12", "linux-7.1-lockless"])
-def test_a_function_has_what_its_callees_have(kernel: str) -> None:
+def test_a_function_has_what_its_callees_have(kernel: str, whose: str) -> None:
     shares = pressed_run(kernel)
-    share = {name: shares[f"kswapd_share_{name}_ratio"] for name in FUNCTIONS}
+    share = {name: shares[f"{whose}_share_{name}_ratio"] for name in FUNCTIONS}
     assert all(0 <= each <= 1 for each in share.values())
     top = sum(share[name] for name in ("folio_referenced", "ageing", "unmap", "compression"))
     assert 0.3 < top <= 1  # those that do not call one another
@@ -56,6 +57,13 @@ def test_a_function_has_what_its_callees_have(kernel: str) -> None:
     assert (asking > 0) == (kernel != "linux-7.1-lockless")
     assert asking <= share["notifier"] + share["ageing"]
     assert 0 < share["unmap_lock"] < share["unmap"]
+
+
+def test_direct_reclaim_is_what_stalls_but_for_sleep() -> None:
+    """Nobody is throttled here, so a stall is all reclaim."""
+    summary = pressed_run("linux-6.12")
+    assert summary["pgsteal_direct"] > 0
+    assert summary["direct_reclaim_ns_total"] == summary["allocstall_ns_total"]
 
 
 def test_waiting_for_the_lock_is_part_of_an_unmap() -> None:

@@ -6,7 +6,7 @@ kernels as there. Before and after see the same keys at one seed, so their ratio
 
 from __future__ import annotations
 
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from simkvm.kernel.world import simulate
 from simkvm.scenario.kernel import load_kernel
 from simkvm.scenario.machine import load_machine
 from simkvm.scenario.schema import Scenario
+from simkvm.study.statistics import confidence_interval
 from simkvm.validate.reclaim import MIB, WATERMARK_SCALE, host_memory
 
 VCPUS = 16
@@ -85,9 +86,9 @@ def ratios(memory: int) -> list[tuple[float, float]]:
 @pytest.mark.slow
 def test_halving_the_scale_moves_ratios_by_less_than_their_interval() -> None:
     whole, half = ratios(PART), ratios(PART // 2)
-    z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
     for number in range(2):
-        a, b = ([pair[number] for pair in each] for each in (whole, half))
-        spread = z * ((stdev(a) ** 2 + stdev(b) ** 2) / REPLICATIONS) ** 0.5
-        assert abs(fmean(a) - fmean(b)) <= max(spread, 0.1 * fmean(a)), (a, b)
+        moved = [a[number] - b[number] for a, b in zip(whole, half, strict=True)]
+        found = confidence_interval(moved, CONFIDENCE)
+        assert abs(found.mean) <= found.half_width, (whole, half)
+        assert found.half_width < 0.25 * fmean(pair[number] for pair in whole), "it says something"
     assert fmean(pair[0] for pair in whole) > 1.05, "there is an effect that could have moved"
