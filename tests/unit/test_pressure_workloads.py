@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """The files of `workloads/pressure/`: what `simkvm run` makes is what rows are judged by."""
-=======
-"""Files of `workloads/pressure/`: what `simkvm run` makes of them is what rows are judged by."""
->>>>>>> eyes
 
 from __future__ import annotations
 

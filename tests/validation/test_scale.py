@@ -18,10 +18,10 @@ from simkvm.scenario.schema import Scenario
 from simkvm.study.statistics import confidence_interval
 from simkvm.validate.reclaim import MIB, WATERMARK_SCALE, host_memory
 
-VCPUS = 16
+VCPUS = 8
 OVERCOMMIT = 1.12
 REPLICATIONS = 4
-PART = 128 * MIB
+PART = 48 * MIB
 CONFIDENCE = 0.99
 
 
@@ -34,7 +34,7 @@ def memcached(memory: int, kernel: str, replication: int) -> dict[str, Any]:
         "replication": replication,
         "machine": "ampere-altra-80c",
         "kernel": kernel,
-        "duration": "350 ms",
+        "duration": "110 ms",
         "host": {
             "memory": {
                 "size": host_memory(memory, memory, VCPUS, OVERCOMMIT),
@@ -49,14 +49,14 @@ def memcached(memory: int, kernel: str, replication: int) -> dict[str, Any]:
                 "mapped": True,
                 "access": {
                     "pattern": "memcached",
-                    "clients": 24,
+                    "clients": 12,
                     "keys": keys,
                     "value_size": "2000 B",
                     "get_ratio": 1.0,
                     "service": "5 us",
                     "network": "20 us",
                     "think": "0 ns",
-                    "warmup": "150 ms",
+                    "warmup": "40 ms",
                 },
             }
         },
