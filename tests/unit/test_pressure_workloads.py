@@ -60,5 +60,6 @@ def test_memcached_overcommits_as_its_row_does() -> None:
         assert mine.pop("keys") == pytest.approx(theirs.pop("keys"), rel=0.03)
         assert mine == theirs
         assert scenario.host.memory is not None
-        size = host_memory(guest.memory_pages * 4096 - 2 * MIB, guest.memory_pages * 4096, 64, 1.08)
-        assert abs(scenario.host.memory.size - size) <= MIB
+        memory = guest.memory_pages * 4096
+        sizes = [host_memory(memory - 2 * MIB, memory, 64, times) for times in (1.08, 1.12)]
+        assert min(abs(scenario.host.memory.size - size) for size in sizes) <= 4 * MIB
