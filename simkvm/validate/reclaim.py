@@ -35,16 +35,18 @@ WATERMARK_SCALE: Final = 100
 CACHE_PAGES: Final = 40  #: of each vCPU (KVM_ARCH_NR_OBJS_PER_MEMORY_CACHE on arm64)
 
 
-def host_memory(touched: int, guest: int, vcpus: int, overcommit: float) -> int:
+def host_memory(
+    touched: int, guest: int, vcpus: int, overcommit: float, scale: int = WATERMARK_SCALE
+) -> int:
     """Bytes of a host of which a guest touches ``overcommit`` times as much as there is room.
 
     ``guest`` bytes have page tables of the host and of stage 2; each vCPU has its memory cache; and
-    the high watermark stays free.
+    the high watermark of a ``watermark_scale`` stays free.
     """
     tables = 2 * (guest // PAGE // 512 + 4)
     room = int(touched / overcommit) + (tables + vcpus * CACHE_PAGES) * PAGE
-    total = room * 100 // (100 - 3)  # min, and twice the distance of a hundredth
-    return total // MIB * MIB
+    total = room * 10_000 // (10_000 - 3 * scale)  # min, and twice the distance
+    return total // PAGE * PAGE
 
 
 @dataclass(frozen=True)

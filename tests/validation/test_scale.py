@@ -37,7 +37,7 @@ def memcached(memory: int, kernel: str, replication: int) -> dict[str, Any]:
         "duration": "110 ms",
         "host": {
             "memory": {
-                "size": host_memory(memory, memory, VCPUS, OVERCOMMIT),
+                "size": host_memory(memory, memory, VCPUS, OVERCOMMIT, WATERMARK_SCALE),
                 "watermark_scale": WATERMARK_SCALE,
             },
             "swap": {"kind": "optane"},
