@@ -36,17 +36,23 @@ CACHE_PAGES: Final = 40  #: of each vCPU (KVM_ARCH_NR_OBJS_PER_MEMORY_CACHE on a
 
 
 def host_memory(
-    touched: int, guest: int, vcpus: int, overcommit: float, scale: int = WATERMARK_SCALE
+    touched: int,
+    guest: int,
+    vcpus: int,
+    overcommit: float,
+    scale: int = WATERMARK_SCALE,
+    step: int = MIB,
 ) -> int:
     """Bytes of a host of which a guest touches ``overcommit`` times as much as there is room.
 
     ``guest`` bytes have page tables of the host and of stage 2; each vCPU has its memory cache; and
-    the high watermark of a ``watermark_scale`` stays free.
+    the high watermark of a ``watermark_scale`` stays free. In steps of ``step`` bytes, which
+    is much of a small part.
     """
     tables = 2 * (guest // PAGE // 512 + 4)
     room = int(touched / overcommit) + (tables + vcpus * CACHE_PAGES) * PAGE
     total = room * 10_000 // (10_000 - 3 * scale)  # min, and twice the distance
-    return total // PAGE * PAGE
+    return total // step * step
 
 
 @dataclass(frozen=True)
