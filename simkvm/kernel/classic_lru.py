@@ -267,21 +267,23 @@ class Classic:
 
     def scan_count(self, lruvec: ClassicLruvec, sc: ScanControl) -> dict[List, int]:
         """How many folios of each list to look at (``get_scan_count``)."""
-        swappiness = self._pgdat.swappiness_now()
+        swappiness = self._pgdat.swappiness
         inactive_file = lruvec.on_list[FILE][INACTIVE]
-        trim = inactive_file >> sc.priority and not self.may_deactivate(lruvec, FILE)
-        weights = (swappiness, MAX_SWAPPINESS - swappiness)
-        if not swappiness or trim:
+        if not self._pgdat.can_reclaim_anon:
             weights = (0, 1)
-        elif sc.priority:
+        elif swappiness and not sc.priority:
+            weights = (1, 1)
+        elif self.file_is_tiny(lruvec, sc):
+            weights = (1, 0)
+        elif inactive_file >> sc.priority and not self.may_deactivate(lruvec, FILE):
+            weights = (0, 1)
+        else:
             total = sum(lruvec.costs)
             anon, file = (total + cost for cost in lruvec.costs)
             weights = (
                 swappiness * (anon + file + 1) // (anon + 1),
                 (MAX_SWAPPINESS - swappiness) * (anon + file + 1) // (file + 1),
             )
-        else:
-            weights = (1, 1)
         whole = 1 if weights == (1, 1) else sum(weights)
         return {
             (of_type, number): (lruvec.on_list[of_type][number] >> sc.priority)
@@ -289,6 +291,20 @@ class Classic:
             // whole
             for of_type, number in LISTS
         }
+
+    def file_is_tiny(self, lruvec: ClassicLruvec, sc: ScanControl) -> bool:
+        """Whether files alone cannot bring the node over its high watermark, and old anonymous
+        folios could (``prepare_scan_control``).
+        """
+        pages = self._pgdat.pages
+        lists = [self._lruvec(memcg).on_list for memcg in range(len(self._pgdat.lruvecs))]
+        file = sum(sum(of_memcg[FILE]) for of_memcg in lists)
+        old = sum(of_memcg[ANON][INACTIVE] for of_memcg in lists)
+        return (
+            file + pages.free <= pages.marks.high
+            and not self.may_deactivate(lruvec, ANON)
+            and old >> sc.priority > 0
+        )
 
     def may_deactivate(self, lruvec: ClassicLruvec, of_type: int) -> bool:
         """Whether active folios may go: few are inactive, or the working set changes."""
@@ -319,7 +335,7 @@ class Classic:
             adjusted = True
             if not _keep_in_proportion(counts, targets):
                 break
-        if self._pgdat.swappiness_now() and lruvec.inactive_is_low(ANON):
+        if self._pgdat.swap is not None and lruvec.inactive_is_low(ANON):
             t_ns = yield from self._shrink_active(memcg, ANON, SWAP_CLUSTER_MAX, t_ns)
         return t_ns
 

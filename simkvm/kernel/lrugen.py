@@ -14,6 +14,7 @@ a short time (mm/workingset.c).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,8 @@ from simkvm.kernel.mglru import (
 from simkvm.kernel.mm_list import MmList
 from simkvm.kernel.vmstat import Vmstat
 
+IDLE_NS: Final = 3600 * 10**9  #: how long ago the last generation of an idle guest began
+
 
 def evictable(swappiness: int) -> tuple[int, ...]:
     """Types that may be evicted: no anonymous ones with a swappiness of 0, none but them at 201."""
@@ -77,7 +80,7 @@ class ListedLruvec(FolioLists):
         self.min_seqs = [0, 0]
         self.controllers = [Controller(self.rules) for _ in TYPES]
         self.mms = MmList(len(guests), self.vmstat)
-        self._now = now
+        self.now = now
         self.birth_ns = [now()] * MAX_NR_GENS  #: of each generation, by its number modulo four
         self.generation: NDArray[np.uint8] = np.zeros(len(self.listed), np.uint8)
         self.listed_guests: list[ListedLruGen] = []
@@ -105,7 +108,7 @@ class ListedLruvec(FolioLists):
         )
         self.mms.opened(self.max_seq)
         self.max_seq += 1
-        self.birth_ns[self.max_seq % MAX_NR_GENS] = self._now()
+        self.birth_ns[self.max_seq % MAX_NR_GENS] = self.now()
         self._min_seqs_moved()
         return moved
 
@@ -419,7 +422,11 @@ class ListedLruGen(ListedLru):
         self._listed[leaves] = ABSENT
 
     def all_old(self) -> None:
-        """Ageing came by often enough for all folios to be in the oldest generation."""
+        """Ageing came by often enough for all folios to be in the oldest generation, and for an
+        hour now there was no need to.
+        """
+        lruvec = self._lists
+        lruvec.birth_ns = [lruvec.now() - IDLE_NS] * MAX_NR_GENS
         leaves = np.flatnonzero(self._listed < ISOLATED)
         self.remove(leaves)
         self._lists._put(leaves + self.base, self._lists.min_seqs[self.of_type])

@@ -70,7 +70,7 @@ class Pgdat:
         Isolated ones count, as they did up to v4.8: a batch is a small part of a host's memory, but
         may be a large one of a host that was scaled down.
         """
-        slots = self.swap is not None and self.swap.free_slots > 0
+        slots = self.can_reclaim_anon
         return sum(self._hosts(lambda host: host.page_count if slots or host.file else 0))
 
     def write_pending(self) -> int:
@@ -91,6 +91,11 @@ class Pgdat:
     def generations(self) -> list[ListedLruvec]:
         """The lruvecs, if they are the multi-gen LRU's, or none."""
         return [lruvec for lruvec in self.lruvecs if isinstance(lruvec, ListedLruvec)]
+
+    @property
+    def can_reclaim_anon(self) -> bool:
+        """Whether there is a slot of swap left (``can_reclaim_anon_pages``)."""
+        return self.swap is not None and self.swap.free_slots > 0
 
     def swappiness_now(self) -> int:
         """How readily anonymous folios are evicted: not at all when swap is (almost) full."""

@@ -156,7 +156,10 @@ class SwapFaultPath(FaultPath):
     def _handle_fault(self, t_ns: int, state: int, swap: int) -> Steps:
         """``handle_pte_fault``: the host's entry was ``state`` and ``swap`` when it was read."""
         host, leaf = self._host, self._leaf
-        t_ns = yield from self._table_page(t_ns)
+        if host.lacks_table(leaf):
+            t_ns = yield from self._table_page(t_ns)
+            if not self._same(state, swap):  # it is read when there is a table
+                return t_ns
         if not state and (swap & SLOT or self._write):
             if not host.trylock_folio(leaf):
                 return t_ns
@@ -176,14 +179,13 @@ class SwapFaultPath(FaultPath):
         return t_ns
 
     def _table_page(self, t_ns: int) -> Steps:
-        """The host's own table for the leaf, if there is none yet (``__pte_alloc``)."""
-        if self._host.lacks_table(self._leaf):
-            t_ns = yield from self._allocate(t_ns)
-            if self._kvm.alive and self._host.lacks_table(self._leaf):
-                self._host.table_linked(self._leaf)
-                self.in_flight = 0
-            else:
-                self._give_back()
+        """The host's own table for the leaf, unless somebody is faster (``__pte_alloc``)."""
+        t_ns = yield from self._allocate(t_ns)
+        if self._kvm.alive and self._host.lacks_table(self._leaf):
+            self._host.table_linked(self._leaf)
+            self.in_flight = 0
+        else:
+            self._give_back()
         return t_ns
 
     def _reuse(self, t_ns: int, state: int, swap: int) -> Steps:

@@ -120,6 +120,23 @@ def test_types_are_weighed_by_what_they_cost() -> None:
     assert (counts[ANON, INACTIVE], counts[FILE, INACTIVE]) == (0, 128)
 
 
+def test_tiny_files_are_left_alone() -> None:
+    """prepare_scan_control(): with hardly a page of a file, all comes from old anonymous ones."""
+    made = pressed()
+    lruvec, pages = made.pgdat.lruvecs[0], made.pgdat.pages
+    assert isinstance(lruvec, ClassicLruvec)
+    lruvec.on_list[ANON], lruvec.on_list[FILE] = [4096, 1024], [8, 8]
+    lruvec.costs = [3000, 0]
+    sc = ScanControl(32, True, priority=6)
+    assert classic(made).scan_count(lruvec, sc)[ANON, INACTIVE] < 64, "there are pages enough"
+    pages.take(pages.free - pages.marks.high + 16)
+    assert classic(made).scan_count(lruvec, sc)[ANON, INACTIVE] == 64
+    made.pgdat.swappiness = 0  # out of memory is worse than swap
+    assert classic(made).scan_count(lruvec, sc)[ANON, INACTIVE] == 64
+    lruvec.on_list[ANON] = [1024, 4096]  # active ones would have to go
+    assert classic(made).scan_count(lruvec, sc)[ANON, INACTIVE] == 0
+
+
 # -- the same reference string, plainly ------------------------------------------------------------
 
 

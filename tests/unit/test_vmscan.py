@@ -21,7 +21,7 @@ from simkvm.kernel.host_memory import OWN, PRESENT, WRPROTECT
 from simkvm.kernel.lru_gen_file import LruGenFile, generations
 from simkvm.kernel.lru_walk import ReclaimWalk
 from simkvm.kernel.memcg_lru import MEMCG_NR_GENS, MemcgLru
-from simkvm.kernel.mglru import suitable_to_scan
+from simkvm.kernel.mglru import MAX_NR_GENS, suitable_to_scan
 from simkvm.kernel.mm_list import MmList
 from simkvm.kernel.sites import AGE, RANGE_START
 from simkvm.kernel.swappable import SLOT
@@ -300,9 +300,17 @@ def test_reclaim_is_fair_to_memcgs() -> None:
 @pytest.mark.parametrize(("min_ttl_ns", "killed"), [(0, 0), (500 * MS, 1), (100 * MS, 0)])
 def test_somebody_is_killed_if_everything_is_young(min_ttl_ns: int, killed: int) -> None:
     made = Pressed(guests=2, host={"min_ttl": min_ttl_ns})
+    for lruvec in made.pgdat.generations:
+        lruvec.birth_ns = [0] * MAX_NR_GENS
     made.world.env.run(200 * MS)
     made.reclaimer.age_node(ScanControl(64, True), made.now())
     assert made.pgdat.vmstat.oom_kills == killed
+
+
+def test_memory_that_was_there_before_is_old_enough() -> None:
+    made = Pressed(host={"min_ttl": 500 * MS})
+    made.reclaimer.age_node(ScanControl(64, True), made.now())
+    assert not made.pgdat.vmstat.oom_kills
 
 
 # -- on command ------------------------------------------------------------------------------------
@@ -340,7 +348,7 @@ def test_the_file_reads_as_the_kernels() -> None:
     made.world.env.run(250 * MS)
     lines = generations(made.pgdat, made.now())
     assert lines[:2] == ["memcg     1 /vm0", " node     0"]
-    assert lines[2] == "          0        250        512           0 "
+    assert lines[2] == "          0    3600250        512           0 "
     assert lines[6] == "memcg     2 /vm1"
     assert len(lines) == 2 * (2 + 4)
 
