@@ -174,7 +174,7 @@ class MaxGuestMemory:
 
     vcpus: ClassVar[int] = 64
     guest_bytes: ClassVar[int] = 250 * GIB
-    largest: ClassVar[int] = 250 * MIB
+    largest: ClassVar[int] = 500 * MIB
     kernels: ClassVar[Mapping[str, Any]] = {
         "before (no per-PTE flush)": {
             "base": "linux-6.12-x86",
