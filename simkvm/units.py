@@ -33,6 +33,8 @@ DURATION_NS: Mapping[str, int] = {
     "min": 60_000_000_000,
     "h": 3_600_000_000_000,
 }
+KIB, MIB, GIB = SIZE_BYTES["KiB"], SIZE_BYTES["MiB"], SIZE_BYTES["GiB"]
+NS_PER_MS, NS_PER_S = DURATION_NS["ms"], DURATION_NS["s"]
 COUNTS: Mapping[str, int] = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 MOST = 2**63 - 1

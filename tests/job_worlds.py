@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worlds import MIB, MS, US, world
+from worlds import MS, US, world
 
 from simkvm.guest import workloads
 from simkvm.guest.jobs import Jobs, Seat, Stage
 from simkvm.kernel.world import World
 from simkvm.scenario.machine import load_machine
 from simkvm.scenario.workloads import Memcached
+from simkvm.units import MIB
 
 MACHINE = load_machine("ampere-altra-80c")
 WAKEUP_NS = round(MACHINE["wakeup_ns"])

@@ -10,8 +10,8 @@ from simkvm.scenario.kernel import load_kernel
 from simkvm.scenario.load import require_possible
 from simkvm.scenario.machine import load_machine
 from simkvm.scenario.schema import Scenario
+from simkvm.units import MIB
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 MS = 1_000_000
 
 SMALL: dict[str, dict[str, Any]] = {

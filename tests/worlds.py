@@ -30,8 +30,8 @@ from simkvm.scenario.kernel import load_kernel
 from simkvm.scenario.load import require_possible
 from simkvm.scenario.machine import load_machine
 from simkvm.scenario.schema import Scenario
+from simkvm.units import MIB
 
-KIB, MIB = 1 << 10, 1 << 20
 US, MS = 1_000, 1_000_000
 
 

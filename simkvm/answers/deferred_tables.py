@@ -14,12 +14,11 @@ from simkvm.answers.runs import Points, Runs, Values, interval, place, summary
 from simkvm.show.text import NOTHING
 from simkvm.study.result import Result
 from simkvm.study.statistics import Interval
-from simkvm.units import format_count, format_duration, format_size, parse_duration
+from simkvm.units import NS_PER_S, format_count, format_duration, format_size, parse_duration
 
 HZ, RATE = "host.hz", "contenders.vmm.rate"
 QHIMARK, PREEMPTION = "host.rcu.qhimark", "host.preemption"
 NOHZ, NOCBS, LAZY = "host.nohz_full", "host.rcu.nocbs", "host.rcu.lazy"
-NS_PER_S = 1e9
 
 GRANULES = (
     ("4 KiB", "2 MiB", "256 MiB"),

@@ -20,7 +20,6 @@ FREES = {
 WALK, TEST, PUT = FREES
 PAGE_SIZE = "guests.vm0.page_size"
 ENTRIES = {"4 KiB": 512, "16 KiB": 2048, "64 KiB": 8192}
-NS_PER_S = 1e9
 
 
 def _rate(value: Interval) -> str:

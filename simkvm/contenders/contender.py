@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from simkvm.contenders.in_turn import Turns
     from simkvm.kernel.kvm import Kvm
 
-NS_PER_S = 1_000_000_000
 Steps = Generator[Event, Any, int]
 HostChange = Callable[[HostMemory, int, int], int]
 

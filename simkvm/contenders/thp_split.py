@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from simpy import Event
 
-from simkvm.contenders.contender import NS_PER_S, Contender
+from simkvm.contenders.contender import Contender
 from simkvm.kernel.task import Task
 from simkvm.scenario.contenders import ThpSplit as Spec
+from simkvm.units import NS_PER_S
 
 if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm

@@ -21,6 +21,7 @@ from simkvm.kernel.lrugen import ListedLruvec
 from simkvm.kernel.mglru import MAX_NR_GENS
 from simkvm.kernel.task import Task, reach
 from simkvm.kernel.vmscan import Reclaimer
+from simkvm.units import NS_PER_MS
 
 if TYPE_CHECKING:
     from simkvm.kernel.pgdat import Pgdat
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 #: A letter and three numbers, then perhaps one or two more.
 COMMAND: Final = re.compile(r"(\S)\s*(\d+)\s+(\d+)\s+(\d+)(?:\s+(\d+))?(?:\s+(\d+))?\s*")
-NS_PER_MS: Final = 1_000_000
 
 
 class LruGenFile:

@@ -6,9 +6,8 @@ Names and defaults are those of kernel/rcu/tree.{c,h} and kernel/softirq.c, v6.1
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
-NS_PER_S: Final = 1_000_000_000
+from simkvm.units import NS_PER_S
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,9 +53,9 @@ from simkvm.scenario.schema import Guest, Scenario
 from simkvm.scenario.schema import Teardown as TeardownSpec
 from simkvm.scenario.swap import Nvme
 from simkvm.selftests.main_thread import MainThread
+from simkvm.units import NS_PER_S
 
 FIRST_SAMPLE_NS = 1_000_000
-NS_PER_S = 1_000_000_000
 
 
 def simulate(scenario: Scenario, machine: Machine, kernel: KernelVariant) -> Record:

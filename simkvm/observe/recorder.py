@@ -14,13 +14,13 @@ from simkvm.observe.lock_stat import LockStat
 from simkvm.observe.pressure import pressure_summary
 from simkvm.observe.record import PHASE_COLUMNS, Record, table
 from simkvm.observe.table_memory import time_average
+from simkvm.units import NS_PER_S
 
 if TYPE_CHECKING:
     from simkvm.kernel.aging_call import Pass
     from simkvm.kernel.pgdat import Pgdat
     from simkvm.kernel.world import World
 
-NS_PER_S = 1_000_000_000
 LOCK_COLUMNS = (
     *("guest", "lock", "site", "mode", "acquisitions", "contended"),
     *("wait_mean_ns", "wait_p50_ns", "wait_p99_ns", "wait_max_ns", "wait_total_ns"),

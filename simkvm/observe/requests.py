@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from simkvm.observe.histogram import Histogram
+from simkvm.units import NS_PER_S
 
 if TYPE_CHECKING:
     from simkvm.kernel.kvm import Kvm
     from simkvm.kernel.world import World
 
-NS_PER_S: Final = 1_000_000_000
 SUB_BITS: Final = 7  #: of the histogram of latencies: a quantile is off by less than 0.8 %
 KEEP: Final = 4096  #: answers kept raw before they are folded into the histogram
 

@@ -21,7 +21,6 @@ from simkvm.scenario.contenders import (
     ThpSplit,
 )
 from simkvm.scenario.errors import Keys, Problem, nearest
-from simkvm.scenario.fields import KIB
 from simkvm.scenario.groups import every_guest, meant, member_names, virtual_machines
 from simkvm.scenario.kernel import KernelVariant
 from simkvm.scenario.machine import Machine
@@ -32,7 +31,7 @@ from simkvm.scenario.selftest import Selftest
 from simkvm.scenario.swap import swap_problems
 from simkvm.scenario.workload_check import async_pf_problems, workload_problems
 from simkvm.scenario.workloads import ENDLESS, Workload
-from simkvm.units import exact_duration, exact_size
+from simkvm.units import KIB, exact_duration, exact_size
 
 
 def problems(

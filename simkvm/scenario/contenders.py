@@ -12,9 +12,10 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field
 
 from simkvm import units
-from simkvm.scenario.fields import MIB, Duration, Model, Rate, Size, Span
+from simkvm.scenario.fields import Duration, Model, Rate, Size, Span
+from simkvm.units import MIB
 
-MS = units.DURATION_NS["ms"]
+MS = units.NS_PER_MS
 
 
 class ContenderModel(Model):
@@ -53,7 +54,7 @@ class ContenderModel(Model):
         rate = getattr(self, "rate", None)
         if rate is None:
             return self
-        later_ns = int(number * units.DURATION_NS["s"] / rate)
+        later_ns = int(number * units.NS_PER_S / rate)
         return self.model_copy(update={"rate": rate / guests, "start": self.start + later_ns})
 
 
@@ -97,12 +98,12 @@ class FreePageReporting(ContenderModel):
         default=2 * MIB, description="Size of a reported block (pageblock, page_reporting_order)."
     )
     delay: Span = Field(
-        default=2 * units.DURATION_NS["s"],
+        default=2 * units.NS_PER_S,
         description="Time between two passes (PAGE_REPORTING_DELAY, mm/page_reporting.c).",
     )
     batch: int = Field(default=32, ge=1, description="Blocks a request (PAGE_REPORTING_CAPACITY).")
     idle: Duration = Field(
-        default=units.DURATION_NS["s"],
+        default=units.NS_PER_S,
         description="Blocks that the guest has not touched for this long count as free.",
     )
 
@@ -144,7 +145,7 @@ class DirtyLog(ContenderModel):
     kind: Literal["dirty_log"] = "dirty_log"
     logs: ClassVar[bool] = True
     interval: Duration = Field(
-        default=units.DURATION_NS["s"] // 10,
+        default=units.NS_PER_S // 10,
         description="Pause before each round (the time that a migration takes to send pages).",
     )
     rounds: int | None = Field(
@@ -194,7 +195,7 @@ class Khugepaged(ContenderModel):
         description="PTEs looked at in one go (khugepaged/pages_to_scan).",
     )
     scan_sleep: Duration = Field(
-        default=10 * units.DURATION_NS["s"],
+        default=10 * units.NS_PER_S,
         description="Pause between two goes (khugepaged/scan_sleep_millisecs).",
     )
     max_ptes_none: int = Field(
@@ -291,12 +292,12 @@ class NumaBalancing(ContenderModel):
         default=256 * MIB, description="Memory a scan changes (numa_balancing/scan_size_mb)."
     )
     period: Span = Field(
-        default=units.DURATION_NS["s"],
+        default=units.NS_PER_S,
         description="Time between two scans of a process: 1 s at the least, 60 s at the most "
         "(numa_balancing/scan_period_min_ms, _max_ms); here it does not adapt.",
     )
     delay: Duration = Field(
-        default=units.DURATION_NS["s"],
+        default=units.NS_PER_S,
         description="Time from start to the first scan (numa_balancing/scan_delay_ms).",
     )
 
@@ -341,7 +342,7 @@ class OomReaper(ContenderModel):
 
     kind: Literal["oom_reaper"] = "oom_reaper"
     delay: Duration = Field(
-        default=2 * units.DURATION_NS["s"],
+        default=2 * units.NS_PER_S,
         description="From the kill to the reaper's first try (OOM_REAPER_DELAY, mm/oom_kill.c).",
     )
 

@@ -26,10 +26,6 @@ from pydantic_core import PydanticCustomError
 from simkvm import units
 from simkvm.scenario.errors import InputError
 
-KIB = 1 << 10
-MIB = 1 << 20
-GIB = 1 << 30
-
 STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 K = TypeVar("K")
 V = TypeVar("V")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, Literal, NamedTuple, get_args
 
-from simkvm.scenario.fields import GIB, KIB, MIB
+from simkvm.units import GIB, KIB, MIB
 
 
 class GuestMode(NamedTuple):

@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from simkvm.scenario.fields import KIB, MIB, Size, Span
+from simkvm.scenario.fields import Size, Span
 from simkvm.scenario.selftest import GRANULES, Selftest, Vm
-from simkvm.units import exact_size
+from simkvm.units import KIB, MIB, exact_size
 
 SUBTESTS: tuple[str, ...] = (
     "map",

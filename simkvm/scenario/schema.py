@@ -19,9 +19,6 @@ from simkvm import units
 from simkvm.scenario.access import Access, Populate, Uniform
 from simkvm.scenario.contenders import Contender
 from simkvm.scenario.fields import (
-    GIB,
-    KIB,
-    MIB,
     AnySize,
     Duration,
     FrozenDict,
@@ -37,6 +34,7 @@ from simkvm.scenario.reference import KernelRef, MachineRef
 from simkvm.scenario.selftest import Vm
 from simkvm.scenario.selftests import AnySelftest
 from simkvm.scenario.swap import Swap
+from simkvm.units import GIB, KIB, MIB
 
 BLOCK_BYTES: Mapping[int, tuple[int, ...]] = {
     4 * KIB: (2 * MIB, GIB),

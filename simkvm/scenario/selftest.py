@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr
 
-from simkvm.scenario.fields import KIB, Model, Size
+from simkvm.scenario.fields import Model, Size
 from simkvm.scenario.guest_modes import DEFAULT_MODE, MODES, GuestMode
-from simkvm.units import exact_size
+from simkvm.units import KIB, exact_size
 
 GRANULES = (4 * KIB, 16 * KIB, 64 * KIB)
 

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from simkvm.scenario.fields import GIB, AnySize, Duration, Size
+from simkvm.scenario.fields import AnySize, Duration, Size
 from simkvm.scenario.guest_modes import (
     HUGE_PAGES,
     MODES,
@@ -27,7 +27,7 @@ from simkvm.scenario.guest_modes import (
 )
 from simkvm.scenario.memslot_selftest import MemslotPerf
 from simkvm.scenario.selftest import GRANULES, Pin, Selftest, Vcpus, Vm, whole
-from simkvm.units import exact_size
+from simkvm.units import GIB, exact_size
 
 
 class OnBackingSource(Selftest):

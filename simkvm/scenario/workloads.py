@@ -11,7 +11,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from simkvm.scenario.fields import MIB, Duration, Model, Size, Span
+from simkvm.scenario.fields import Duration, Model, Size, Span
+from simkvm.units import MIB
 
 Law = Literal["constant", "exponential"]
 

@@ -15,10 +15,10 @@ from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.task import Task
 from simkvm.kernel.userfaultfd import UffdCosts, UffdReader, Userfaultfd, registered
 from simkvm.scenario import selftests as scenario
-from simkvm.scenario.fields import KIB
-from simkvm.selftests.main_thread import NS_PER_S, Thread, seconds
+from simkvm.selftests.main_thread import Thread, seconds
 from simkvm.selftests.memstress import MemstressTest
 from simkvm.selftests.rendezvous import Wait
+from simkvm.units import KIB, NS_PER_S
 
 if TYPE_CHECKING:
     from simkvm.kernel.world import World

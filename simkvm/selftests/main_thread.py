@@ -21,11 +21,11 @@ from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.task import Task, reach
 from simkvm.kernel.zap_roots import teardown_of
 from simkvm.selftests.rendezvous import Crossing, Rendezvous
+from simkvm.units import NS_PER_S
 
 if TYPE_CHECKING:
     from simkvm.kernel.world import World
 
-NS_PER_S = 1_000_000_000
 Steps = Generator[Event, Any, int]
 Thread = Iterator[Chunk | Pause]
 

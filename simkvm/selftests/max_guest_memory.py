@@ -17,10 +17,10 @@ from simpy import Event
 from simkvm.guest.patterns import CHUNK_TOUCHES, Chunk
 from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.memslot import MemslotUpdate
-from simkvm.scenario.fields import GIB
 from simkvm.scenario.selftests import FilledMemory
 from simkvm.selftests.main_thread import MainThread, Thread, seconds
 from simkvm.selftests.rendezvous import Wait
+from simkvm.units import GIB
 
 if TYPE_CHECKING:
     from simkvm.kernel.world import World

@@ -16,9 +16,10 @@ from simpy import Event
 from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.memslot import MemslotUpdate
 from simkvm.scenario import memslot_selftest as scenario
-from simkvm.selftests.main_thread import NS_PER_S, MainThread, Thread, seconds
+from simkvm.selftests.main_thread import MainThread, Thread, seconds
 from simkvm.selftests.memslot_subtests import SUBTESTS, Subtest
 from simkvm.selftests.rendezvous import Rendezvous, Wait
+from simkvm.units import NS_PER_S
 
 if TYPE_CHECKING:
     from simkvm.kernel.world import World

@@ -21,10 +21,10 @@ from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.memslot import MemslotUpdate
 from simkvm.kernel.mmap_lock import LOCK
 from simkvm.kernel.task import Task, reach
-from simkvm.scenario.fields import MIB
 from simkvm.scenario.memslot_selftest import EXTRA, MOVE_SIZE
 from simkvm.selftests.memstress import leaf_range
 from simkvm.selftests.rendezvous import Rendezvous, Wait
+from simkvm.units import MIB
 
 if TYPE_CHECKING:
     from simkvm.guest.vcpu import Vcpu

@@ -18,11 +18,11 @@ from simkvm.kernel import mmap_lock
 from simkvm.kernel.host_change import make_writable, write_protect
 from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.memslot import Refusal
-from simkvm.scenario.fields import GIB
 from simkvm.scenario.selftests import FilledMemory
 from simkvm.selftests.main_thread import Thread
 from simkvm.selftests.max_guest_memory import MaxGuestMemory
 from simkvm.selftests.rendezvous import Wait
+from simkvm.units import GIB
 
 if TYPE_CHECKING:
     from simkvm.kernel.world import World

@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from simkvm.scenario.errors import InputError
 from simkvm.scenario.machine import load_machine
 from simkvm.scenario.schema import Scenario
-from simkvm.units import DURATION_NS, SIZE_BYTES, format_size
+from simkvm.units import GIB, MIB, NS_PER_MS, NS_PER_S, format_size
 
 if TYPE_CHECKING:
     from simkvm.study.result import Result
     from simkvm.validate.hosts import Host
 
-MIB, GIB = SIZE_BYTES["MiB"], SIZE_BYTES["GiB"]
 LEAST_BYTES = 4 * MIB  #: a vCPU with less has no two blocks, and its costs a run outweigh its pages
-NS = {"s": DURATION_NS["s"], "ms": DURATION_NS["ms"]}
+NS = {"s": NS_PER_S, "ms": NS_PER_MS}
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class DirtyLogPerf:
 class SparseWrites:
     """One write to each 2 MiB of hugetlb memory under dirty logging, split before or by it."""
 
-    start_ns: ClassVar[int] = 4 * DURATION_NS["s"]  #: by when logging is on and blocks are split
+    start_ns: ClassVar[int] = 4 * NS_PER_S  #: by when logging is on and blocks are split
 
     def run(self, figure: Figure, host: Host, limit_bytes: int) -> Run:
         """Logging begins at once, the writes when it is through."""
@@ -191,7 +190,7 @@ class Unmap:
             "stop": "2 ms",
         }
         keys = {
-            "duration": 200 * DURATION_NS["s"],
+            "duration": 200 * NS_PER_S,
             "kernel": self.kernels[figure.arm],
             "guests": {"vm": guest},
             "contenders": {"unmap": unmap},
@@ -248,7 +247,7 @@ class AgeingWhilePopulating:
 class AgeingWhileIdle:
     """``access_tracking_perf_test -l``: a pass over what was touched, one over what was not."""
 
-    wait_ns: ClassVar[int] = 10 * DURATION_NS["s"]  #: longer than a pass
+    wait_ns: ClassVar[int] = 10 * NS_PER_S  #: longer than a pass
     passes: ClassVar[Mapping[str, int]] = {"pass_young": 1, "pass_old": 2}
     kernel: Any
     vcpus: int

@@ -21,14 +21,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from simkvm.scenario.schema import Scenario
-from simkvm.units import DURATION_NS, SIZE_BYTES
+from simkvm.units import DURATION_NS, GIB, KIB, MIB
 from simkvm.validate.benchmarks import NS, Benchmark, Figure, Run
 
 if TYPE_CHECKING:
     from simkvm.study.result import Result
     from simkvm.validate.hosts import Host
 
-KIB, MIB, GIB = SIZE_BYTES["KiB"], SIZE_BYTES["MiB"], SIZE_BYTES["GiB"]
 US, MS = DURATION_NS["us"], DURATION_NS["ms"]
 PAGE: Final = 4 * KIB
 WATERMARK_SCALE: Final = 100

@@ -11,15 +11,15 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from simkvm.units import KIB, MIB, NS_PER_S
 from simkvm.validate.closed_form import SEED, ClosedForm, replicated
-from simkvm.validate.theory_rcu import NS_PER_S, PERIODS, mean_wait
-from simkvm.validate.theory_worlds import MIB, MS, run
+from simkvm.validate.theory_rcu import PERIODS, mean_wait
+from simkvm.validate.theory_worlds import MS, run
 
 if TYPE_CHECKING:
     from simkvm.observe.record import Record
 
 PAGE = 4096
-KIB = 1024
 CPUS = 6
 #: Drops a second and milliseconds to run, by HZ: about as many grace periods for each.
 RATES = {100: (500.0, 1600), 250: (1200.0, 800), 300: (1000.0, 1000), 1000: (2500.0, 400)}

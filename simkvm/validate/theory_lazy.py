@@ -16,8 +16,9 @@ from functools import cache, partial
 from typing import Any
 
 from simkvm.observe.record import Record
+from simkvm.units import MIB
 from simkvm.validate.closed_form import SEED, ClosedForm, Estimate, exactly, replicated
-from simkvm.validate.theory_worlds import MIB, MS, run
+from simkvm.validate.theory_worlds import MS, run
 from simkvm.validate.theory_young import (
     PAGES,
     PATTERNS,

@@ -40,12 +40,13 @@ from simpy import Environment
 
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.rcu import Rcu, RcuConfig, RcuCosts
+from simkvm.units import NS_PER_MS, NS_PER_S
 from simkvm.validate.closed_form import ClosedForm, Estimate, exactly, replicated, streams
 
 if TYPE_CHECKING:
     import numpy as np
 
-NS_PER_S, MS = 1_000_000_000, 1_000_000
+MS = NS_PER_MS
 EVER = 1 << 50
 CPUS = 4
 COUNT = 10_000  #: callbacks under continuous grace periods; every single wait is independent

@@ -12,9 +12,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from simkvm.units import MIB
 from simkvm.validate import queueing
 from simkvm.validate.closed_form import SEED, ClosedForm, Estimate, exactly, replicated
-from simkvm.validate.theory_worlds import MIB, MS, run
+from simkvm.validate.theory_worlds import MS, run
 
 REPLICATIONS = 20
 SERVICE_NS = 20_000

@@ -13,10 +13,9 @@ from math import ceil, log2
 from simkvm.kernel.geometry import Geometry
 from simkvm.kernel.stage2 import WRITE, Stage2
 from simkvm.kernel.unmap import UnmapCosts, UnmapWalk
-from simkvm.units import format_size
+from simkvm.units import GIB, KIB, MIB, format_size
 from simkvm.validate.closed_form import ClosedForm, Estimate, exactly
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PAGES = (4 * KIB, 16 * KIB, 64 * KIB)
 WIDTHS = range(32, 53)
 IPA_BITS = 40

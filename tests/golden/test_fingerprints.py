@@ -17,11 +17,11 @@ import worlds
 
 from golden.stored import as_they_were
 from simkvm.scenario.load import load
+from simkvm.units import MIB
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("fingerprints.json")
 MS = 1_000_000
-MIB = 1 << 20
 DONTNEED = {"kind": "madvise_dontneed", "guest": "vm0", "range": 2 * MIB, "rate": 2000.0}
 ZIPF = {"pattern": "zipf", "think": 200, "write_ratio": 0.7}
 

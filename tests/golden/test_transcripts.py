@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import KIB, MS, US, Journal, journal, world
+from worlds import MS, US, Journal, journal, world
 
 from simkvm.kernel.qrwlock import FAST
 from simkvm.kernel.sites import NAMES
 from simkvm.kernel.world import World
 from simkvm.observe.oracle import ROOT, name
+from simkvm.units import KIB
 
 FOLDER = Path(__file__).with_name("transcripts")
 UPDATE = "python -m pytest tests/golden --update-golden"

@@ -10,11 +10,12 @@ from random import Random
 from typing import Any
 
 from hypothesis import strategies as st
-from worlds import KIB, MIB, MS, US, scenario
+from worlds import MS, US, scenario
 
 from simkvm.scenario.kernel import POLICIES, kernel_names, load_kernel
 from simkvm.scenario.possible import NEEDS, ONLY
 from simkvm.scenario.schema import Scenario
+from simkvm.units import KIB, MIB
 
 KERNELS = {
     arch: [name for name in kernel_names() if load_kernel(name).arch == arch]

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from worlds import KIB, MIB, MS, US, scenario
+from worlds import MS, US, scenario
 
 from simkvm.kernel.host_memory import OWN, PRESENT, WRPROTECT
 from simkvm.kernel.kvm import Kvm
@@ -21,6 +21,7 @@ from simkvm.kernel.world import World
 from simkvm.observe.record import Record
 from simkvm.scenario.memory import CACHE_PAGES
 from simkvm.scenario.schema import Scenario
+from simkvm.units import KIB, MIB
 
 KERNELS = {
     "arm64": ["linux-6.12", "linux-6.1", "linux-6.4-yuzhao-v2", "linux-7.1", "linux-7.1-lockless"],

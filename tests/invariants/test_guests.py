@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worlds import MIB, MS, after_every_event, journal, scenario, world
+from worlds import MS, after_every_event, journal, scenario, world
 
 from invariants import rules
 from simkvm.kernel.mglru import MAX_NR_GENS, MIN_NR_GENS
+from simkvm.units import MIB
 
 
 def shared(kernel: str, **keys: Any) -> Any:

@@ -15,13 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simpy import Environment, Event
-from worlds import MIB, MS, US, Acquisition, acquisitions, journal, run, world
+from worlds import MS, US, Acquisition, acquisitions, journal, run, world
 
 from invariants import rules
 from simkvm.kernel.cacheline import LineCosts
 from simkvm.kernel.qrwlock import FAST, OPEN, QueuedRwlock
 from simkvm.kernel.sites import FAULT
 from simkvm.kernel.task import acquired, reach
+from simkvm.units import MIB
 
 FREE = LineCosts(same_ns=0, transfer_ns=0, remote_ns=0, cpus_per_node=4)
 

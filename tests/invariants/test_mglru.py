@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from numpy.typing import NDArray
 from simpy import Event
-from worlds import MIB, MS, US, before, journal, world
+from worlds import MS, US, before, journal, world
 
 from invariants import rules
 from simkvm.kernel.aging_call import Bitmap, Pass, PerFolio
 from simkvm.kernel.mglru import MAX_NR_GENS, MIN_LRU_BATCH, MIN_NR_GENS, LruGen
 from simkvm.kernel.sites import AGE
 from simkvm.kernel.stage2 import AF, VALID, Stage2
+from simkvm.units import MIB
 
 LEAVES = 40
 Leaves = NDArray[np.int64]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worlds import MIB, MS, after_every_event, world
+from worlds import MS, after_every_event, world
 
 from simkvm.kernel.host_memory import OWN
 from simkvm.kernel.listed import ABSENT, FolioLists
@@ -14,6 +14,7 @@ from simkvm.kernel.swap_fault import SwapFaultPath
 from simkvm.kernel.swappable import CACHED, SwappableMemory
 from simkvm.kernel.world import World
 from simkvm.observe.record import Record
+from simkvm.units import MIB
 
 UNIFORM = {"pattern": "uniform", "touches": 3000, "think": 2000, "write_ratio": 0.6}
 SERVER = {

@@ -13,13 +13,14 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from worlds import KIB, MIB, MS, US, after_every_event, journal, world
+from worlds import MS, US, after_every_event, journal, world
 
 from invariants import rules
 from simkvm.kernel.geometry import Geometry
 from simkvm.kernel.stage2 import AF, VALID, WRITE, Stage2, TableId
 from simkvm.kernel.unmap import UnmapCosts, UnmapWalk, chunks
 from simkvm.scenario.kernel import POLICIES
+from simkvm.units import KIB, MIB
 
 COSTS = UnmapCosts(
     visit_ns=3,

@@ -10,19 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
-from worlds import (
-    KIB,
-    MIB,
-    MS,
-    US,
-    Journal,
-    after_every_event,
-    before,
-    journal,
-    run,
-    scenario,
-    world,
-)
+from worlds import MS, US, Journal, after_every_event, before, journal, run, scenario, world
 
 from invariants import drawn, rules
 from invariants.written import watched_writes
@@ -30,6 +18,7 @@ from simkvm.contenders.contender import Contender
 from simkvm.kernel.world import World
 from simkvm.observe.record import Record
 from simkvm.scenario.schema import Scenario
+from simkvm.units import KIB, MIB
 
 # -- whatever is combined with whatever ------------------------------------------------------------
 

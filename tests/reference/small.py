@@ -5,11 +5,10 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from worlds import KIB, MIB, MS, US, scenario
+from worlds import MS, US, scenario
 
 from simkvm.scenario.schema import Scenario
-
-GIB = 1 << 30
+from simkvm.units import GIB, KIB, MIB
 
 #: Page size, leaf size, and how many leaves a guest may have.
 SHAPES = [

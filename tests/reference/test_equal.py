@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from worlds import KIB, MIB, MS, US, Acquisition, journal, scenario
+from worlds import MS, US, Acquisition, journal, scenario
 
 from reference import plain, small
 from simkvm.kernel.sites import NAMES
@@ -18,6 +18,7 @@ from simkvm.kernel.world import World
 from simkvm.scenario.kernel import load_kernel
 from simkvm.scenario.machine import load_machine
 from simkvm.scenario.schema import Scenario
+from simkvm.units import KIB, MIB
 
 AROUND = 4  #: acquisitions shown before and after the first that differs
 

@@ -19,8 +19,9 @@ from worlds import MS, Journal, journal, world
 
 from simkvm.observe.record import Record
 from simkvm.scenario.machine import load_machine
+from simkvm.units import NS_PER_S
 from simkvm.validate.theory_deferred import CPUS, dropping
-from simkvm.validate.theory_rcu import NS_PER_S, PERIODS, mean_wait, waits_in_ticks
+from simkvm.validate.theory_rcu import PERIODS, mean_wait, waits_in_ticks
 
 Z = 4.5
 #: Calls a second (several in each period) and milliseconds to run, by HZ.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from worlds import KIB, MIB, run, scenario, world
+from worlds import run, scenario, world
 
 from simkvm.kernel.geometry import Geometry
 from simkvm.kernel.stage2 import Stage2
 from simkvm.scenario.errors import InputError
-from simkvm.validate.theory_tables import GIB, PAGES, filled, levels_of, tables_of
+from simkvm.units import GIB, KIB, MIB
+from simkvm.validate.theory_tables import PAGES, filled, levels_of, tables_of
 
 
 def tables_by_level(stage2: Stage2) -> dict[int, int]:

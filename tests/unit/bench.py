@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from lab import MIB, Lab
+from lab import Lab
 
 from simkvm import contenders
 from simkvm.contenders.contender import Contender
+from simkvm.units import MIB
 
 Call = tuple[int, int, int]  # when it began, first leaf, last leaf (not included)
 

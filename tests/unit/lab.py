@@ -5,7 +5,8 @@ from __future__ import annotations
 from simpy import Environment
 
 from simkvm.kernel.qrwlock import FAST
-from simkvm.validate.traced.lab import GIB, KIB, MIB, Lab, Tally, account, scenario, world
+from simkvm.units import GIB, KIB, MIB
+from simkvm.validate.traced.lab import Lab, Tally, account, scenario, world
 
 
 def events(env: Environment) -> int:

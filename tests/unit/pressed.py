@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import worlds
 from simpy import Event
-from worlds import MIB, MS
+from worlds import MS
 
 from simkvm.kernel.listed import ANON
 from simkvm.kernel.lrugen import ListedLruvec
@@ -20,6 +20,7 @@ from simkvm.kernel.swappable import SwappableMemory
 from simkvm.kernel.task import Task
 from simkvm.kernel.vmscan import Reclaimer
 from simkvm.kernel.world import World
+from simkvm.units import MIB
 
 IDLE = {"pattern": "phases", "phases": [{"pattern": "uniform", "touches": 1, "think": 10**12}]}
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import KIB, MIB, Lab, account
+from lab import Lab, account
 
 from simkvm.kernel.cmpxchg_race import Loads
 from simkvm.kernel.host_change import depart
 from simkvm.kernel.host_memory import IDLE
 from simkvm.kernel.stage2 import AF, BLOCK, VALID, WRITE, TableId
+from simkvm.units import KIB, MIB
 
 SIZED = {"log": {"kind": "dirty_log", "guest": "vm"}}
 THINK = 1000

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import FAST, GIB, KIB, MIB, Lab, account, events, world
+from lab import FAST, Lab, account, events, world
 
 from simkvm.kernel.aging import fetched_lines
 from simkvm.kernel.aging_call import CALLS, Pass
@@ -21,6 +21,7 @@ from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.sites import AGE, TEARDOWN
 from simkvm.kernel.stage2 import AF
 from simkvm.scenario.kernel import POLICIES
+from simkvm.units import GIB, KIB, MIB
 
 
 def lab(call: str, lock: str, memory: int = 2 * MIB, fill: bool = True, **guest: Any) -> Lab:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from job_worlds import PROGRAMS, REFILL_NS, SERVER, given, jobs
 from simpy import Event
-from worlds import MIB, MS, US, scenario, world
+from worlds import MS, US, scenario, world
 
 from simkvm.guest.job_threads import Parked, ThreadedVcpu
 from simkvm.guest.jobs import Stage
@@ -22,6 +22,7 @@ from simkvm.kernel.task import Task, reach
 from simkvm.kernel.world import World
 from simkvm.observe.record import Record
 from simkvm.scenario.errors import InputError
+from simkvm.units import MIB
 
 READ_NS = 100 * US
 JOB_NS = 10 * US

@@ -16,8 +16,7 @@ from simkvm.kernel.geometry import Geometry
 from simkvm.kernel.stage2 import AF, BLOCK, TABLE, VALID, WRITE, Stage2, TableId
 from simkvm.kernel.table_free import COLLAPSE
 from simkvm.kernel.unmap import UnmapCosts, UnmapWalk
-
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+from simkvm.units import GIB, KIB, MIB
 
 
 def tree(memory: int = 8 * MIB, block: int = 2 * MIB, page: int = 4 * KIB) -> Stage2:

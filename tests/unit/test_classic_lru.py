@@ -7,7 +7,7 @@ from math import isqrt
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from pressed import MIB, Pressed, ScanControl
+from pressed import Pressed, ScanControl
 
 from simkvm.kernel.cacheline import LineCosts
 from simkvm.kernel.classic_lru import INACTIVE, Classic, ClassicLruvec
@@ -15,6 +15,7 @@ from simkvm.kernel.host_memory import OWN, YOUNG
 from simkvm.kernel.listed import ANON, FILE
 from simkvm.kernel.sites import AGE
 from simkvm.kernel.stage2 import AF, WRITE
+from simkvm.units import MIB
 
 LINE = LineCosts(1, 2, 2, 64)
 PAGES, ROOM, TOUCHES = 512, 300, 6000

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import KIB, MIB, Lab
+from lab import Lab
 
 from simkvm.kernel.cmpxchg_race import KEPT, CmpxchgRaces, Loads
 from simkvm.kernel.host_memory import OWN, PRESENT
 from simkvm.kernel.stage2 import AF, VALID, WRITE
+from simkvm.units import KIB, MIB
 
 WINDOW = 7
 

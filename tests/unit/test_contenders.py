@@ -7,11 +7,12 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from bench import Bench
-from lab import GIB, KIB, MIB, world
+from lab import world
 
 from simkvm import contenders
 from simkvm.kernel.cacheline import CacheLine
 from simkvm.scenario import contenders as schema
+from simkvm.units import GIB, KIB, MIB
 
 MS, SECOND = 1_000_000, 1_000_000_000
 

@@ -17,9 +17,9 @@ from simkvm.guest.damon import convert
 from simkvm.guest.damon_text import Region, recordings
 from simkvm.guest.trace import read_trace
 from simkvm.scenario.errors import InputError
+from simkvm.units import MIB
 
 MS = 1_000_000
-MIB = 1 << 20
 BASE = 0x7F00_0000_0000
 
 # Three regions, 2 MiB apart: hot, warm and idle. Two aggregation intervals of 100 ms.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import GIB, KIB, MIB, Lab, account
+from lab import Lab, account
 
 from simkvm import contenders
 from simkvm.guest.vcpu import Vcpu
@@ -19,6 +19,7 @@ from simkvm.kernel import host_change, sites
 from simkvm.kernel.dirty_log import DirtyLog
 from simkvm.kernel.stage2 import AF, BLOCK, VALID, WRITE
 from simkvm.scenario import contenders as schema
+from simkvm.units import GIB, KIB, MIB
 
 SECOND = 1_000_000_000
 BLOCKS = {"mapping": 2 * MIB}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from lab import KIB, MIB, Lab, world
+from lab import Lab, world
 
 from simkvm.kernel.dram import Dram
+from simkvm.units import KIB, MIB
 
 GB_S = 10**9
 

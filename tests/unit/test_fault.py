@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import KIB, MIB, Lab, account, events, world
+from lab import Lab, account, events, world
 
 from simkvm.kernel.aging import AgeingWalk
 from simkvm.kernel.costs import Costs
@@ -18,6 +18,7 @@ from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.sites import AGE, FAULT, NAMES, RANGE_END
 from simkvm.kernel.stage2 import AF, VALID, WRITE
 from simkvm.scenario.machine import load_machine
+from simkvm.units import KIB, MIB
 
 READ, WROTE = VALID | AF, VALID | AF | WRITE
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import worlds
-from lab import MIB, scenario, world
+from lab import scenario, world
 
 from simkvm.scenario.errors import InputError
 from simkvm.scenario.groups import every_guest, meant, member_names
 from simkvm.scenario.load import require_possible
+from simkvm.units import MIB
 
 MS = 1_000_000
 SMALL = {"memory": MIB, "access": {"pattern": "populate"}}

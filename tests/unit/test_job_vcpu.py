@@ -20,7 +20,7 @@ from job_worlds import (
     unmap,
 )
 from simpy import Environment, Event
-from worlds import MIB, MS, US, run, world
+from worlds import MS, US, run, world
 
 from simkvm.guest import job_vcpu, patterns, workloads
 from simkvm.guest.barrier import Barrier
@@ -29,6 +29,7 @@ from simkvm.guest.memcached import Server
 from simkvm.kernel.stage2 import AF
 from simkvm.observe.record import Record
 from simkvm.scenario.workloads import Memcached
+from simkvm.units import MIB
 
 
 def test_two_connections_are_served_first_come_first_served(

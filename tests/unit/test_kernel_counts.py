@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import GIB, MIB, Lab, Tally, scenario
+from lab import Lab, Tally, scenario
 
 from simkvm.kernel.host_memory import OWN, PRESENT
 from simkvm.kernel.stage2 import AF
 from simkvm.kernel.world import World
 from simkvm.scenario.kernel import load_kernel
 from simkvm.scenario.machine import load_machine
+from simkvm.units import GIB, MIB
 from simkvm.validate.traced.labvm import LabVm
 
 MS = 1_000_000

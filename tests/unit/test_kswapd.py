@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from lab import KIB
 from simpy import Environment, Event
 
 from simkvm.kernel.cpu import Cpu
@@ -15,6 +14,7 @@ from simkvm.kernel.pgdat import Pgdat
 from simkvm.kernel.sched import OwnCpus
 from simkvm.kernel.task import Task
 from simkvm.kernel.vmscan import ScanControl
+from simkvm.units import KIB
 
 MARKS = Watermarks(min=100, low=200, high=300)
 WAKEUP_NS = 700

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import GIB, MIB, events, world
+from lab import events, world
 from scipy.stats import ks_2samp
 
 from simkvm.guest.faulting import FaultingLeaves
@@ -26,6 +26,7 @@ from simkvm.scenario import access
 from simkvm.scenario.errors import InputError
 from simkvm.scenario.load import require_possible
 from simkvm.scenario.schema import Scenario
+from simkvm.units import GIB, MIB
 
 LEVEL = 0.001 / 30
 """Of each test of a drawn figure: thirty of them are wrong once in a thousand sets of seeds."""

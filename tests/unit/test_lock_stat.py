@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lab import FAST, MIB, Lab, account
+from lab import FAST, Lab, account
 
 from simkvm.kernel.qrwlock import ROW
 from simkvm.kernel.sites import AGE, FAULT, NAMES, RANGE_START
 from simkvm.observe.lock_stat import KEEP_ROWS, MODES, LockStat
 from simkvm.observe.recorder import HISTOGRAM_COLUMNS, LOCK_COLUMNS
+from simkvm.units import MIB
 
 ROWS = [  # site, mode, arrival, wait, hold, met
     *(FAULT, 0, 100, 40, 300, FAST),

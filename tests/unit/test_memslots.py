@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import GIB, KIB, MIB, Lab, Tally
+from lab import Lab, Tally
 from simpy import Event
 
 from simkvm.guest.pause import Pause
@@ -16,6 +16,7 @@ from simkvm.kernel.memslot import MemslotUpdate
 from simkvm.kernel.memslots import Memslots
 from simkvm.kernel.task import reach
 from simkvm.kernel.unmap import chunks
+from simkvm.units import GIB, KIB, MIB
 
 
 def test_slots_are_equal_ranges_of_leaves() -> None:

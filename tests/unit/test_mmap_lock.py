@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lab import KIB, Lab
+from lab import Lab
 
 from simkvm.kernel.mmap_lock import LOCK, UNLOCK
+from simkvm.units import KIB
 
 PAGES = 128  #: of each vCPU
 

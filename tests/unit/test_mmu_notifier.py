@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import FAST, GIB, KIB, MIB, Lab, account
+from lab import FAST, Lab, account
 from simpy import Environment
 
 from simkvm.kernel.mmu_notifier import Srcu
 from simkvm.kernel.sites import AGE, RANGE_END, RANGE_START
 from simkvm.kernel.task import acquired
+from simkvm.units import GIB, KIB, MIB
 
 WAKEUP = 3500
 

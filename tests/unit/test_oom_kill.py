@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import worlds
 from click.testing import CliRunner
-from worlds import MIB, MS
+from worlds import MS
 
 from simkvm.cli import main
 from simkvm.kernel.oom_kill import OomKiller
 from simkvm.kernel.swap_fault import SwapFaultPath
 from simkvm.kernel.swappable import SLOT, SwappableMemory
 from simkvm.kernel.world import World
+from simkvm.units import MIB
 
 POPULATE = {"pattern": "populate"}
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from lab import KIB, MIB, world
+from lab import world
 
 from simkvm.kernel.stage2 import TableId
 from simkvm.observe.oracle import KEPT, ROOT, Oracle, Walk, name
+from simkvm.units import KIB, MIB
 
 L2, L3, OTHER = TableId(2, 0, 1), TableId(3, 4, 1), TableId(3, 5, 1)
 

@@ -6,12 +6,12 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
-from lab import KIB, MIB
 from simpy import Environment, Event
 
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.page_alloc import MAX_RECLAIM_RETRIES, HostPages, Watermarks
 from simkvm.kernel.task import Task
+from simkvm.units import KIB, MIB
 
 MARKS = Watermarks(min=10, low=20, high=30)
 ROUND_NS = 1000

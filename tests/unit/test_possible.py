@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from worlds import MIB, scenario
+from worlds import scenario
 
 from simkvm.scenario.errors import InputError
 from simkvm.scenario.kernel import POLICIES, kernel_names, load_kernel
 from simkvm.scenario.machine import load_machine
 from simkvm.scenario.possible import NEEDS, NEVER_WITH, ONLY, kernel_problems
+from simkvm.units import MIB
 
 MACHINES = {"arm64": "graviton3-64c", "x86": "x86-icelake-64c"}
 

@@ -10,12 +10,12 @@ import pytest
 from simkvm.scenario.load import load, resolved
 from simkvm.scenario.machine import load_machine
 from simkvm.scenario.schema import Scenario
+from simkvm.units import MIB
 from simkvm.validate.hosts import host_of
 from simkvm.validate.published import LIMIT_BYTES, benchmark_of, figures
 from simkvm.validate.reclaim import host_memory
 
 FOLDER = Path(__file__).parents[2] / "workloads" / "pressure"
-MIB = 1 << 20
 ROWS = {"spark-arm64": "V2-3", "max-guest-memory": "V2-1"}
 
 

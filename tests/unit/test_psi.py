@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import worlds
-from worlds import MIB
 
 from simkvm.kernel.sites import RANGE_END, RANGE_START
 from simkvm.observe.pressure import FUNCTIONS, stalled_shares
+from simkvm.units import MIB
 from simkvm.validate.traced.lab import Lab
 
 

@@ -6,7 +6,6 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
-from lab import KIB
 from simpy import Environment, Event
 
 from simkvm.kernel.cpu import Cpu
@@ -14,6 +13,7 @@ from simkvm.kernel.page_alloc import MAX_RECLAIM_RETRIES, HostPages, Watermarks
 from simkvm.kernel.pgdat import Pgdat
 from simkvm.kernel.sched import OwnCpus
 from simkvm.kernel.task import Task
+from simkvm.units import KIB
 
 JIFFY_NS = 4_000_000
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import KIB, MIB, Lab, account
+from lab import Lab, account
 
 from simkvm.kernel.aging import METHODS
 from simkvm.kernel.folio_referenced import FolioReferenced
@@ -18,6 +18,7 @@ from simkvm.kernel.host_memory import IDLE, OWN, PRESENT, YOUNG
 from simkvm.kernel.sites import AGE
 from simkvm.kernel.stage2 import AF
 from simkvm.scenario.schema import Ageing
+from simkvm.units import KIB, MIB
 
 
 def lab(memory: int = 2 * MIB, hw_af: bool = True, kernel: Any = "linux-6.12", **guest: Any) -> Lab:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import MIB, MS, journal, run
+from worlds import MS, journal, run
 
 from simkvm.kernel.bugs import BUGS
 from simkvm.observe.record import Record
 from simkvm.scenario.kernel import kernel_names, load_kernel
 from simkvm.scenario.load import load
+from simkvm.units import MIB
 
 UNSAFE = Path(__file__).parents[2] / "workloads" / "unsafe"
 KERNELS = kernel_names()

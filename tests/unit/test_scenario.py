@@ -22,8 +22,7 @@ from simkvm.scenario.document import read_document
 from simkvm.scenario.errors import InputError, nearest
 from simkvm.scenario.load import Study, identity, load, require_possible, resolved
 from simkvm.scenario.schema import Guest, Scenario
-
-GIB = 1 << 30
+from simkvm.units import GIB
 
 BASE = """\
 name: base

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from simpy import Event
-from worlds import MIB, MS, acquisitions, world
+from worlds import MS, acquisitions, world
 
 from simkvm.guest.vcpu import Vcpu
 from simkvm.kernel.cpu import GUEST, IDLE, KERNEL, Cpu
@@ -18,6 +18,7 @@ from simkvm.kernel.sched import FairScheduler, OwnCpus
 from simkvm.kernel.task import Task, reach
 from simkvm.kernel.world import World
 from simkvm.scenario.errors import InputError
+from simkvm.units import MIB
 from simkvm.validate.theory_sched import Computing, Host
 
 TICK = 4 * MS  #: at 250 Hz

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_sched import SWITCH, compute, ran, shared
-from worlds import MIB, MS, US, world
+from worlds import MS, US, world
 
 from simkvm.guest.job_vcpu import JobVcpu
 from simkvm.guest.lazy import LazyVcpu
@@ -15,6 +15,7 @@ from simkvm.guest.vcpu import Vcpu
 from simkvm.kernel.sched import FairScheduler
 from simkvm.kernel.world import World
 from simkvm.observe.record import Record
+from simkvm.units import MIB
 
 SERVER: dict[str, Any] = {
     "memory": 32 * MIB,

@@ -10,19 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from selftest_runs import (
-    KIB,
-    MIB,
-    MS,
-    SMALL,
-    acquisitions,
-    lines,
-    phases,
-    run,
-    run_scenario,
-    scenario,
-    world,
-)
+from selftest_runs import MS, SMALL, acquisitions, lines, phases, run, run_scenario, scenario, world
 
 from simkvm.guest.vcpu import Vcpu
 from simkvm.kernel.world import World
@@ -34,6 +22,7 @@ from simkvm.scenario.selftests import AnySelftest
 from simkvm.selftests.max_guest_memory import NAP_NS
 from simkvm.selftests.memstress import GuestRandom
 from simkvm.selftests.mmu_stress import MmuStress
+from simkvm.units import KIB, MIB
 
 X86 = ("linux-6.15-x86", "linux-6.12-x86-shadow", "linux-6.15-x86-shadow")
 S = r"\d+\.\d{9}s"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from worlds import KIB, MIB, MS, scenario
+from worlds import MS, scenario
 
 from simkvm.scenario.errors import InputError
+from simkvm.units import GIB, KIB, MIB
 
-GIB = 1 << 30
 LOG = {"kind": "dirty_log", "guest": "vm0"}
 SPLIT = {"kind": "thp_split", "guest": "vm0", "rate": 100.0}
 KHUGEPAGED = {"kind": "khugepaged", "guest": "vm0"}

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import KIB, MIB, Lab, account, world
+from lab import Lab, account, world
 
 from simkvm.kernel.memslot import Refusal
 from simkvm.kernel.sites import ACCESS_FAULT
 from simkvm.kernel.stage2 import AF, WRITE
 from simkvm.kernel.world import World
+from simkvm.units import KIB, MIB
 
 THINK = 1000  #: after each touch, ns
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import KIB, MIB, events
+from lab import events
 from pydantic import TypeAdapter
 from simpy import Environment, Event, Resource
 
@@ -23,6 +23,7 @@ from simkvm.kernel.task import Task
 from simkvm.kernel.zram import Zram
 from simkvm.scenario.machine import Machine, load_machine
 from simkvm.scenario.swap import MOST_SPREAD, Swap
+from simkvm.units import KIB, MIB
 
 ALTRA = "ampere-altra-80c"
 GB_S = 10**9

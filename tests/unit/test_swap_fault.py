@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import worlds
 from simpy import Event
-from worlds import MIB, MS
+from worlds import MS
 
 from simkvm.kernel.host_memory import OWN, PRESENT, WRPROTECT
 from simkvm.kernel.stage2 import VALID, WRITE
 from simkvm.kernel.swap_fault import SwapFaultPath
 from simkvm.kernel.swappable import CACHED, DIRTY, SLOT, WRITEBACK, SwappableMemory
 from simkvm.kernel.task import Task
+from simkvm.units import MIB
 
 LEAF = 7
 IDLE = {"pattern": "phases", "phases": [{"pattern": "uniform", "touches": 1, "think": 10**12}]}

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import worlds
-from worlds import MIB
 
 from simkvm.kernel.fault import CACHE_CAPACITY
 from simkvm.kernel.host_memory import OWN, YOUNG
 from simkvm.kernel.stage2 import AF, VALID
 from simkvm.kernel.swappable import CACHED, DIRTY, SLOT, WRITEBACK, SwappableMemory
 from simkvm.kernel.world import World
+from simkvm.units import MIB
 
 
 def world(swap: dict[str, Any], guests: int, size: int = 8 * MIB) -> World:

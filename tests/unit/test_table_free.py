@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from lab import MIB, Lab
+from lab import Lab
 
 from simkvm.kernel.costs import FreeCosts
 from simkvm.kernel.stage2 import TableId
 from simkvm.kernel.table_free import POLICIES
 from simkvm.scenario import kernel
+from simkvm.units import MIB
 
 COSTS = FreeCosts(free_ns=60, call_rcu_ns=100, callback_ns=45, visit_ns=4, count_test_ns=26)
 TABLE = TableId(3, 7, 1)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bench import Bench
-from lab import GIB, KIB, MIB, Lab
+from lab import Lab
 
 from simkvm import contenders
 from simkvm.contenders.ksm import Ksm
@@ -32,6 +32,7 @@ from simkvm.scenario import load
 from simkvm.scenario.contenders import ContenderModel
 from simkvm.scenario.errors import InputError
 from simkvm.scenario.load import require_possible
+from simkvm.units import GIB, KIB, MIB
 
 MS, SECOND = 1_000_000, 1_000_000_000
 WORKLOADS = Path(__file__).parents[2] / "workloads" / "takers"

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from lab import GIB, KIB, MIB, Lab, account, world
+from lab import Lab, account, world
 
 from simkvm.kernel.sites import TEARDOWN
 from simkvm.kernel.stage2 import TableId
 from simkvm.kernel.teardown import Teardown
+from simkvm.units import GIB, KIB, MIB
 
 ORDERS = ["close_vm", "process_exit"]
 ROOT_FREE = ["in_release", "after_unregister"]

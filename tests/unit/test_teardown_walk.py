@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import GIB, KIB, MIB, Lab, world
+from lab import Lab, world
 from worlds import journal
 
 from simkvm.kernel.stage2 import WRITE, TableId
 from simkvm.kernel.teardown_walk import WALKS
+from simkvm.units import GIB, KIB, MIB
 
 CHUNKED = ["chunked", "chunked_whole_range"]
 US = 1_000

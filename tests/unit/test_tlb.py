@@ -8,9 +8,10 @@ message 20221112081714.2169495-1-ricarkol@google.com.
 from __future__ import annotations
 
 import pytest
-from lab import KIB, MIB, Lab
+from lab import Lab
 
 from simkvm.kernel.tlb import TlbiPath
+from simkvm.units import KIB, MIB
 
 LATENCY, SERVICE = 1500, 1300
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import worlds
 from click.testing import CliRunner
-from pressed import MIB, MS, Pressed, ScanControl
+from pressed import MS, Pressed, ScanControl
 
 from simkvm import cli
 from simkvm.kernel import memcg_lru
@@ -28,6 +28,7 @@ from simkvm.kernel.swappable import SLOT
 from simkvm.kernel.vmstat import Vmstat
 from simkvm.scenario.errors import InputError
 from simkvm.scenario.schema import Ageing
+from simkvm.units import MIB
 
 PAGES = 4096
 

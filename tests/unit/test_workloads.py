@@ -8,15 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from job_worlds import (
-    FOUR_KIB,
-    MACHINE,
-    SERVER,
-    WAKEUP_NS,
-    answered,
-    seat,
-)
-from worlds import MIB, MS, US, run, scenario, world
+from job_worlds import FOUR_KIB, MACHINE, SERVER, WAKEUP_NS, answered, seat
+from worlds import MS, US, run, scenario, world
 
 from simkvm import api
 from simkvm.guest.interactive import Browser
@@ -27,7 +20,7 @@ from simkvm.scenario.load import load
 from simkvm.scenario.workloads import Interactive, Memcached, Sort
 from simkvm.show.tables import run_report
 from simkvm.show.text import render
-from simkvm.units import format_count, format_duration
+from simkvm.units import MIB, format_count, format_duration
 
 
 def test_a_server_is_a_queue_for_each_worker() -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import MIB, world
+from lab import world
 
 from simkvm.kernel.world import World
 from simkvm.observe.record import Record
 from simkvm.observe.recorder import SAMPLES
 from simkvm.scenario.errors import InputError
 from simkvm.study.columns import COLUMNS
+from simkvm.units import MIB
 
 GUEST = {"memory": MIB, "access": {"pattern": "populate", "repeat": 3, "think": 500}}
 LARGE = {"memory": 4 * MIB, "access": {"pattern": "populate", "repeat": 5, "think": 4000}}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import GIB, KIB, MIB, Lab, account, world
+from lab import Lab, account, world
 
 from simkvm.kernel.geometry import X86Geometry
 from simkvm.kernel.rcu_segcblist import SegmentedCallbackList
@@ -21,6 +21,7 @@ from simkvm.kernel.stage2 import VALID, WRITE
 from simkvm.kernel.task import acquired
 from simkvm.kernel.yielding_walk import tree
 from simkvm.kernel.zap_roots import ZapRoots
+from simkvm.units import GIB, KIB, MIB
 
 TDP, SHADOW = "linux-6.12-x86", "linux-6.12-x86-shadow"
 ICELAKE = "x86-icelake-64c"

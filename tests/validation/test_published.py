@@ -12,14 +12,13 @@ from simkvm.scenario.errors import InputError
 from simkvm.scenario.load import require_possible
 from simkvm.scenario.machine import load_machine
 from simkvm.show.validation import tally
-from simkvm.units import SIZE_BYTES
+from simkvm.units import GIB
 from simkvm.validate import published
 from simkvm.validate.benchmarks import UNANSWERED, cut
 from simkvm.validate.curves import curves, doubled, growth, ratio, shapes
 from simkvm.validate.hosts import data, host_of, hosts
 from simkvm.validate.row import PublishedRow, ShapeRow, document
 
-GIB = SIZE_BYTES["GiB"]
 RUN = [f for f in published.figures() if published.benchmark_of(f) is not None]
 
 

@@ -18,7 +18,8 @@ from simkvm.scenario.kernel import load_kernel
 from simkvm.scenario.machine import load_machine
 from simkvm.scenario.schema import Scenario
 from simkvm.study.statistics import confidence_interval
-from simkvm.validate.reclaim import MIB, PAGE, host_memory
+from simkvm.units import MIB
+from simkvm.validate.reclaim import PAGE, host_memory
 
 VCPUS = 8
 OVERCOMMIT = 1.4

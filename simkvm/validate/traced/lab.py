@@ -27,8 +27,8 @@ from simkvm.kernel.zap_roots import teardown_of
 from simkvm.scenario.kernel import load_kernel
 from simkvm.scenario.machine import load_machine
 from simkvm.scenario.schema import Scenario
+from simkvm.units import MIB
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 ROWS = ("site", "mode", "arrival", "wait", "hold", "met")
 
 

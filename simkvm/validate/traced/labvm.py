@@ -44,7 +44,8 @@ from simkvm.guest.pause import Pause
 from simkvm.guest.vcpu import Vcpu
 from simkvm.kernel.memslot import MemslotUpdate
 from simkvm.kernel.task import Task, reach
-from simkvm.validate.traced.lab import GIB, KIB, MIB, Lab, Tally
+from simkvm.units import GIB, KIB, MIB
+from simkvm.validate.traced.lab import Lab, Tally
 from simkvm.validate.traced.memcg import Memcg, Others, guests
 
 PAGE: Final = 4 * KIB

@@ -28,7 +28,8 @@ from simkvm.kernel.pageout import Pageout
 from simkvm.kernel.sites import NAMES
 from simkvm.kernel.swappable import CACHED, DIRTY, SLOT, SwappableMemory
 from simkvm.kernel.vmscan import Reclaimer
-from simkvm.validate.traced.lab import GIB, KIB, Lab, account
+from simkvm.units import GIB, KIB
+from simkvm.validate.traced.lab import Lab, account
 
 VMM_BYTES: Final = 256 * KIB
 HOST: Final = {"memory": {"size": GIB}, "swap": {"kind": "zram"}}  #: never short of anything
