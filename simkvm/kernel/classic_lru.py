@@ -92,12 +92,13 @@ class ClassicLruvec(FolioLists):
             left -= len(ids)
         return np.concatenate(found) if found else NOBODY
 
-    def settle(self, used: Ids, active: Ids, writeback: Ids) -> None:
+    def settle(self, used: Ids, active: Ids, writeback: Ids) -> int:
         """Back to the lists: what was used is activated if it was marked, or marked."""
         again = (self.states[used] & REFERENCED) != 0
         self.states[used] = (self.states[used] & WORKINGSET) | np.uint8(REFERENCED)
         self.put(np.concatenate((used[again], active)), ACTIVE)
         self.put(np.concatenate((used[~again], writeback)), INACTIVE)
+        return int(np.count_nonzero(again)) + len(active)
 
     def put(self, ids: Ids, number: int) -> None:
         """Isolated folios go to the new end of a list, if nobody freed them meanwhile."""

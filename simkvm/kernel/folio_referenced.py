@@ -5,11 +5,16 @@ v6.12; the policy ``eviction_young`` says which form.
 
 * ``clear_flush_young``: for each entry one notifier call that flushes the VMID, under ``mmu_lock``,
   if the guest used the page.
-* ``look_around``: for each entry one ``clear_young`` call, without a flush. If the page was used,
-  the others of a window of 64 around it are asked for as the page-table walk asks (``ageing_call``)
-  and those that were used are promoted: eviction then sorts them and does not check them.
+* ``look_around``: for each entry one ``clear_young`` call, without a flush.
 
-A folio that the host maps by a block is asked for with ``clear_flush_young`` in either form.
+If the page was used, there is a look at the others of a window of 64 around it, and those that were
+used are promoted: eviction then sorts them and does not check them. With ``look_around`` the guest
+is asked for them as the page-table walk asks (``ageing_call``). Where that asks nobody, and with
+``clear_flush_young``, only the host's own flags count, for the page (before the guest is asked for
+it) as for its neighbours.
+
+A folio that the host maps by a block is asked for with ``clear_flush_young`` in either form, and
+nobody looks around.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from simpy import Event
 
-from simkvm.kernel.aging_call import CALLS, Leaves, Pass
+from simkvm.kernel.aging_call import CALLS, Blind, Leaves, Pass
 from simkvm.kernel.host_memory import OWN, YOUNG
 from simkvm.kernel.lrugen import ListedLruGen
 from simkvm.kernel.mglru import MIN_LRU_BATCH, suitable_to_scan
@@ -39,7 +44,11 @@ class FolioReferenced(RmapAgeing):
     def __init__(self, kvm: Kvm, task: Task) -> None:
         super().__init__(kvm, task)
         self._flush = kvm.kernel["eviction_young"] == "clear_flush_young" or kvm.leaf_pages > 1
-        self._neighbours = CALLS[kvm.kernel["ageing_call"]](kvm, task)
+        self._looks = kvm.leaf_pages == 1
+        call = CALLS[kvm.kernel["ageing_call"]]
+        # A guest that could only be asked under the lock is no reason to ask for its neighbours.
+        asks = not self._flush and call is not Blind and kvm.test_clear_young
+        self._neighbours = call(kvm, task) if asks else None
         self._promoted: set[int] = set()
 
     def run(self, t_ns: int, opens: bool = True) -> Generator[Event, Any, Pass]:
@@ -70,18 +79,24 @@ class FolioReferenced(RmapAgeing):
 
     def at_entry(self, t_ns: int, first: int, last: int, report: Pass) -> Answer:
         """One entry: the host's flag, one call, and perhaps the neighbours."""
-        kvm = self.kvm
-        flush = self._flush or last - first > 1
+        block, by_guests = last - first > 1, self._neighbours is not None
         by_host = self.host_young(first, last)
-        t_ns, by_guest = yield from self.ask(t_ns, first, last, report, flush)
-        # A guest that could only be asked under the lock is no reason to ask for its neighbours.
-        around = by_host or (by_guest and kvm.test_clear_young)
-        t_ns = yield from reach(kvm.env, t_ns)
-        if around and not flush and not self._contended(t_ns, first):
-            began_ns = t_ns
-            t_ns = yield from self._look_around(t_ns, first, report)
-            self.task.spend("look_around", t_ns - began_ns)
+        if by_host and not block and not by_guests:
+            t_ns = yield from self._around(t_ns, first, report)
+        t_ns, by_guest = yield from self.ask(t_ns, first, last, report, self._flush or block)
+        if (by_host or by_guest) and not block and by_guests:
+            t_ns = yield from self._around(t_ns, first, report)
         return t_ns, by_host or by_guest
+
+    def _around(self, t_ns: int, leaf: int, report: Pass) -> Generator[Event, Any, int]:
+        """Look around, unless somebody waits for the lock of the host's page table."""
+        t_ns = yield from reach(self.kvm.env, t_ns)
+        if not self._looks or self._contended(t_ns, leaf):
+            return t_ns
+        began_ns = t_ns
+        t_ns = yield from self._look_around(t_ns, leaf, report)
+        self.task.spend("look_around", t_ns - began_ns)
+        return t_ns
 
     def _contended(self, t_ns: int, leaf: int) -> bool:
         """Whether a fault waits for the host table that is locked for ``leaf``."""
@@ -121,9 +136,10 @@ class FolioReferenced(RmapAgeing):
         kvm, state = self.kvm, self.kvm.host.state
         by_host = leaves[(state[leaves] & YOUNG) != 0]
         state[leaves] &= np.uint8(~YOUNG & 0xFF)
-        if kvm.notifier.hears(int(leaves[0]), int(leaves[-1]) + 1):
+        asks = self._neighbours
+        if asks is not None and kvm.notifier.hears(int(leaves[0]), int(leaves[-1]) + 1):
             began_ns = t_ns
-            t_ns, by_guest = yield from self._neighbours.ask(t_ns, leaves, report)
+            t_ns, by_guest = yield from asks.ask(t_ns, leaves, report)
             self.task.spend("notifier", t_ns - began_ns)
         else:
             t_ns, by_guest = t_ns + len(leaves) * self.costs.scan_ns, leaves[:0]
@@ -145,7 +161,7 @@ class EvictionCheck(FolioReferenced):
         super().__init__(kvm, task)
         self._lru = kvm.host.lru
         if not isinstance(self._lru, ListedLruGen):
-            self._flush = True  # the classic LRU does not look around
+            self._flush, self._looks, self._neighbours = True, False, None  # the classic LRU
 
     def _look_around(self, t_ns: int, leaf: int, report: Pass) -> Generator[Event, Any, int]:
         lru = self._lru

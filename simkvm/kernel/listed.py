@@ -104,9 +104,9 @@ class FolioLists(Lruvec):
         self.bases: NDArray[np.int64] = np.cumsum([0, *(n for n, _ in guests)], dtype=np.int64)
         self.listed_guests: Sequence[ListedLru] = []
 
-    def settle(self, used: Ids, active: Ids, writeback: Ids) -> None:
+    def settle(self, used: Ids, active: Ids, writeback: Ids) -> int:
         """Isolated folios that stay go back: those that were used, those that cannot be had for
-        another reason, and those that are being written.
+        another reason, and those that are being written. Returns how many count as activated.
         """
         raise NotImplementedError
 

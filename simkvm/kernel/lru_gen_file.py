@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from simpy import Event
 
-from simkvm.kernel.listed import MAX_SWAPPINESS, TYPES
+from simkvm.kernel.listed import ANON, DEFAULT_SWAPPINESS, MAX_SWAPPINESS, TYPES
 from simkvm.kernel.lrugen import ListedLruvec
 from simkvm.kernel.mglru import MAX_NR_GENS
 from simkvm.kernel.task import Task, reach
@@ -79,17 +79,23 @@ def generations(pgdat: Pgdat, t_ns: int) -> list[str]:
     """What reading the file gives at ``t_ns``, line by line; nothing of the classic LRU."""
     lines: list[str] = []
     for number, lruvec in enumerate(pgdat.generations):
-        lines.append(f"memcg {number + 1:5} {pgdat.paths[number]}")
+        identity = number + 1 if lruvec.rules.two_step else f"{number + 1:5}"  # %llu since 7.x
+        lines.append(f"memcg {identity} {pgdat.paths[number]}")
         lines.append(" node     0")
         lines += generation_lines(lruvec, t_ns)
     return lines
 
 
 def generation_lines(lruvec: ListedLruvec, t_ns: int) -> list[str]:
-    """One line a generation: its number, its age in ms, and folios of each type."""
+    """One line a generation: its number, its age in ms, and folios of each type.
+
+    It begins with the oldest that anonymous folios have, and since v6.14 that any have.
+    """
     lines: list[str] = []
     sizes = [lruvec.sizes_of(of_type) for of_type in TYPES]
-    for seq in range(lruvec.min_seqs[0], lruvec.max_seq + 1):
+    rules = lruvec.rules
+    first = lruvec.oldest(DEFAULT_SWAPPINESS) if rules.two_step else lruvec.min_seqs[ANON]
+    for seq in range(first, lruvec.max_seq + 1):
         place = seq % MAX_NR_GENS
         age_ms = (t_ns - lruvec.birth_ns[place]) // NS_PER_MS
         counts = "".join(f" {of_type[place]:10} " for of_type in sizes)

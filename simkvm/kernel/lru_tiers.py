@@ -100,7 +100,8 @@ FIRST: Final = TierRules(
     highest=_table(lambda s: _refs(s) == 4),
     accessed=_table(_accessed),
     moved=_table(lambda s: 0),
-    isolated=_table(lambda s: s if s & REFERENCED else 0),
+    # Cleared for shrink_folio_list(): what is set after that was set by a look around.
+    isolated=_table(lambda s: s & ~REFERENCED if s & REFERENCED else 0),
     restored=_table(lambda s: COUNTS | WORKINGSET),
     seen=_table(lambda s: 0),
     gains=(1, 2),

@@ -17,7 +17,8 @@ from simpy import Event
 from simkvm.kernel import mmap_lock
 from simkvm.kernel.aging import AgeingWalk
 from simkvm.kernel.aging_call import CALLS, Leaves, Pass
-from simkvm.kernel.lrugen import ListedLruGen, ListedLruvec
+from simkvm.kernel.listed import DEFAULT_SWAPPINESS
+from simkvm.kernel.lrugen import ListedLruGen, ListedLruvec, evictable
 from simkvm.kernel.mglru import MAX_LRU_BATCH, suitable_to_scan
 from simkvm.kernel.task import Task, reach
 
@@ -34,7 +35,10 @@ LRU_GEN_ALL: Final = 0xF  #: as far as the kernel has them
 
 
 class ReclaimWalk(AgeingWalk):
-    """Walks one guest for the generation ``seq``; ``forced``: all of it."""
+    """Walks one guest for the generation ``seq``; ``forced``: all of it.
+
+    Nobody looks at pages of a type that cannot be evicted (``should_skip_vma``).
+    """
 
     def __init__(self, kvm: Kvm, task: Task, capabilities: int = LRU_GEN_ALL) -> None:
         super().__init__(kvm, task)
@@ -43,14 +47,17 @@ class ReclaimWalk(AgeingWalk):
         self._lru = lru
         self._lruvec: ListedLruvec = lru._lists
         self._seq = 0
-        self._forced = False
+        self._forced = self._skips = False
         if kvm.kernel["ageing_call"] == "bitmap" and not capabilities & LRU_GEN_SPTE_WALK:
             self._call = CALLS["blind"](kvm, task)
 
-    def walk(self, seq: int, forced: bool, t_ns: int) -> Generator[Event, Any, Pass]:
+    def walk(
+        self, seq: int, forced: bool, t_ns: int, swappiness: int = DEFAULT_SWAPPINESS
+    ) -> Generator[Event, Any, Pass]:
         """``walk_mm``, from ``t_ns`` on."""
         kvm, vmstat = self.kvm, self._lruvec.vmstat
         self._seq, self._forced = seq, forced
+        self._skips = self._lru.of_type not in evictable(swappiness)
         report = Pass(kvm.name, t_ns)
         vmstat.lru_gen_walks += 1
         kvm.pin()
@@ -71,7 +78,7 @@ class ReclaimWalk(AgeingWalk):
         t_ns = kvm.host.mmap_lock.visit(self.task.cpu.id, t_ns, mmap_lock.LOCK)
         t_ns = yield from reach(self.env, t_ns)
         batched = 0
-        for table, entries in enumerate(kvm.host.present):
+        for table, entries in enumerate(() if self._skips else kvm.host.present):
             if table and table % self._tables_a_pud == 0:
                 began_ns = t_ns
                 t_ns = yield from self._resched(t_ns, batched >= MAX_LRU_BATCH)
@@ -156,7 +163,7 @@ class LruAgeing:
         if seq <= lruvec.mms.seq:
             return False, t_ns
         if self._walks_page_tables(number):
-            ended, t_ns = yield from self._iterate(number, lruvec, seq, forced, t_ns)
+            ended, t_ns = yield from self._iterate(number, lruvec, seq, swappiness, forced, t_ns)
         else:
             ended = lruvec.mms.skip(seq)
         if ended:
@@ -170,7 +177,13 @@ class LruAgeing:
         return bool(capable) and self._pgdat.kvms[number][0].walks_page_tables
 
     def _iterate(
-        self, number: int, lruvec: ListedLruvec, seq: int, forced: bool, t_ns: int
+        self,
+        number: int,
+        lruvec: ListedLruvec,
+        seq: int,
+        swappiness: int,
+        forced: bool,
+        t_ns: int,
     ) -> Generator[Event, Any, tuple[bool, int]]:
         """Walk address spaces of the memcg as long as there are some to be taken."""
         kvms = self._pgdat.kvms[number]
@@ -182,7 +195,7 @@ class LruAgeing:
             place, ended, forced = lruvec.mms.next(seq, forced, wanted)
             if place is None:
                 return ended, t_ns
-            done = yield from self._walk_of(kvms[place]).walk(seq, forced, t_ns)
+            done = yield from self._walk_of(kvms[place]).walk(seq, forced, t_ns, swappiness)
             self._pgdat.passes.append(done)
             t_ns = done.end_ns
 

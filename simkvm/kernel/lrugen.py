@@ -116,12 +116,15 @@ class ListedLruvec(FolioLists):
         """Empty the oldest generation of a type into the next; returns how many folios moved.
 
         One after the other goes to the old end of its new list (``list_move_tail``), which turns
-        their order round. Those of a type that cannot be evicted stay where they are.
+        their order round. Those of a type that cannot be evicted stay where they are. Since v6.14
+        those that move count as protected.
         """
         oldest = self.min_seqs[of_type] % MAX_NR_GENS
         ids = NOBODY
         if moves:
             ids = self._valid(self.lists[of_type][oldest].take(1 << 62), oldest)
+            if self.rules.two_step:
+                self._count_protected(self.states[ids], of_type)
             stay = self.generation[ids] == oldest
             self._move_up(ids[stay], (oldest + 1) % MAX_NR_GENS)
             for generation in range(MAX_NR_GENS):
@@ -317,28 +320,37 @@ class ListedLruvec(FolioLists):
             self._isolate(ids[self.listed[ids] == generation])
         return ids
 
-    def settle(self, used: Ids, active: Ids, writeback: Ids) -> None:
+    def settle(self, used: Ids, active: Ids, writeback: Ids) -> int:
         """As :meth:`FolioLists.settle`."""
         both = np.concatenate((used, active))
-        self.activate(both, np.arange(len(both)) < len(used))
-        self.putback(writeback, self.max_seq - 1)
+        activated = self.activate(both, np.arange(len(both)) < len(used))
+        writeback = self._still_isolated(writeback)
+        if not self.rules.two_step:  # what isolation took from them they get back
+            states = self.states[writeback]
+            self.states[writeback] = np.where(states & WORKINGSET, states | REFERENCED, states)
+        self._put(writeback, self.max_seq - 1)
+        return activated + len(active)
 
     def putback(self, ids: Ids, seq: int, old_end: bool = False) -> None:
         """Isolated folios, all of one type, go back to generation ``seq``, if still there."""
-        ids = ids[self.listed[ids] == ISOLATED]
-        self._put(ids, seq, old_end)
+        self._put(self._still_isolated(ids), seq, old_end)
 
-    def activate(self, ids: Ids, used: NDArray[np.bool_]) -> None:
+    def _still_isolated(self, ids: Ids) -> Ids:
+        there: Ids = ids[self.listed[ids] == ISOLATED]
+        return there
+
+    def activate(self, ids: Ids, used: NDArray[np.bool_]) -> int:
         """Isolated folios that stay go back, ``used`` ones as what they are.
 
-        (``folio_check_references``, and what ``evict_folios`` does with rejected folios.)
+        (``folio_check_references``, and what ``evict_folios`` does with rejected folios.) Returns
+        how many of the used ones count as activated: up to v6.13 none does, they are just kept.
         """
         there = self.listed[ids] == ISOLATED
         ids, used = ids[there], used[there]
         if not self.rules.two_step:
             self.states[ids] = 0
             self._put(ids, self.max_seq)
-            return
+            return 0
         states = self.states[ids]
         seen = self.rules.seen[states]
         again = used & self.rules.promotes(states)
@@ -346,6 +358,7 @@ class ListedLruvec(FolioLists):
         youngest = again | (~used & ((states & WORKINGSET) != 0))
         self._put(ids[youngest], self.max_seq)
         self._put(ids[~youngest], self.max_seq - 1)
+        return int(np.count_nonzero(again))
 
     def _put(self, ids: Ids, seq: int, old_end: bool = False) -> None:
         if not len(ids):

@@ -157,9 +157,9 @@ class Reclaimer:
         t_ns = yield from self._shrink_each(number, lruvec, again, found, t_ns)
         t_ns = yield from reach(self._env, t_ns)
         used, active, writeback = (_array(found[which]) for which in OUTCOMES[1:4])
-        lruvec.settle(used, active, writeback)
+        activated = lruvec.settle(used, active, writeback)
         self._rotate_written(number, lruvec, found["writeback"])
-        self._account(sc, len(ids), len(found["freed"]), len(used) + len(active))
+        self._account(sc, len(ids), len(found["freed"]), activated)
         return t_ns
 
     def _shrink_each(
@@ -174,6 +174,7 @@ class Reclaimer:
         for folio in folios:
             place = lruvec.guest_of(folio)
             kvm, leaf = self._kvm(number, place), folio - int(lruvec.bases[place])
+            t_ns = yield from kvm.sched.checkpoint(self._task, t_ns)
             outcome, t_ns = yield from self._shrink_folio(kvm, leaf, t_ns)
             found[outcome].append(folio)
         return t_ns
@@ -191,13 +192,13 @@ class Reclaimer:
             if self._is_clean(number, lruvec, folio):
                 lruvec.owner(folio).rotate(folio - int(lruvec.bases[lruvec.guest_of(folio)]))
 
-    def _account(self, sc: ScanControl, scanned: int, freed: int, active: int) -> None:
+    def _account(self, sc: ScanControl, scanned: int, freed: int, activated: int) -> None:
         sc.scanned += scanned
         sc.reclaimed += freed
         if freed:
             self._pgdat.kswapd_failures = 0
         vmstat = self._pgdat.vmstat
-        vmstat.pgactivate += active
+        vmstat.pgactivate += activated
         if self._ignore_references:
             return
         if sc.kswapd:
@@ -233,7 +234,7 @@ class Reclaimer:
         assert isinstance(lru, ListedLru)
         asks = not self._ignore_references
         if asks and host.fast[leaf] & OWN and lru.marked(leaf):
-            return "active", t_ns  # a look around saw it, or a fault: nobody is asked
+            return "used", t_ns  # a look around saw it, or a fault: nobody is asked
         if host.fast[leaf] & OWN:
             if asks:
                 t_ns, used = yield from self._referenced(kvm, leaf, t_ns)

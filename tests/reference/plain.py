@@ -968,10 +968,7 @@ class Ager:
     def ask(self, vm: Vm, pages: list[Page], report: Pass) -> Steps:
         """Find out which of ``pages`` the guest used, and return them."""
         kind, lock = vm.kernel["ageing_call"], vm.kernel["ageing_lock"]
-        if not pages or kind == "blind":
-            yield from self.clock.pause(len(pages) * vm.costs.ageing.scan_ns)
-            return set()
-        if kind == "bitmap" and vm.software:
+        if not pages or not self.answers(vm):
             yield from self.clock.pause(len(pages) * vm.costs.ageing.scan_ns)
             return set()
         if kind == "bitmap":
@@ -1169,13 +1166,16 @@ class Ager:
         report = Pass(vm.name, int(clock.now))
         blocks = vm.leaf_bytes > vm.page_bytes
         flush = blocks or vm.kernel["eviction_young"] == "clear_flush_young"
-        answered = not vm.software or vm.kernel["ageing_call"] != "bitmap"
         vm.promoted.clear()
 
         def at_entry(page: Page) -> Steps:
-            by_host, by_guest = yield from self.ask_one(vm, page, report, flush)
-            if (by_host or (by_guest and answered)) and not flush and not self.awaited(vm, page):
-                yield from self.look_around(vm, page, report)
+            asks = not flush and self.answers(vm)
+            by_host, page.young = page.young, False
+            if by_host and not blocks and not asks and not self.awaited(vm, page):
+                yield from self.look_around(vm, page, report, asks)
+            _, by_guest = yield from self.ask_one(vm, page, report, flush)
+            if (by_host or by_guest) and asks and not self.awaited(vm, page):
+                yield from self.look_around(vm, page, report, asks)
             return by_host or by_guest
 
         owed = 0
@@ -1202,7 +1202,12 @@ class Ager:
         aged = vm.host_table(page.leaf).aged
         return aged is not None and bool(aged.callbacks)
 
-    def look_around(self, vm: Vm, page: Page, report: Pass) -> Steps:
+    def answers(self, vm: Vm) -> bool:
+        """Whether a guest is asked for many pages at once, and answers."""
+        kind = vm.kernel["ageing_call"]
+        return kind != "blind" and not (kind == "bitmap" and vm.software)
+
+    def look_around(self, vm: Vm, page: Page, report: Pass, asks: bool) -> Steps:
         """Ask for the other pages of the window of 64 around ``page``, within its host table."""
         clock, costs = self.clock, vm.costs.ageing
         low = page.leaf // vm.entries * vm.entries
@@ -1215,7 +1220,11 @@ class Ager:
         young = {other for other in pages if other.young}
         for other in pages:
             other.young = False
-        used = yield from self.ask(vm, pages, report)
+        used: set[Page] = set()
+        if asks:
+            used = yield from self.ask(vm, pages, report)
+        else:
+            yield from clock.pause(len(pages) * costs.scan_ns)
         yield from clock.pause(len(young - used) * costs.promote_ns)
         for other in sorted(young | used, key=lambda one: one.leaf):
             if other.own:

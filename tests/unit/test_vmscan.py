@@ -17,7 +17,7 @@ from simkvm.kernel import memcg_lru
 from simkvm.kernel.aging import AgeingThread
 from simkvm.kernel.aging_call import Pass
 from simkvm.kernel.bloom import BLOOM_FILTER_SHIFT, BloomFilters, keys
-from simkvm.kernel.host_memory import OWN, PRESENT, WRPROTECT
+from simkvm.kernel.host_memory import OWN, PRESENT, WRPROTECT, YOUNG
 from simkvm.kernel.lru_gen_file import LruGenFile, generations
 from simkvm.kernel.lru_walk import ReclaimWalk
 from simkvm.kernel.memcg_lru import MEMCG_NR_GENS, MemcgLru
@@ -86,6 +86,76 @@ def test_a_page_that_a_look_around_saw_is_not_asked_for_again() -> None:
     # The first batch: 0 looks around, 10 and 63 are not asked. The second: 70 looks around and
     # finds what is left of 38 to 101: itself, 63 and 71 to 101. 124 pages went: a third, all cold.
     assert rows(made, AGE) == (1 + 64 + 61) + (6 + 1 + 33 + 57) + 64
+
+
+@pytest.mark.parametrize("kernel", ["linux-6.4", "linux-6.12"])
+def test_a_fault_before_it_was_isolated_saves_no_page_from_the_question(kernel: str) -> None:
+    """isolate_folio() clears PG_referenced for shrink_folio_list()."""
+    made = Pressed(2 * MIB, kernel)
+    for leaf in range(64):
+        made.host.lru.accessed(leaf, 2)  # type: ignore[attr-defined]
+    made.evict(1)
+    assert np.flatnonzero(made.host.state & OWN).tolist() == list(range(64, 512))
+    assert rows(made, AGE) == 64
+
+
+def test_pages_under_writeback_are_what_they_were() -> None:
+    """evict_folios() restores LRU_REFS_FLAGS of folios of the workingset."""
+    made = Pressed(2 * MIB, swap="nvme")
+    lru, states = made.host.lru, made.lruvec.states
+    for leaf in (3, 4):
+        lru.accessed(leaf, 3 if leaf == 3 else 1)  # type: ignore[attr-defined]
+    states[4] |= 2  # a workingset folio without PG_referenced: nothing to restore
+    before = int(states[3])
+    ids, _ = made.lruvec.isolate(60)
+    made.lruvec.settle(ids[:0], ids[:0], ids[ids < 5])
+    assert states[:5].tolist() == [0, 0, 0, before, 3]
+
+
+def test_before_2023s_series_eviction_looks_around_by_the_hosts_own_flags() -> None:
+    """folio_referenced_one() of v6.4: a young host PTE, then clear_flush_young in any case."""
+    made = Pressed(2 * MIB, "linux-6.4")
+    made.host.state[[5, 20, 64]] |= np.uint8(YOUNG)
+    made.use(1, 30, 31)  # of these the host knows nothing until it asks
+    made.evict(1)
+    vmstat = made.pgdat.vmstat
+    # Leaf 5 looks at 0 to 63 and finds 20, which is then known to be used and not asked for.
+    assert vmstat.look_arounds == 1
+    assert rows(made, AGE) == 63
+    assert vmstat.pgsteal_direct == 64 - 5
+    assert not (made.host.state[[5, 20]] & YOUNG).any()
+    assert made.host.state[64] & YOUNG
+
+
+def test_what_cannot_be_evicted_is_not_walked() -> None:
+    """should_skip_vma(): anonymous memory, with swappiness 0."""
+    made = Pressed(2 * MIB)
+    made.use(*range(512))
+    lruvec = made.lruvec
+    walk = ReclaimWalk(made.kvms[0], made.task)
+    report = made.do(walk.walk(lruvec.max_seq, True, made.now(), swappiness=0))
+    assert (report.scanned, rows(made, AGE)) == (0, 0)
+    report = made.do(walk.walk(lruvec.max_seq, True, made.now(), swappiness=1))
+    assert (report.scanned, rows(made, AGE)) == (512, 512)
+
+
+@pytest.mark.parametrize(("kernel", "counted"), [("linux-6.12", 0), ("linux-7.1", 512)])
+def test_folios_that_a_new_generation_moves_up_count_as_protected_since_the_rework(
+    kernel: str, counted: int
+) -> None:
+    made = Pressed(2 * MIB, kernel)
+    lruvec = made.lruvec
+    positions: list[int] = []
+    controller = lruvec.controllers[0]
+    carry_over = controller.carry_over
+
+    def note() -> None:
+        positions.append(sum(controller.protected))
+        carry_over()
+
+    controller.carry_over = note  # type: ignore[method-assign]
+    lruvec.inc_min_seq(0)
+    assert positions == [counted]
 
 
 def test_a_batch_is_64_whatever_is_wanted() -> None:
@@ -352,6 +422,7 @@ def test_the_file_reads_as_the_kernels() -> None:
     assert lines[2] == "          0    3600250        512           0 "
     assert lines[6] == "memcg     2 /vm1"
     assert len(lines) == 2 * (2 + 4)
+    assert generations(Pressed(kernel="linux-7.1").pgdat, 0)[0] == "memcg 1 /vm0"
 
 
 # -- files -----------------------------------------------------------------------------------------
