@@ -94,7 +94,7 @@ class MemcachedUnderPressure:
             "value_size": "2000 B",
             "get_ratio": 1.0,
             **host.workload,
-            "warmup": "700 ms",
+            "warmup": "2500 ms",
         }
         guest = {
             "vcpus": self.vcpus,
@@ -106,7 +106,7 @@ class MemcachedUnderPressure:
             "name": figure.id,
             "machine": host.machine(),
             "kernel": self.kernels[figure.arm],
-            "duration": "1 s",
+            "duration": "3 s",
             "host": {
                 "memory": {
                     "size": host_memory(touched, memory, self.vcpus, self.overcommit),
