@@ -358,6 +358,8 @@ class World:
 
     def _process_exit(self, kvm: Kvm, t_ns: int) -> Generator[Event, Any, Any]:
         """The owner of a VM ends at ``t_ns``, unasked."""
+        if self.selftest is not None:
+            self.selftest.kill(t_ns)
         task = Task(f"{kvm.name}/exit", kvm.vcpus[0].cpu, on_cpu=False)
         return teardown_of(self.kernel)(kvm, task, "process_exit", t_ns).run()
 
