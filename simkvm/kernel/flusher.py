@@ -197,3 +197,6 @@ class Flusher:
     def _end(self, memory: FileMemory, leaves: list[int], t_ns: int) -> Generator[Event, Any, None]:
         yield from reach(self._env, t_ns)
         memory.swap[leaves] &= np.uint8(~WRITEBACK & 0xFF)
+        for leaf in leaves:
+            if not memory.fast_swap[leaf] & DIRTY:
+                memory.lru.written_back(leaf)  # type: ignore[attr-defined]
