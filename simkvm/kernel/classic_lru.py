@@ -1,12 +1,14 @@
 """The LRU without generations: an active and an inactive list for each type of folios.
 
 Source: mm/vmscan.c (``shrink_lruvec``, ``shrink_active_list``, ``get_scan_count``,
-``inactive_is_low``), mm/swap.c (``folio_mark_accessed``, ``lru_note_cost``) and mm/workingset.c,
-v6.12. A folio begins on the inactive list; the second use that somebody notes there activates it.
-Reclaim takes from the old end of the inactive list and gives one chance more: what was used is
-marked (PG_referenced), and activated if it was marked. Active folios come to the inactive list
-when that is low, used or not. An evicted folio that comes back before as many were evicted and
-activated as would fit is activated at once.
+``prepare_scan_control``, ``inactive_is_low``, ``kswapd_age_node``), mm/swap.c
+(``folio_mark_accessed``, ``lru_note_cost``) and mm/workingset.c, v6.12. A folio begins on the
+inactive list; the second use that somebody notes there activates it. Reclaim takes from the old end
+of the inactive list and gives one chance more: what was used is marked (PG_referenced), and
+activated if it was marked. Active folios come to the inactive list when that is low, used or not.
+An evicted folio that comes back before as many were evicted and activated as would fit is activated
+at once. All reclaim is the node's, so balance, costs and distances are those of the root's lruvec,
+which stands for all memcgs.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from simkvm.kernel.listed import (
     ListedLru,
 )
 from simkvm.kernel.scan_control import DEF_PRIORITY, SWAP_CLUSTER_MAX, ScanControl
+from simkvm.kernel.swappable import DIRTY, WRITEBACK
 from simkvm.kernel.task import reach
 from simkvm.kernel.vmstat import Vmstat
 
@@ -44,26 +47,69 @@ INACTIVE: Final = 0
 ACTIVE: Final = 1
 REFERENCED: Final = 1  #: flags of a folio
 WORKINGSET: Final = 2
+RECLAIM: Final = 4  #: passed by while it was dirty or being written
 List = tuple[int, int]  #: type, and INACTIVE or ACTIVE
 LISTS: Final[tuple[List, ...]] = tuple((t, n) for t in TYPES for n in (INACTIVE, ACTIVE))
 
 
+class RootLruvec:
+    """What the lists of all memcgs of the node amount to. ``page_bytes``: for their ratio."""
+
+    def __init__(self, page_bytes: int = 4096) -> None:
+        self.gib_pages = (1 << 30) // page_bytes
+        self.memcgs: list[ClassicLruvec] = []
+        self.nonresident_age = 0  #: evictions and activations so far
+        self.costs = [0, 0]  #: of reclaim, by type, as ``get_scan_count`` weighs them
+        self.refaults = [0, 0]  #: activated refaults by type, and as they were when reclaim ended
+        self.refaults_before = [0, 0]
+
+    def size(self, of_type: int, number: int) -> int:
+        """Folios on lists of one kind."""
+        return sum(lruvec.on_list[of_type][number] for lruvec in self.memcgs)
+
+    @property
+    def total(self) -> int:
+        """Folios on all lists."""
+        return sum(self.size(of_type, number) for of_type, number in LISTS)
+
+    def inactive_is_low(self, of_type: int) -> bool:
+        """Whether the node has few inactive folios."""
+        return self.is_low(self.size(of_type, INACTIVE), self.size(of_type, ACTIVE))
+
+    def is_low(self, inactive: int, active: int) -> bool:
+        """Whether the inactive ones of so many folios are too few (``inactive_is_low``)."""
+        gib = (inactive + active) // self.gib_pages
+        return inactive * (isqrt(10 * gib) if gib else 1) < active
+
+    def may_deactivate(self, of_type: int) -> bool:
+        """Whether active folios may go: few are inactive, or the working set changes."""
+        moved = self.refaults[of_type] != self.refaults_before[of_type]
+        return moved or self.inactive_is_low(of_type)
+
+    def snapshot_refaults(self) -> None:
+        """A reclaim ends: by what comes back from now on the next one sees changes."""
+        self.refaults_before = list(self.refaults)
+
+    def note_cost(self, of_type: int, pages_of_io: int, rotated: int) -> None:
+        """What reclaim of a type cost; the past counts less and less (``lru_note_cost``)."""
+        self.costs[of_type] += pages_of_io * SWAP_CLUSTER_MAX + rotated
+        if sum(self.costs) > self.total // 4:
+            self.costs = [cost // 2 for cost in self.costs]
+
+
 class ClassicLruvec(FolioLists):
-    """The lists of one memcg. ``page_bytes``: for the ratio of the lists."""
+    """The lists of one memcg; ``root``: of its node."""
 
     def __init__(
         self,
         guests: Sequence[tuple[int, int]],
         line: LineCosts,
-        page_bytes: int = 4096,
+        root: RootLruvec | None = None,
         vmstat: Vmstat | None = None,
     ) -> None:
         super().__init__(guests, 2, line, vmstat)
-        self.nonresident_age = 0  #: evictions and activations so far
-        self.costs = [0, 0]  #: of reclaim, by type, as ``get_scan_count`` weighs them
-        self.refaults = [0, 0]  #: activated refaults by type, and as they were when reclaim ended
-        self.refaults_before = [0, 0]
-        self._gib_pages = (1 << 30) // page_bytes
+        self.root = root or RootLruvec()
+        self.root.memcgs.append(self)
         self.listed_guests: list[ClassicLru] = []
         for number, (_, of_type) in enumerate(guests):
             self.listed_guests.append(ClassicLru(self, number, of_type))
@@ -72,8 +118,7 @@ class ClassicLruvec(FolioLists):
     def inactive_is_low(self, of_type: int) -> bool:
         """Whether the inactive list is to be refilled."""
         inactive, active = self.on_list[of_type]
-        gib = (inactive + active) // self._gib_pages
-        return inactive * (isqrt(10 * gib) if gib else 1) < active
+        return self.root.is_low(inactive, active)
 
     def isolate(self, of_type: int, number: int, most: int) -> Ids:
         """Take up to ``most`` folios off the old end of a list."""
@@ -93,12 +138,18 @@ class ClassicLruvec(FolioLists):
         return np.concatenate(found) if found else NOBODY
 
     def settle(self, used: Ids, active: Ids, writeback: Ids) -> int:
-        """Back to the lists: what was used is activated if it was marked, or marked."""
+        """Back to the lists: what was used is activated if it was marked, or marked.
+
+        What was being written before is activated too; what is since now goes on from where it was.
+        """
         again = (self.states[used] & REFERENCED) != 0
-        self.states[used] = (self.states[used] & WORKINGSET) | np.uint8(REFERENCED)
-        self.put(np.concatenate((used[again], active)), ACTIVE)
-        self.put(np.concatenate((used[~again], writeback)), INACTIVE)
-        return int(np.count_nonzero(again)) + len(active)
+        self.states[used] |= np.uint8(REFERENCED)
+        met = (self.states[writeback] & RECLAIM) != 0
+        activated = np.concatenate((used[again], active, writeback[met]))
+        self.root.nonresident_age += int(np.count_nonzero(self.listed[activated] == ISOLATED))
+        self.put(activated, ACTIVE)
+        self.put(np.concatenate((used[~again], writeback[~met])), INACTIVE)
+        return len(activated)
 
     def put(self, ids: Ids, number: int) -> None:
         """Isolated folios go to the new end of a list, if nobody freed them meanwhile."""
@@ -106,12 +157,6 @@ class ClassicLruvec(FolioLists):
         for lru, part in self.by_guest(ids):
             lru.sizes[number] += len(part)
             self._relist(part, lru.of_type, number, were_listed=False)
-
-    def note_cost(self, of_type: int, pages_of_io: int, rotated: int) -> None:
-        """What reclaim of a type cost; the past counts less and less (``lru_note_cost``)."""
-        self.costs[of_type] += pages_of_io * SWAP_CLUSTER_MAX + rotated
-        if sum(self.costs) > sum(map(sum, self.on_list)) // 4:
-            self.costs = [cost // 2 for cost in self.costs]
 
 
 class ClassicLru(ListedLru):
@@ -174,6 +219,12 @@ class ClassicLru(ListedLru):
             ids = np.array([self.base + leaf])
             self._lists._relist(ids, self.of_type, INACTIVE, old_end=True, were_listed=False)
 
+    def written_back(self, leaf: int) -> None:
+        """Reclaim has passed it by before: now it is where reclaim looks first."""
+        if self._fast_state[leaf] & RECLAIM:
+            self._fast_state[leaf] &= ~RECLAIM & 0xFF
+            self.rotate(leaf)
+
     # -- use --------------------------------------------------------------------------------------
 
     def promote(self, leaves: NDArray[np.int64]) -> int:
@@ -192,11 +243,11 @@ class ClassicLru(ListedLru):
 
     def _activate(self, leaf: int) -> None:
         lruvec = self._lists
-        self._fast_state[leaf] &= WORKINGSET
+        self._fast_state[leaf] &= ~REFERENCED & 0xFF
         self.sizes[INACTIVE] -= 1
         self.sizes[ACTIVE] += 1
         lruvec._relist(np.array([self.base + leaf]), self.of_type, ACTIVE)
-        lruvec.nonresident_age += 1
+        lruvec.root.nonresident_age += 1
         lruvec.vmstat.pgactivate += 1
 
     # -- eviction and return ----------------------------------------------------------------------
@@ -206,27 +257,26 @@ class ClassicLru(ListedLru):
         lruvec, state = self._lists, self._fast_state[leaf]
         self._fast_listed[leaf] = ABSENT
         self._fast_state[leaf] = 0
-        self._shadows[leaf] = lruvec.nonresident_age << 1 | bool(state & WORKINGSET)
-        lruvec.nonresident_age += 1
+        self._shadows[leaf] = lruvec.root.nonresident_age << 1 | bool(state & WORKINGSET)
+        lruvec.root.nonresident_age += 1
 
     def refault(self, leaf: int) -> bool:
         """Whether so few went since then that it might be here still (``workingset_refault``)."""
-        lruvec, shadow, vmstat = self._lists, int(self._shadows[leaf]), self._lists.vmstat
+        root, shadow, vmstat = self._lists.root, int(self._shadows[leaf]), self._lists.vmstat
         self._shadows[leaf] = NO_SHADOW
         if shadow == NO_SHADOW:
             return False
         vmstat.workingset_refault += 1
-        distance = lruvec.nonresident_age - (shadow >> 1)
-        fits = sum(map(sum, lruvec.on_list)) - lruvec.on_list[self.of_type][INACTIVE]
-        if distance > fits:
+        distance = root.nonresident_age - (shadow >> 1)
+        if distance > root.total - root.size(self.of_type, INACTIVE):
             return False
         self._fast_state[leaf] = REFERENCED  # :meth:`add` puts it on the active list
-        lruvec.nonresident_age += 1
-        lruvec.refaults[self.of_type] += 1
+        root.nonresident_age += 1
+        root.refaults[self.of_type] += 1
         vmstat.workingset_activate += 1
         if shadow & 1:
             self._fast_state[leaf] |= WORKINGSET
-            lruvec.note_cost(self.of_type, 1, 0)
+            root.note_cost(self.of_type, 1, 0)
             vmstat.workingset_restore += 1
         return True
 
@@ -239,8 +289,24 @@ class Classic:
         self._pgdat = reclaimer.pgdat
         self._env = reclaimer.pgdat.pages.env
 
-    def age_node(self, sc: ScanControl, t_ns: int) -> None:
-        """Nothing: :meth:`_shrink_lruvec` ages."""
+    def age_node(self, sc: ScanControl, t_ns: int) -> Steps:
+        """Some active anonymous folios of each memcg become inactive, if the node has few of those
+        (``kswapd_age_node``).
+        """
+        if self._pgdat.swap is not None and self._root.inactive_is_low(ANON):
+            for memcg in range(len(self._pgdat.lruvecs)):
+                t_ns = yield from self._shrink_active(memcg, ANON, SWAP_CLUSTER_MAX, t_ns)
+        return t_ns
+
+    def begins_again(self, sc: ScanControl) -> bool:
+        """The end of a reclaim; a direct one that got nothing and spared active folios begins
+        again, and spares none (``do_try_to_free_pages``).
+        """
+        self._root.snapshot_refaults()
+        if sc.kswapd or sc.reclaimed or not sc.skipped_deactivate:
+            return False
+        sc.force_deactivate, sc.skipped_deactivate = True, False
+        return True
 
     def shrink_node(self, sc: ScanControl, t_ns: int) -> Steps:
         """One go over the memcgs; a direct reclaimer stops when it has enough, and the next goes on
@@ -248,16 +314,20 @@ class Classic:
         """
         pgdat = self._pgdat
         lruvecs = pgdat.lruvecs
+        self.prepare(sc)
         first = 0 if sc.kswapd else pgdat.next_memcg
         for step in range(len(lruvecs)):
             memcg = (first + step) % len(lruvecs)
             lruvec = self._lruvec(memcg)
             t_ns = yield from self._shrink_lruvec(memcg, lruvec, sc, t_ns)
-            lruvec.refaults_before = list(lruvec.refaults)
             if not sc.kswapd and sc.reclaimed >= sc.nr_to_reclaim:
                 pgdat.next_memcg = (memcg + 1) % len(lruvecs)
                 break
         return t_ns
+
+    @property
+    def _root(self) -> RootLruvec:
+        return self._lruvec(0).root
 
     def _lruvec(self, memcg: int) -> ClassicLruvec:
         lruvec = self._pgdat.lruvecs[memcg]
@@ -266,21 +336,36 @@ class Classic:
 
     # -- how much of what -------------------------------------------------------------------------
 
+    def prepare(self, sc: ScanControl) -> None:
+        """Before each go, for all memcgs (``prepare_scan_control``)."""
+        root, pages = self._root, self._pgdat.pages
+        sc.may_deactivate = [
+            sc.force_deactivate or root.may_deactivate(of_type) for of_type in TYPES
+        ]
+        enough = root.size(FILE, INACTIVE) >> sc.priority > 0
+        sc.cache_trim_mode = enough and not sc.may_deactivate[FILE]
+        # Files alone cannot bring the node over its high watermark, old anonymous folios could.
+        file = root.size(FILE, INACTIVE) + root.size(FILE, ACTIVE)
+        sc.file_is_tiny = (
+            file + pages.free <= pages.marks.high
+            and not sc.may_deactivate[ANON]
+            and root.size(ANON, INACTIVE) >> sc.priority > 0
+        )
+
     def scan_count(self, lruvec: ClassicLruvec, sc: ScanControl) -> dict[List, int]:
         """How many folios of each list to look at (``get_scan_count``)."""
         swappiness = self._pgdat.swappiness
-        inactive_file = lruvec.on_list[FILE][INACTIVE]
         if not self._pgdat.can_reclaim_anon:
             weights = (0, 1)
         elif swappiness and not sc.priority:
             weights = (1, 1)
-        elif self.file_is_tiny(lruvec, sc):
+        elif sc.file_is_tiny:
             weights = (1, 0)
-        elif inactive_file >> sc.priority and not self.may_deactivate(lruvec, FILE):
+        elif sc.cache_trim_mode:
             weights = (0, 1)
         else:
-            total = sum(lruvec.costs)
-            anon, file = (total + cost for cost in lruvec.costs)
+            costs = self._root.costs
+            anon, file = (sum(costs) + cost for cost in costs)
             weights = (
                 swappiness * (anon + file + 1) // (anon + 1),
                 (MAX_SWAPPINESS - swappiness) * (anon + file + 1) // (file + 1),
@@ -293,32 +378,12 @@ class Classic:
             for of_type, number in LISTS
         }
 
-    def file_is_tiny(self, lruvec: ClassicLruvec, sc: ScanControl) -> bool:
-        """Whether files alone cannot bring the node over its high watermark, and old anonymous
-        folios could (``prepare_scan_control``).
-        """
-        pages = self._pgdat.pages
-        lists = [self._lruvec(memcg).on_list for memcg in range(len(self._pgdat.lruvecs))]
-        file = sum(sum(of_memcg[FILE]) for of_memcg in lists)
-        old = sum(of_memcg[ANON][INACTIVE] for of_memcg in lists)
-        return (
-            file + pages.free <= pages.marks.high
-            and not self.may_deactivate(lruvec, ANON)
-            and old >> sc.priority > 0
-        )
-
-    def may_deactivate(self, lruvec: ClassicLruvec, of_type: int) -> bool:
-        """Whether active folios may go: few are inactive, or the working set changes."""
-        moved = lruvec.refaults[of_type] != lruvec.refaults_before[of_type]
-        return moved or lruvec.inactive_is_low(of_type)
-
     def _shrink_lruvec(
         self, memcg: int, lruvec: ClassicLruvec, sc: ScanControl, t_ns: int
     ) -> Steps:
         """``shrink_lruvec``: 32 of each list in turn, until there is enough of both types."""
         counts = self.scan_count(lruvec, sc)
         targets = dict(counts)
-        deactivates = [self.may_deactivate(lruvec, of_type) for of_type in TYPES]
         proportional = not sc.kswapd and sc.priority == DEF_PRIORITY
         began, adjusted = sc.reclaimed, False
         while counts[ANON, INACTIVE] or counts[FILE, ACTIVE] or counts[FILE, INACTIVE]:
@@ -328,8 +393,10 @@ class Classic:
                 of_type, number = which
                 if batch and number == INACTIVE:
                     t_ns = yield from self._shrink_inactive(memcg, of_type, batch, sc, t_ns)
-                elif batch and deactivates[of_type]:
+                elif batch and sc.may_deactivate[of_type]:
                     t_ns = yield from self._shrink_active(memcg, of_type, batch, t_ns)
+                elif batch:
+                    sc.skipped_deactivate = True
             t_ns = yield from self._reclaimer.cond_resched(memcg, t_ns)
             if sc.reclaimed - began < sc.nr_to_reclaim or proportional or adjusted:
                 continue
@@ -358,14 +425,24 @@ class Classic:
         ids, t_ns = yield from self._isolate(memcg, lruvec, (of_type, INACTIVE), batch, t_ns)
         if not len(ids):
             return t_ns
+        self._mark(memcg, lruvec, ids, WRITEBACK)
         vmstat, before = lruvec.vmstat, sc.reclaimed
         written = vmstat.pswpout
         t_ns = yield from self._reclaimer.shrink_folio_list(memcg, lruvec, ids, sc, t_ns)
         kept = len(ids) - (sc.reclaimed - before)
         if kept == len(ids):
             self._pgdat.wake_flusher()  # if it was for dirty pages that all stayed
-        lruvec.note_cost(of_type, vmstat.pswpout - written, kept)
+        if of_type == FILE:
+            self._mark(memcg, lruvec, ids, WRITEBACK | DIRTY)
+        lruvec.root.note_cost(of_type, vmstat.pswpout - written, kept)
         return t_ns
+
+    def _mark(self, memcg: int, lruvec: ClassicLruvec, ids: Ids, swap: int) -> None:
+        """Note which folios are being written, or also are dirty (PG_reclaim)."""
+        lruvec.states[ids] &= np.uint8(~RECLAIM & 0xFF)
+        for lru, part in lruvec.by_guest(ids):
+            flags = self._pgdat.memory(memcg, lru.number).swap[part - lru.base]
+            lruvec.states[part[(flags & swap) != 0]] |= np.uint8(RECLAIM)
 
     def _shrink_active(self, memcg: int, of_type: int, batch: int, t_ns: int) -> Steps:
         """Make active folios inactive, and forget that they were used."""

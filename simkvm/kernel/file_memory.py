@@ -33,6 +33,8 @@ class FileMemory(SwappableMemory):
         super().__init__(*args)  # type: ignore[arg-type]
         self.swap[:] = SLOT
         self.dirty = 0  #: pages that are newer than the file
+        self.dirty_since_ns = 0  #: when the first of them became so
+        self.writeback_index = 0  #: where the next chunk of them begins
         self.dirtied: Callable[[], None] = lambda: None  #: tells who writes back
 
     def waiting(self, leaves: NDArray[np.int64], file: bool) -> NDArray[np.bool_]:
@@ -49,6 +51,8 @@ class FileMemory(SwappableMemory):
     def written(self, leaf: int) -> None:
         """A write fault makes the page of ``leaf`` dirty."""
         if not self.fast_swap[leaf] & DIRTY:
+            if not self.dirty:
+                self.dirty_since_ns = int(self._env.now)
             self.fast_swap[leaf] |= DIRTY
             self.dirty += 1
             self.dirtied()

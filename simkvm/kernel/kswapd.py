@@ -99,12 +99,13 @@ class Kswapd:
         total = 0
         while sc.priority >= 1 and not pages.balanced:
             sc.reclaimed = 0
-            self._reclaimer.age_node(sc, t_ns)
+            t_ns = yield from self._reclaimer.age_node(sc, t_ns)
             t_ns = yield from self._reclaimer.shrink_node(sc, t_ns)
             t_ns = yield from reach(self._env, t_ns + self._task.cpu.take_stolen())
             total += sc.reclaimed
             if sc.scanned < sc.nr_to_reclaim or not sc.reclaimed:
                 sc.priority -= 1
+        self._reclaimer.begins_again(sc)  # never, but that is the end of a reclaim
         if not total and not pages.balanced:
             self._pgdat.kswapd_failures += 1
         return t_ns

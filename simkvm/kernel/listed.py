@@ -65,6 +65,9 @@ class ListedLru(LruGen):
         """The page of ``leaf`` is clean at last: eviction shall find it next."""
         raise NotImplementedError
 
+    def written_back(self, leaf: int) -> None:
+        """The page of ``leaf``, of a file, is clean: its write is over."""
+
     def accessed(self, leaf: int, times: int) -> None:
         """A fault of KVM's used the folio of ``leaf`` (``folio_mark_accessed``)."""
         raise NotImplementedError

@@ -147,14 +147,20 @@ class MultiGen:
 
     # -- before a round of kswapd -----------------------------------------------------------------
 
-    def age_node(self, sc: ScanControl, t_ns: int) -> None:
+    def age_node(self, sc: ScanControl, t_ns: int) -> Steps:
         """Kill somebody if no generation is older than min_ttl (``lru_gen_age_node``)."""
+        yield from ()
         self._set_initial_priority(sc)
         min_ttl_ns = self._pgdat.min_ttl_ns
         if min_ttl_ns and not any(
             self._reclaimable(lruvec, sc, t_ns - min_ttl_ns) for lruvec in self._pgdat.generations
         ):
             self._pgdat.pages.out_of_memory(t_ns)
+        return t_ns
+
+    def begins_again(self, sc: ScanControl) -> bool:
+        """No folio is spared for being active."""
+        return False
 
     def _reclaimable(self, lruvec: ListedLruvec, sc: ScanControl, before_ns: int) -> bool:
         seq = lruvec.min_seqs[FILE]

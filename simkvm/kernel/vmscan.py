@@ -45,8 +45,12 @@ class ReclaimOrder(Protocol):
         """One go over the memcgs, from ``t_ns`` on; returns when it is done."""
         ...
 
-    def age_node(self, sc: ScanControl, t_ns: int) -> None:
+    def age_node(self, sc: ScanControl, t_ns: int) -> Steps:
         """What comes before a round of kswapd."""
+        ...
+
+    def begins_again(self, sc: ScanControl) -> bool:
+        """After the last round: whether a direct reclaimer has spared what it has to take now."""
         ...
 
 
@@ -69,9 +73,11 @@ class Reclaimer:
 
     # -- rounds ---------------------------------------------------------------------------------
 
-    def direct(self, t_ns: int) -> Generator[Event, Any, tuple[int, int]]:
+    def direct(
+        self, t_ns: int, sc: ScanControl | None = None
+    ) -> Generator[Event, Any, tuple[int, int]]:
         """``try_to_free_pages``: returns how many pages were reclaimed, and when it is done."""
-        sc = ScanControl(SWAP_CLUSTER_MAX, kswapd=False)
+        sc = sc or ScanControl(SWAP_CLUSTER_MAX, kswapd=False)
         for priority in range(DEF_PRIORITY, -1, -1):
             sc.priority = priority
             began_ns, functions = t_ns, dict[str, int]()
@@ -84,6 +90,8 @@ class Reclaimer:
             )
             if sc.reclaimed >= sc.nr_to_reclaim:
                 break
+        if self.begins_again(sc):
+            return (yield from self.direct(t_ns, sc))
         return sc.reclaimed, t_ns
 
     def shrink_node(self, sc: ScanControl, t_ns: int) -> Steps:
@@ -91,9 +99,13 @@ class Reclaimer:
         sc.scanned = 0
         return self._order.shrink_node(sc, t_ns)
 
-    def age_node(self, sc: ScanControl, t_ns: int) -> None:
+    def age_node(self, sc: ScanControl, t_ns: int) -> Steps:
         """What kswapd does before each go."""
-        self._order.age_node(sc, t_ns)
+        return self._order.age_node(sc, t_ns)
+
+    def begins_again(self, sc: ScanControl) -> bool:
+        """The last go is over: whether all has to be done again, harder."""
+        return self._order.begins_again(sc)
 
     def cond_resched(self, number: int, t_ns: int) -> Steps:
         """A place where the task may lose its CPU."""

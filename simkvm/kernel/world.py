@@ -19,7 +19,7 @@ from simkvm.guest.lazy import Lazy
 from simkvm.guest.software_af import vcpu_class
 from simkvm.kernel import bugs
 from simkvm.kernel.aging import AgeingThread
-from simkvm.kernel.classic_lru import ClassicLruvec
+from simkvm.kernel.classic_lru import ClassicLruvec, RootLruvec
 from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.dram import Dram
 from simkvm.kernel.flusher import Flusher
@@ -322,14 +322,14 @@ class World:
             memcgs.setdefault(guests[kvm.name].memcg or f"/{kvm.name}", []).append(kvm)
         two_step = self.kernel["promotion"] == "two_step"
         lruvecs: list[FolioLists] = []
+        root = RootLruvec(pgdat.pages.page_bytes)
         for kvms in memcgs.values():
             shapes = [(kvm.leaves, FILE if pgdat.memory_of(kvm).file else ANON) for kvm in kvms]
             line, now = kvms[0].costs.line, lambda: int(self.env.now)
             if pgdat.lru_gen & LRU_GEN_CORE:
                 lruvecs.append(ListedLruvec(shapes, two_step, line, now, pgdat.vmstat))
             else:
-                page_bytes = pgdat.pages.page_bytes
-                lruvecs.append(ClassicLruvec(shapes, line, page_bytes, pgdat.vmstat))
+                lruvecs.append(ClassicLruvec(shapes, line, root, pgdat.vmstat))
             for kvm, lru in zip(kvms, lruvecs[-1].listed_guests, strict=True):
                 kvm.host.lru = lru
                 lru.pages = pgdat.memory_of(kvm)
@@ -358,6 +358,8 @@ class World:
 
     def _process_exit(self, kvm: Kvm, t_ns: int) -> Generator[Event, Any, Any]:
         """The owner of a VM ends at ``t_ns``, unasked."""
+        if self.selftest is not None:
+            self.selftest.kill(t_ns)
         task = Task(f"{kvm.name}/exit", kvm.vcpus[0].cpu, on_cpu=False)
         return teardown_of(self.kernel)(kvm, task, "process_exit", t_ns).run()
 

@@ -29,6 +29,7 @@ LOCK_COLUMNS = (
 )
 HISTOGRAM_COLUMNS = ("guest", "lock", "site", "mode", "quantity", "low_ns", "high_ns", "count")
 SERIES_COLUMNS = ("guest", "t_ns", "touches", "faults", "retries")
+SELFTEST_PHASES = ("run1", "reset", "run2")  #: of max_guest_memory_test and mmu_stress_test
 SAMPLES = 64  #: rows of the series of each guest, at most twice as many
 
 
@@ -158,6 +159,7 @@ class Recorder:
             **requests.summary(world, end_ns),
             **_passes_summary(passes),
             **_young_summary(world),
+            **self._selftest_summary(),
             **pressure_summary(world, end_ns),
             **self._lock_summary(world),
             **world.sched.summary(end_ns),
@@ -193,6 +195,14 @@ class Recorder:
             "violations": violations,
             "safety": "violated" if violations else "clean",
         }
+
+    def _selftest_summary(self) -> dict[str, int | float | str]:
+        """How long those phases took that a selftest measures once; nan if there was none."""
+        took: dict[str, int | float | str] = {f"{name}_ns": math.nan for name in SELFTEST_PHASES}
+        for name, _, begin_ns, end_ns, _ in self.phases:
+            if name in SELFTEST_PHASES:
+                took[f"{name}_ns"] = end_ns - begin_ns
+        return took
 
     def _lock_summary(self, world: World) -> dict[str, int | float | str]:
         stats = [self.locks[kvm.name] for kvm in world.kvms]

@@ -159,19 +159,24 @@ def _room(scenario: Scenario, memory: Memory, guests: Mapping[str, Guest]) -> It
         message = f"page tables, memory caches and the high watermark alone take {least}"
         yield Problem(("host", "memory", "size"), message)
         return
-    mapped = sum(guest.memory_pages for guest in guests.values() if guest.mapped)
+    test = scenario.selftest
+    fills = test is not None and test.fills
+    mapped = sum(guest.memory_pages for guest in guests.values() if guest.mapped or fills)
     over = mapped + fixed + marks.high - total
     if over > 0:
-        yield from _swapped_from_the_start(scenario.host.swap, over, mapped, page)
+        what = "guests that are mapped from the start exceed it"
+        if test is not None:
+            what = f"what {test.test} writes to beforehand exceeds it"
+        yield from _swapped_from_the_start(scenario.host.swap, over, mapped, page, what)
 
 
 def _swapped_from_the_start(
-    swap: Swap | None, over: int, mapped: int, page: int
+    swap: Swap | None, over: int, mapped: int, page: int, what: str
 ) -> Iterator[Problem]:
     """Whether ``over`` of the ``mapped`` pages have a place in swap; compressed ones need room."""
     stored = swap.stored if isinstance(swap, Zram) else 0.0
     out = ceil(over / (1 - stored)) if stored < 1 else mapped + 1
-    message = f"guests that are mapped from the start exceed it by {exact_size(over * page)}"
+    message = f"{what} by {exact_size(over * page)}"
     if out > mapped:
         message = f"{message}, and compressed they have no room either"
         yield Problem(("host", "memory", "size"), message)

@@ -55,6 +55,8 @@ class Selftest(Model):
     #: What it does to its guest, as contenders say it (:mod:`simkvm.scenario.leaf_sizes`).
     resizes: ClassVar[bool] = False
     logs: ClassVar[bool] = False
+    #: Whether all of the guests' memory is written to before the test begins.
+    fills: ClassVar[bool] = False
     _arch: str = PrivateAttr("arm64")
 
     host_page_size: Size | None = Field(

@@ -319,6 +319,7 @@ class FilledMemory(Selftest):
     """What ``max_guest_memory_test`` and its successor share."""
 
     memory_key: ClassVar[str] = "memory"
+    fills: ClassVar[bool] = True
 
     vcpus: Vcpus | None = Field(
         default=None, description="vCPUs (-c); null: three quarters of the host's CPUs."

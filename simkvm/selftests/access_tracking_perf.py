@@ -152,6 +152,7 @@ class AccessTrackingPerf(MemstressTest):
         self.passes.append(done)
         self.t_ns = done.end_ns + self.task.cpu.take_stolen() + self.kvm.costs.switch_ns
         self.task.cpu.enter_user(self.t_ns, NEVER)
+        self.in_user_space()
 
     def _lru_gen_mark_memory_idle(self) -> Steps:
         begin = self.t_ns

@@ -35,6 +35,10 @@ def seconds(ns: int) -> str:
     return f"{ns // NS_PER_S}.{ns % NS_PER_S:09}s"
 
 
+class Killed(Exception):  # noqa: N818 (what becomes of the main thread)
+    """The OOM killer chose the test's process: its main thread does not return to user space."""
+
+
 class MainThread(ABC):
     """One test. A subclass says what vCPU threads do and what the main thread does meanwhile.
 
@@ -53,6 +57,8 @@ class MainThread(ABC):
         self.kvm: Kvm = world.kvms[0]
         self.t_ns = 0
         self.passes: list[Pass] = []
+        self.killed = False
+        self._flags: list[Rendezvous] = []
         self._half_ns = round(world.machine["exit_to_user_ns"] / 2)
         self.ioctl_ns = round(world.machine["ioctl_ns"])
         self.run_vcpu = Crossing(self._half_ns, to_user=False)
@@ -83,11 +89,28 @@ class MainThread(ABC):
     # -- the process --------------------------------------------------------------------------
 
     def run(self) -> Generator[Event, Any, None]:
-        """The main thread: the test, then the end of the VM."""
+        """The main thread: the test, then the end of the VM.
+
+        If the process is killed, so is the VM: its end is the OOM killer's to see to.
+        """
         self.task.cpu.enter_user(0, NEVER)
-        yield from self.main()
-        yield from self.destroy(self.kvm)
+        try:
+            yield from self.main()
+            yield from self.destroy(self.kvm)
+        except Killed:
+            self.t_ns = yield from reach(self.env, self.t_ns)
         self.task.cpu.sleep(self.t_ns)
+
+    def kill(self, t_ns: int) -> None:
+        """SIGKILL at ``t_ns``: who waits in user space ends, others on their way back there."""
+        self.killed = True
+        for flags in self._flags:
+            flags.end(t_ns)
+
+    def in_user_space(self) -> None:
+        """A place where the main thread is in user space: it gets no further if it was killed."""
+        if self.killed:
+            raise Killed
 
     def destroy(self, kvm: Kvm) -> Generator[Event, Any, None]:
         """The last reference to ``kvm`` goes, after its vCPU threads were joined."""
@@ -115,6 +138,7 @@ class MainThread(ABC):
         if ended > self.t_ns:
             self.t_ns = ended + kvm.costs.wakeup_ns
         self.task.cpu.enter_user(self.t_ns, NEVER)
+        self.in_user_space()
 
     def ioctl(self, steps: Steps) -> Generator[Event, Any, None]:
         """A system call: ``steps`` in the kernel, begun when it got there, and the way there."""
@@ -122,21 +146,25 @@ class MainThread(ABC):
         self.t_ns = yield from reach(self.env, (yield from steps))
         self.t_ns += self.task.cpu.take_stolen()
         self.task.cpu.enter_user(self.t_ns, NEVER)
+        self.in_user_space()
 
     def flags(self, kvm: Kvm) -> Rendezvous:
         """A rendezvous of the vCPU threads of ``kvm`` by spinning on memory."""
         number = self.world.guests[kvm.name].vcpus
-        return Rendezvous(self.env, number, kvm.costs.line.transfer_ns)
+        self._flags.append(Rendezvous(self.env, number, kvm.costs.line.transfer_ns))
+        return self._flags[-1]
 
     # -- output -------------------------------------------------------------------------------
 
     def message(self, line: str) -> None:
         """Print a line that measures nothing."""
+        self.in_user_space()
         self.world.recorder.phase("message", 0, self.t_ns, self.t_ns, line)
 
     def phase(
         self, name: str, begin_ns: int, line: str = "", iteration: int = 0, end_ns: int = -1
     ) -> None:
         """Something began at ``begin_ns`` and ends now (or at ``end_ns``); print ``line``."""
+        self.in_user_space()
         end = self.t_ns if end_ns < 0 else end_ns
         self.world.recorder.phase(name, iteration, begin_ns, end, line)

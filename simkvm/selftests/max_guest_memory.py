@@ -18,7 +18,7 @@ from simkvm.guest.patterns import CHUNK_TOUCHES, Chunk
 from simkvm.kernel.kvm import Kvm
 from simkvm.kernel.memslot import MemslotUpdate
 from simkvm.scenario.selftests import FilledMemory
-from simkvm.selftests.main_thread import MainThread, Thread, seconds
+from simkvm.selftests.main_thread import Killed, MainThread, Thread, seconds
 from simkvm.selftests.rendezvous import Wait
 from simkvm.units import GIB
 
@@ -76,19 +76,24 @@ class MaxGuestMemory(MainThread):
         memory = self.spec.slots * self.spec.slot_size
         self.message(f"Running with {memory // GIB}gb of guest memory and {self.vcpus} vCPUs")
         times: list[int] = []
-        for name in self.runs:
-            times.append((yield from self.rendezvous(name)))
-        lengths = self.took(times, ("run1", "reset", "run2"))
+        names = ("run1", "reset", "run2")
+        try:
+            for name in self.runs:
+                times.append((yield from self.rendezvous(name)))
+        except Killed:
+            self.took(times, names)  # which it would have printed in the end
+            raise
+        lengths = self.took(times, names)
         self.message(
             f"run1 = {lengths[0]}, reset = {lengths[1]}, run2 =  {lengths[2]}",
         )
         yield from self.clean_up()
 
     def took(self, times: list[int], names: tuple[str, ...]) -> list[str]:
-        """Record the phases between ``times``; their lengths as the test prints them."""
+        """Record the phases between ``times``, as many as there were; their lengths as printed."""
         spans = list(pairwise(times))
-        for name, (begin, end) in zip(names, spans, strict=True):
-            self.phase(name, begin, end_ns=end)
+        for name, (begin, end) in zip(names, spans, strict=False):
+            self.world.recorder.phase(name, 0, begin, end)
         return [seconds(end - begin) for begin, end in spans]
 
     def rendezvous(self, name: str) -> Generator[Event, Any, int]:

@@ -33,6 +33,7 @@ class Rendezvous:
         self._sleeping = sleeping
         self._waiting: list[Event] = []
         self._complete: Event | None = None
+        self._over = False
         self.arrivals: list[int] = []  #: when each thread of this round arrived, in order
         self.last_ns: dict[int, int] = {}  #: when each vCPU arrived last
 
@@ -41,6 +42,8 @@ class Rendezvous:
     def arrive(self, index: int, cpu: Cpu, t_ns: int) -> Steps:
         """Thread ``index`` arrives at ``t_ns`` and waits; returns when it sees the release."""
         t_ns = yield from reach(self._env, t_ns)
+        if self._over:
+            return t_ns
         released = Event(self._env)
         self._waiting.append(released)
         self.arrivals.append(t_ns)
@@ -63,13 +66,13 @@ class Rendezvous:
 
     @property
     def complete(self) -> bool:
-        """Whether all threads have arrived."""
-        return len(self.arrivals) == self._number
+        """Whether all threads have arrived, or never will."""
+        return self._over or len(self.arrivals) == self._number
 
     def all_arrived(self, t_ns: int) -> Steps:
         """Wait from ``t_ns`` on; returns when the main thread sees the last arrival."""
         t_ns = yield from reach(self._env, t_ns)
-        if len(self.arrivals) < self._number:
+        if not self.complete:
             self._complete = Event(self._env)
             t_ns = yield self._complete
         return max(t_ns, max(self.arrivals, default=0) + self._seen_ns)
@@ -80,6 +83,14 @@ class Rendezvous:
         self.arrivals.clear()
         for released in waiting:
             self._tell(released, t_ns)
+
+    def end(self, t_ns: int) -> None:
+        """The process is killed at ``t_ns``: nobody waits any more, on either side."""
+        self._over = True
+        if self._complete is not None:
+            self._tell(self._complete, t_ns)
+            self._complete = None
+        self.release(t_ns)
 
     def _tell(self, event: Event, t_ns: int) -> None:
         event._ok = True

@@ -36,6 +36,7 @@ from simkvm.units import format_count, format_duration, format_size
 WIDTH = 100
 END_OF_VMS = "End of VMs"
 WORK = "Requests and work done"
+SELFTEST = "Passes of the selftest"
 RECLAIM = "Reclaim, in pages"
 KSWAPD = "kswapd's time, by function with what it calls"
 DIRECT = "Direct reclaim's time, likewise"
@@ -541,6 +542,11 @@ SWEEP_TABLES: dict[str, tuple[tuple[str, Cell], ...]] = {
         ("max", _figure("latency_max_ns", _time)),
         ("bytes/s", _figure("bytes_per_s", _size)),
         ("loads/s", _figure("loads_per_s", _count)),
+    ),
+    SELFTEST: (
+        ("run 1", _figure("run1_ns", _time)),
+        ("reset", _figure("reset_ns", _time)),
+        ("run 2", _figure("run2_ns", _time)),
     ),
     RECLAIM: (
         ("scanned\nkswapd", _figure("pgscan_kswapd", _count_made)),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from math import isqrt
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from pressed import Pressed, ScanControl
+from pressed import MS, Pressed, ScanControl
+from simpy import Event
 
 from simkvm.kernel.cacheline import LineCosts
-from simkvm.kernel.classic_lru import INACTIVE, Classic, ClassicLruvec
+from simkvm.kernel.classic_lru import INACTIVE, Classic, ClassicLruvec, RootLruvec
 from simkvm.kernel.host_memory import OWN, YOUNG
 from simkvm.kernel.listed import ANON, FILE
 from simkvm.kernel.sites import AGE
@@ -40,7 +43,7 @@ def test_a_fresh_folio_is_inactive_and_its_second_mark_activates_it() -> None:
     assert made.on_list[ANON] == [8, 0]
     lru.accessed(3, 1)
     assert made.on_list[ANON] == [7, 1]
-    assert made.nonresident_age == 1
+    assert made.root.nonresident_age == 1
     lru.accessed(3, 3)
     assert made.on_list[ANON] == [7, 1]
 
@@ -62,7 +65,7 @@ def test_the_inactive_list_is_low_by_the_root_of_the_size(gib: int, ratio: int) 
     """inactive_is_low(): int_sqrt(10 * gib) active pages for one, as the table in it says."""
     assert (isqrt(10 * gib) if gib else 1) == ratio
     made = lists(1)
-    made._gib_pages = 1000
+    made.root.gib_pages = 1000
     active = (gib * 1000 + 999) * ratio // (ratio + 1)
     made.on_list[ANON] = [active // ratio, active]
     low = made.on_list[ANON][INACTIVE] * ratio < active
@@ -111,13 +114,13 @@ def test_types_are_weighed_by_what_they_cost() -> None:
     assert isinstance(lruvec, ClassicLruvec)
     lruvec.on_list[ANON], lruvec.on_list[FILE] = [4096, 4096], [4096, 8192]
     sc = ScanControl(32, False, priority=6)
-    counts = classic(made).scan_count(lruvec, sc)
+    counts = scan_count(made, sc)
     assert counts[ANON, INACTIVE] == 64 * 60 // 200
     assert counts[FILE, INACTIVE] == 64 * 140 // 200
-    lruvec.costs = [3000, 0]  # anonymous ones were dear
-    assert classic(made).scan_count(lruvec, sc)[ANON, INACTIVE] < 64 * 60 // 200
+    lruvec.root.costs = [3000, 0]  # anonymous ones were dear
+    assert scan_count(made, sc)[ANON, INACTIVE] < 64 * 60 // 200
     lruvec.on_list[FILE] = [8192, 64]  # plenty of inactive ones, and no refaults
-    counts = classic(made).scan_count(lruvec, sc)
+    counts = scan_count(made, sc)
     assert (counts[ANON, INACTIVE], counts[FILE, INACTIVE]) == (0, 128)
 
 
@@ -127,22 +130,159 @@ def test_tiny_files_are_left_alone() -> None:
     lruvec, pages = made.pgdat.lruvecs[0], made.pgdat.pages
     assert isinstance(lruvec, ClassicLruvec)
     lruvec.on_list[ANON], lruvec.on_list[FILE] = [4096, 1024], [8, 8]
-    lruvec.costs = [3000, 0]
+    lruvec.root.costs = [3000, 0]
     sc = ScanControl(32, True, priority=6)
-    assert classic(made).scan_count(lruvec, sc)[ANON, INACTIVE] < 64, "there are pages enough"
+    assert scan_count(made, sc)[ANON, INACTIVE] < 64, "there are pages enough"
     pages.take(pages.free - pages.marks.high + 16)
-    assert classic(made).scan_count(lruvec, sc)[ANON, INACTIVE] == 64
+    assert scan_count(made, sc)[ANON, INACTIVE] == 64
     made.pgdat.swappiness = 0  # out of memory is worse than swap
-    assert classic(made).scan_count(lruvec, sc)[ANON, INACTIVE] == 64
+    assert scan_count(made, sc)[ANON, INACTIVE] == 64
     lruvec.on_list[ANON] = [1024, 4096]  # active ones would have to go
-    assert classic(made).scan_count(lruvec, sc)[ANON, INACTIVE] == 0
+    assert scan_count(made, sc)[ANON, INACTIVE] == 0
+
+
+# -- what is decided for the whole node ------------------------------------------------------------
+
+
+def activate(made: Pressed, first: int, last: int, guest: int = 0) -> None:
+    for leaf in range(first, last):
+        made.pgdat.memory(guest, 0).lru.accessed(leaf, 2)  # type: ignore[attr-defined]
+
+
+def on_list(made: Pressed, guest: int = 0) -> list[int]:
+    return made.pgdat.lruvecs[guest].on_list[ANON]
+
+
+def test_the_ratio_of_the_lists_is_the_nodes() -> None:
+    """prepare_scan_control(): of the root's lruvec, whatever it is in a single memcg."""
+    made, sc = pressed(guests=2), ScanControl(32, False)
+    activate(made, 0, 500)
+    classic(made).prepare(sc)
+    assert sc.may_deactivate == [False, False], "524 of 1024 are inactive"
+    activate(made, 0, 100, guest=1)
+    classic(made).prepare(sc)
+    assert sc.may_deactivate == [True, False]
+
+
+def test_costs_and_distances_are_the_nodes() -> None:
+    """lru_note_cost() and workingset_age_nonresident() go up to the root."""
+    root = RootLruvec()
+    first, second = (ClassicLruvec([(64, ANON)], LINE, root) for _ in range(2))
+    for lruvec in (first, second):
+        lruvec.listed_guests[0].add_all(0, 64)
+    for leaf in range(20):
+        second.listed_guests[0].accessed(leaf, 2)
+    gone = first.isolate(ANON, INACTIVE, 1)
+    first.listed_guests[0].evicted(int(gone[0]))
+    for leaf in second.isolate(ANON, INACTIVE, 20).tolist():
+        second.listed_guests[0].evicted(leaf)
+    assert not first.listed_guests[0].refault(0), "21 went since, and 20 are active"
+    assert second.listed_guests[0].refault(39)
+
+
+def test_a_change_of_the_working_set_lasts_for_a_whole_reclaim() -> None:
+    """snapshot_refaults(): at the end of it, not after a round."""
+    made = pressed(guests=2)
+    lruvec = made.pgdat.lruvecs[0]
+    assert isinstance(lruvec, ClassicLruvec)
+    lruvec.root.refaults = [3, 0]
+    for priority in (12, 11):
+        sc = ScanControl(32, True, priority)
+        made.shrink(sc)
+        assert sc.may_deactivate == [True, False]
+    made.do(made.reclaimer.direct(made.now()))
+    assert not lruvec.root.may_deactivate(ANON)
+
+
+def test_kswapd_makes_some_folios_inactive_before_each_round() -> None:
+    """kswapd_age_node(): 32 of each memcg, if anonymous folios can go anywhere."""
+    made, sc = pressed(guests=2), ScanControl(32, True)
+    activate(made, 0, 500)
+    made.do(made.reclaimer.age_node(sc, made.now()))
+    assert on_list(made) == [12, 500]
+    activate(made, 0, 40, guest=1)
+    made.do(made.reclaimer.age_node(sc, made.now()))
+    assert (on_list(made), on_list(made, 1)) == ([44, 468], [504, 8])
+    made.pgdat.swap = None
+    activate(made, 0, 512, guest=1)
+    made.do(made.reclaimer.age_node(sc, made.now()))
+    assert on_list(made) == [44, 468]
+
+
+def test_who_gets_nothing_begins_again_and_spares_nobody() -> None:
+    """do_try_to_free_pages(): skipped_deactivate, then force_deactivate."""
+    made = pressed()
+    activate(made, 0, 250)
+    sc = ScanControl(32, False, priority=1)
+    made.shrink(sc)
+    assert (sc.skipped_deactivate, sc.may_deactivate) == (True, [False, False])
+    sc.force_deactivate = True
+    classic(made).prepare(sc)
+    assert sc.may_deactivate == [True, True]
+
+    rounds: list[bool] = []
+
+    def in_vain(sc: ScanControl, t_ns: int) -> Generator[Event, Any, int]:
+        rounds.append(sc.force_deactivate)
+        sc.skipped_deactivate = not sc.force_deactivate
+        yield from ()
+        return t_ns
+
+    classic(made).shrink_node = in_vain  # type: ignore[method-assign]
+    made.do(made.reclaimer.direct(made.now()))
+    assert rounds == [False] * 13 + [True] * 13
+
+
+# -- folios that are being written -----------------------------------------------------------------
+
+
+def test_a_folio_met_while_it_is_written_is_activated() -> None:
+    """shrink_folio_list(): activate_locked; keep is for what pageout() just sent."""
+    made = pressed(swap="nvme")
+    order, sc = classic(made), ScanControl(32, False)
+    made.do(order._shrink_inactive(0, ANON, 1, sc, made.now()))
+    assert made.pgdat.write_pending() == 1
+    assert on_list(made) == [512, 0]
+    made.pgdat.lruvecs[0].lists[ANON][INACTIVE].take(511)  # the others are not looked at
+    made.do(order._shrink_inactive(0, ANON, 1, sc, made.now()))
+    assert made.pgdat.write_pending() == 1
+    assert on_list(made) == [511, 1]
+    made.world.env.run(made.now() + 100 * MS)
+    assert made.pgdat.write_pending() == 0
+    assert on_list(made) == [512, 0], "rotated, and inactive again"
+
+
+def test_dirty_pages_of_a_file_come_first_when_they_are_written() -> None:
+    """PG_reclaim: folio_end_writeback() rotates what reclaim has passed by, and nothing else."""
+    made = Pressed(2 * MIB, host={"lru_gen": 0, "size": 64 * MIB}, backing="file", mapped=False)
+    host, lruvec = made.host, made.pgdat.lruvecs[0]
+    for leaf in range(64):
+        host.swapped_in(leaf, write=leaf % 2 == 0)
+        made.pgdat.pages.take()
+        host.lru.add(leaf)  # type: ignore[attr-defined]
+    sc = ScanControl(32, False)
+    made.do(classic(made)._shrink_inactive(0, FILE, 32, sc, made.now()))
+    assert (sc.reclaimed, lruvec.on_list[FILE]) == (16, [32, 16])
+    made.world.env.process(made.world.flusher.run())  # type: ignore[union-attr]
+    made.world.env.run(made.now() + 1)
+    made.pgdat.wake_flusher()
+    made.world.env.run(made.now() + 100 * MS)
+    assert lruvec.on_list[FILE] == [48, 0]
+    assert set(lruvec.isolate(FILE, INACTIVE, 16).tolist()) == set(range(0, 32, 2))
 
 
 # -- the same reference string, plainly ------------------------------------------------------------
 
 
-def pressed() -> Pressed:
-    return Pressed(PAGES * 4096, host={"lru_gen": 0, "size": 64 * MIB})
+def pressed(**keys: Any) -> Pressed:
+    return Pressed(PAGES * 4096, host={"lru_gen": 0, "size": 64 * MIB}, **keys)
+
+
+def scan_count(made: Pressed, sc: ScanControl, memcg: int = 0) -> dict[tuple[int, int], int]:
+    order, lruvec = classic(made), made.pgdat.lruvecs[memcg]
+    assert isinstance(lruvec, ClassicLruvec)
+    order.prepare(sc)
+    return order.scan_count(lruvec, sc)
 
 
 def classic(made: Pressed) -> Classic:
@@ -195,6 +335,7 @@ class Plain:
             self.used.discard(page)
         self.lists[0] += stay
         self.lists[1] += again
+        self.age += len(again)
         if len(self.lists[0]) < len(self.lists[1]):
             batch, self.lists[1] = self.lists[1][:32], self.lists[1][32:]
             self.used -= set(batch)

@@ -31,12 +31,20 @@ class Node:
         self.pgdat = Pgdat(self.pages, None, OwnCpus())
         self.gain, self.scans = gain, scans
         self.priorities: list[int] = []
+        self.ends: list[int] = []  #: after how many rounds it was told that the last is over
         self.kswapd = Kswapd(self.pgdat, Task("kswapd", Cpu(0), {}), WAKEUP_NS)
         self.kswapd._reclaimer = self  # type: ignore[assignment]
         self.env.process(self.kswapd.run())
 
-    def age_node(self, sc: ScanControl, t_ns: int) -> None:
+    def age_node(self, sc: ScanControl, t_ns: int) -> Generator[Event, Any, int]:
         """What comes before a round."""
+        yield from ()
+        return t_ns
+
+    def begins_again(self, sc: ScanControl) -> bool:
+        """What comes after the last one."""
+        self.ends.append(len(self.priorities))
+        return False
 
     def shrink_node(self, sc: ScanControl, t_ns: int) -> Generator[Event, Any, int]:
         """A round."""
@@ -55,6 +63,7 @@ def test_it_works_while_the_high_mark_is_not_met() -> None:
     node = Node(250, gain=20).until(50_000)
     assert node.pages.free == 310  # 300 is not enough: more than the mark
     assert node.kswapd.busy_until(50_000) == 3 * ROUND_NS
+    assert node.ends == [3]
     assert node.pgdat.vmstat.kswapd_wakeups == 0  # nobody had to wake it
 
 

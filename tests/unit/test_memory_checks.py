@@ -27,6 +27,9 @@ duration: 100 us
 """
 KSM = "contenders:\n  c: {kind: ksm, guest: vm0}\n"
 SELFTEST = GOOD[: GOOD.index("guests:")]
+FILLING = SELFTEST.replace("24 MiB", "6 MiB") + (
+    "selftest: {test: max_guest_memory_test, vcpus: 1, memory: 8 MiB, slot_size: 8 MiB}\n"
+)
 SIZE = "host.memory.size"
 
 
@@ -117,6 +120,18 @@ def test_the_scenario_to_begin_with_is_right(tmp_path: Path) -> None:
             "they have no room either",
         ),
         (
+            FILLING.replace("  swap: {kind: optane}\n", ""),
+            6,
+            f"{SIZE}: what max_guest_memory_test writes to beforehand exceeds it by 2784 KiB: "
+            "host.swap has to hold 2784 KiB",
+        ),
+        (
+            FILLING.replace("optane}", "nvme, size: 2 MiB}"),
+            6,
+            f"{SIZE}: what max_guest_memory_test writes to beforehand exceeds it by 2784 KiB: "
+            "host.swap has to hold 2784 KiB",
+        ),
+        (
             GOOD.replace("  memory:\n    size: 24 MiB\n", ""),
             5,
             "host.swap: is never used by a host whose memory cannot run out: host.memory says its "
@@ -137,6 +152,13 @@ def test_what_cannot_be_is_said_in_one_line(
     assert status == 2
     assert told.startswith(f"{line}:"), told
     assert told.partition(": ")[2] == message
+
+
+@pytest.mark.parametrize("swap", ["optane, size: 2784 KiB", "zram, ratio: 0.4", "zram"])
+def test_what_a_selftest_writes_to_beforehand_fits_with_so_much_swap(
+    tmp_path: Path, swap: str
+) -> None:
+    assert said(tmp_path, FILLING.replace("optane", swap))[0] == 0
 
 
 SWEEP = GOOD.replace("24 MiB", "[24 MiB, 32 MiB]").replace("linux-6.12", "[linux-6.4, linux-6.12]")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import selftest_runs
 import worlds
 from click.testing import CliRunner
+from simpy import Event
 from worlds import MS
 
 from simkvm.cli import main
@@ -185,3 +188,62 @@ def test_the_run_ends_with_its_last_victim(access: dict[str, Any], engine: str) 
     record = made.run()
     assert record.summary["oom_kills"] == 1
     assert all(0 <= vcpu.finished_ns < 1000 * MS for vcpu in made.kvms[0].vcpus)
+
+
+ROOMY = {"host": {"memory": {"size": 64 * MIB}}}
+
+
+def run_at_most(made: World, most_ns: int) -> Any:
+    """Run to the end, which has to come before ``most_ns``."""
+
+    def late() -> Generator[Event, Any, None]:
+        yield made.env.timeout(most_ns)
+        raise AssertionError("the run goes on and on")
+
+    made.env.process(late())
+    return made.run()
+
+
+AGES: dict[str, Any] = {"test": "access_tracking_perf_test", "lru_gen": True}
+ASYNC: dict[str, Any] = {**AGES, "age_while_populating": True}
+FILLS: dict[str, Any] = {"test": "max_guest_memory_test"}
+
+
+@pytest.mark.parametrize(
+    ("options", "at_us"),
+    [
+        *((AGES, at_us) for at_us in (0, 1, 3000, 8500, 9420, 11000)),  # it ages from 8 to 9.4 ms
+        *((ASYNC, at_us) for at_us in (3000, 8700)),
+        *((FILLS, at_us) for at_us in (10, 1000, 1800, 2000, 3000)),  # from 2 ms on: memslots go
+    ],
+)
+def test_the_run_ends_with_its_selftest(options: dict[str, Any], at_us: int) -> None:
+    """Whatever its threads do: spin, wait for one another, take faults, age, delete memslots."""
+    made = selftest_runs.world(**options, top=ROOMY)
+    at_ns = at_us * 1000
+    made.env.timeout(at_ns).callbacks.append(lambda _: killer(made).kill(at_ns))  # type: ignore[union-attr]
+    record = run_at_most(made, 1000 * MS)
+    assert record.summary["oom_kills"] == 1
+    whole = selftest_runs.lines(selftest_runs.run(**options, top=ROOMY)[1])
+    said = selftest_runs.lines(record)
+    said = said[: said.index("vm")]
+    assert said == whole[: len(said)]
+    assert "message" not in record.phases["name"][record.phases["name"].index("oom_kill") :]
+
+
+@pytest.mark.parametrize("options", [AGES, ASYNC])
+def test_a_selftest_that_does_not_fit_is_killed(options: dict[str, Any]) -> None:
+    made = selftest_runs.world(**options, top={"host": {"memory": {"size": 16 * MIB}}})
+    assert run_at_most(made, 1000 * MS).summary["oom_kills"] == 1
+
+
+def test_what_a_killed_selftest_has_measured_stays() -> None:
+    """Here the first pass and the reset after it, which it would print at its end."""
+    made = selftest_runs.world(**FILLS, top=ROOMY)
+    at_ns = 1_800_000
+    made.env.timeout(at_ns).callbacks.append(lambda _: killer(made).kill(at_ns))  # type: ignore[union-attr]
+    record = run_at_most(made, 1000 * MS)
+    assert [name for name in record.phases["name"] if name in ("run1", "reset", "run2")] == [
+        "run1",
+        "reset",
+    ]

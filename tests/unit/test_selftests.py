@@ -366,6 +366,10 @@ def test_prefaulted_memory_needs_one_fault_a_page_and_a_second_run_none() -> Non
     lengths = {phase["name"]: phase["end_ns"] - phase["begin_ns"] for phase in phases(record)}
     assert all(lengths[name] % naps == 0 for name in ("run1", "reset", "run2"))
     assert lengths["reset"] == naps, "the main thread naps once: threads were there at once"
+    assert {name: record.summary[f"{name}_ns"] for name in ("run1", "reset", "run2")} == {
+        name: lengths[name] for name in ("run1", "reset", "run2")
+    }
+    assert np.isnan(run("demand_paging_test")[1].summary["run2_ns"])
 
 
 def test_reading_debugfs_is_part_of_each_ageing_command() -> None:

@@ -395,3 +395,16 @@ def test_json_of_a_sweep_keeps_order_and_failures(sweep):
 
     assert [point["axes"] for point in parsed["points"]] == [result.axes for result in sweep]
     assert parsed["failed"] == [failure]
+
+
+def test_a_sweep_of_a_selftest_shows_how_long_its_passes_took():
+    names = ("linux-6.12", "linux-7.1")
+    results = [synthetic.result(name, axes={"kernel": name}) for name in names]
+    assert tables.SELFTEST not in render(tables.sweep_report(results))
+    for result, ns in zip(results, (3_000_000, 2_000_000), strict=True):
+        result.summary["run1_ns"], result.summary["run2_ns"] = 5_000_000, ns
+    _, text = render(tables.sweep_report(results)).split(tables.SELFTEST)
+    assert cells(text.splitlines()[1]) == ["kernel", "run 1", "run 2"]
+    text = text.split("\n\n")[0]
+    assert row(text, "linux-6.12")[1:] == ["5 ms", "3 ms"]
+    assert row(text, "linux-7.1")[1:] == ["5 ms", "2 ms"]

@@ -374,13 +374,13 @@ def test_somebody_is_killed_if_everything_is_young(min_ttl_ns: int, killed: int)
     for lruvec in made.pgdat.generations:
         lruvec.birth_ns = [0] * MAX_NR_GENS
     made.world.env.run(200 * MS)
-    made.reclaimer.age_node(ScanControl(64, True), made.now())
+    made.do(made.reclaimer.age_node(ScanControl(64, True), made.now()))
     assert made.pgdat.vmstat.oom_kills == killed
 
 
 def test_memory_that_was_there_before_is_old_enough() -> None:
     made = Pressed(host={"min_ttl": 500 * MS})
-    made.reclaimer.age_node(ScanControl(64, True), made.now())
+    made.do(made.reclaimer.age_node(ScanControl(64, True), made.now()))
     assert not made.pgdat.vmstat.oom_kills
 
 
