@@ -36,7 +36,7 @@ from simkvm.scenario.override import apply_setting
 from simkvm.scenario.recordings import Recordings, replays
 from simkvm.scenario.schema import Scenario
 
-MODEL_VERSION = 2
+MODEL_VERSION = 3
 """Raised whenever the same scenario may give other results than before: part of every identity."""
 
 LOADERS: Mapping[str, Any] = {"machine": load_machine, "kernel": load_kernel}
