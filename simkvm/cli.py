@@ -131,7 +131,10 @@ def main() -> None:
 @click.option("--out", metavar="DIR", help="Keep the result in this store, and draw its figures.")
 @click.option("--lock-stat", metavar="FILE", help="Write the locks as /proc/lock_stat would.")
 @click.option(
-    "--lru-gen", is_flag=True, help="Print the generations as /sys/kernel/debug/lru_gen does."
+    "--lru-gen",
+    is_flag=True,
+    help="Print the generations as /sys/kernel/debug/lru_gen does. Memory that a guest has "
+    "from the start was an hour old then.",
 )
 @seed_option
 @json_option
@@ -149,16 +152,18 @@ def run(
 ) -> None:
     """Simulate one point and report on it, or the points that a sweep says to run first."""
     from simkvm.show import document, points, tables
+    from simkvm.show.lru_gen import require_generations
     from simkvm.show.lru_gen import text as generations
 
     study = api.load(file, sets, seed)
     if len(study.first) == 1:
         study = replace(study, points=study.first)
-    elif study.first:
-        if lock_stat is not None:
-            raise click.UsageError("--lock-stat writes one run; set the axes of the sweep")
-        if lru_gen:
-            raise click.UsageError("--lru-gen prints one run; set the axes of the sweep")
+    for option, given in (("--lock-stat", lock_stat is not None), ("--lru-gen", lru_gen)):
+        if given:
+            study.require_one_point(option)
+    if lru_gen:
+        require_generations(study)
+    if len(study.first) > 1:
         ctx.exit(_run_first(study, out, as_json))
     result = api.run(study, out=out)
     if lock_stat is not None:
@@ -746,7 +751,8 @@ def _draw_all(opened: Result | Results, folder: Path, *, err: bool = False) -> N
     for path in paths:
         click.echo(str(path), err=err)
     if not paths:
-        click.echo("simkvm: no figure applies to these results", err=True)
+        needed = " or ".join(figures.needs())
+        click.echo(f"simkvm: no figure applies: it takes {needed}", err=True)
 
 
 def _draw_tornado(analysis: Sensitivity) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 import pandas as pd
 
 from simkvm.scenario.errors import InputError, nearest
-from simkvm.units import parse_duration, parse_rate, parse_size
+from simkvm.units import measured_by
 
 Where = Mapping[str, object]
 
@@ -128,12 +128,8 @@ def number(value: object) -> float | None:
         return float(value)
     if not isinstance(value, str) or not value[:1].isdigit():
         return None
-    for parse in (parse_rate, parse_duration, parse_size):
-        try:
-            return float(parse(value))
-        except InputError:
-            continue
-    return None
+    parse = measured_by(value)
+    return None if parse is None else float(parse(value))
 
 
 def reference_label(reference: object) -> str:
@@ -142,7 +138,12 @@ def reference_label(reference: object) -> str:
         return str(reference)
     base = str(reference.get("base", reference.get("name", "")))
     overrides = reference.get("set") or {}
-    return " ".join([base, *(f"{key}={value}" for key, value in overrides.items())])
+    return " ".join([base, *(f"{key}={_plain(value)}" for key, value in overrides.items())])
+
+
+def _plain(value: object) -> object:
+    """Parameters are all floats; a count is one for people, too, only without a point."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def value_of(result: ResultLike, key: str) -> Any:

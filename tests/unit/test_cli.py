@@ -258,6 +258,7 @@ def test_run_refuses_a_sweep_and_says_what_to_use(here, world):
     [
         (["run", "none.yaml"], "none.yaml: no such file"),
         (["run", "one.yaml", "--set", "kernel=linux-7.2"], "(did you mean 'linux-7.1'?)"),
+        (["run", "one.yaml", "--set", "kernel=linux-6.13"], "(did you mean 'linux-6.12'?)"),
         (["run", "one.yaml", "--set", "guests.vm0.vcpu=2"], "(did you mean 'vcpus'?)"),
         (["sweep", "many.yaml", "--shard", "2/2"], "expected I/N with I from 0 to N - 1"),
         (["plot", "nowhere"], "nowhere: no such folder"),

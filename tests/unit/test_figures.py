@@ -156,6 +156,14 @@ def test_distributions_of_guests_and_runs_are_pooled():
 # --- which points are compared -----------------------------------------------------------------
 
 
+def test_counts_of_a_machine_are_whole_numbers():
+    machine = {"base": "x86-icelake-64c", "set": {"cores": 128.0, "ghz": 2.5, "hw_af": True}}
+
+    label = points.reference_label(machine)
+
+    assert label == "x86-icelake-64c cores=128 ghz=2.5 hw_af=True"
+
+
 def test_ordered_axes_default_to_their_largest_value(sweep):
     groups = points.variants(sweep)
 
