@@ -28,7 +28,7 @@ class Assumptions:
             analysis = headline.analyse(runs)
             analyses.append(analysis)
             name = f"sensitivity-{number}.png"
-            put(tornado(analysis), folder / name)
+            put(tornado(analysis, about=headline.title), folder / name)
             sections.append(
                 f"## {headline.about}\n\n{assumptions(analysis, analysis.tornados[0])}\n\n"
                 f"![{headline.metric}]({name})"

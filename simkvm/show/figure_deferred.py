@@ -121,7 +121,7 @@ def deferred_vs_rate(results: OneOrMany, *, where: Where | None = None) -> Figur
     """Mean and peak deferred bytes against the swept rate, a line a variant; both axes logarithmic.
 
     Replications appear as their mean, with a band from the least to the most. Variants that never
-    defer have no line, and 0 in the table. Raises InputError if no rate was swept.
+    defer have no line, and the table says so. Raises InputError if no rate was swept.
     """
     axis = ordered_axis(results, ".rate")
     if axis is None:
@@ -230,9 +230,9 @@ def _mean_and_peak(ax: Axes, steps: Steps, timeline: pd.DataFrame, colour: str) 
         f"mean\n{format_size(round(mean))}",
         (1, mean),
         xycoords=("axes fraction", "data"),
-        xytext=(4, 0),
+        xytext=(4, -2),
         textcoords="offset points",
-        va="center",
+        va="bottom",  # a mean near 0 would reach down to the last tick's label
         fontsize=8,
         annotation_clip=False,
     )

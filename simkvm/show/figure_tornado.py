@@ -17,15 +17,16 @@ from simkvm.study.sensitivity import Sensitivity
 
 MOST_BARS = 10
 TITLE_WIDTH = 52
+HEADING_WIDTH = 68
 AT_LOW, AT_HIGH = "#0072b2", "#d55e00"
 NAMED = {"V": "read", "D": "derived", "R": "recalled", "E": "estimate"}
 
 
 @style.in_style
-def tornado(analysis: Sensitivity, *, most: int = MOST_BARS) -> Figure:
+def tornado(analysis: Sensitivity, *, about: str = "", most: int = MOST_BARS) -> Figure:
     """A panel a point or comparison, with the `most` parameters that move the metric furthest.
 
-    Raises InputError if nothing moves it anywhere.
+    `about` says in words what the metric is. Raises InputError if nothing moves it anywhere.
     """
     shown = [one for one in analysis.tornados if one.moving]
     if not shown:
@@ -35,8 +36,9 @@ def tornado(analysis: Sensitivity, *, most: int = MOST_BARS) -> Figure:
     sheet, panels = style.sheet(len(shown), 1, 8.0, height)
     for panel, one in zip(panels, shown, strict=True):
         _panel(panel, analysis, one, one.moving[:most])
-    what = f"{analysis.metric} over that with {analysis.over}" if analysis.over else analysis.metric
-    style.entitle(sheet, f"What {what} hangs on", _caption(analysis))
+    over = f", as a ratio to {analysis.over}" if analysis.over else ""
+    heading = f"{about or analysis.metric + over}: the constants that move it"
+    style.entitle(sheet, "\n".join(textwrap.wrap(heading, HEADING_WIDTH)), _caption(analysis))
     return sheet
 
 

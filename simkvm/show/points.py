@@ -85,6 +85,8 @@ OneOrMany = ResultLike | Iterable[ResultLike]
 
 
 REFERENCES = ("machine", "kernel")
+SCARCE = "host.memory.size"
+"""The axis on which most happens where it is smallest."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,13 @@ class AxisOfStudy:
         """The largest value, as written."""
         by_number = dict(zip(self.numbers or (), self.values, strict=False))
         return str(by_number[max(by_number)])
+
+    @property
+    def default(self) -> float | None:
+        """The number that figures show which do not run along this axis; None without an order."""
+        if self.numbers is None:
+            return None
+        return min(self.numbers) if self.key == SCARCE else max(self.numbers)
 
 
 def listed(results: OneOrMany) -> list[ResultLike]:
@@ -209,7 +218,7 @@ def variants(
     results: OneOrMany, *, along: str | None = None, where: Where | None = None
 ) -> dict[str, list[ResultLike]]:
     """Points to compare, by variant: what `where` selects, else the largest value of every ordered
-    axis.
+    axis (of the host's memory the smallest).
 
     `along` names the axis that a figure draws along: all of its values stay. Replications of a
     point stay together in the list of their variant. Raises InputError if `where` names no axis or
@@ -255,7 +264,7 @@ def _wanted(
         if key in chosen:
             if not any(same_value(value, wanted) for wanted in chosen[key]):
                 return False
-        elif axis.numbers is not None and key != along and number(value) != max(axis.numbers):
+        elif axis.numbers is not None and key != along and number(value) != axis.default:
             return False
     return True
 
