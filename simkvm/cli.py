@@ -3,12 +3,13 @@ used.
 
 Exit status: 0 done; 1 the safety oracle found a violation that the scenario did not expect (or a
 point of a sweep has no result, or a result did not come out again); 2 wrong input; 130 interrupted;
-141 nobody reads the output any more.
+141 nobody reads the output any more; 143 terminated.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 VIOLATED = 1
 WRONG_INPUT = 2
 INTERRUPTED = 130
+TERMINATED = 143
 NO_READER = 141
 
 NOT_THERE = (
@@ -53,7 +55,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn what it raises into an exit status."""
         try:
-            result = super().invoke(ctx)
+            with _ended_in_order():
+                result = super().invoke(ctx)
             sys.stdout.flush()
         except InputError as error:
             click.echo(str(error), err=True)
@@ -71,6 +74,20 @@ class Commands(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(NO_READER)
         return result
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that a sweep ends its workers and their semaphores."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:

@@ -95,7 +95,7 @@ BLOCKS_RATIO = Headline(
     replications=5,
 )
 DEFERRED_BYTES = Headline(
-    "Mean memory in tables that wait, over the whole run, 1000 calls a second, HZ 250, "
+    "Mean memory in tables that wait, over a run of 300 ms, 1000 calls a second, HZ 250, "
     "Graviton3 profile",
     "Mean memory in tables that wait",
     "answers/deferred-rate.yaml",

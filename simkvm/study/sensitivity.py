@@ -257,7 +257,7 @@ class _Found:
             else Effect(parameter, value, value, value, changed=False, half_width=0.0)
             for parameter in parameters
         ]
-        effects.sort(key=lambda effect: -effect.swing)
+        effects.sort(key=lambda effect: -effect.sure)
         return Tornado(subject.axes, value, _half_width(base), tuple(effects))
 
     def with_corners(self, subject: Subject, tornado: Tornado) -> Tornado:
