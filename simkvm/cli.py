@@ -3,7 +3,7 @@ used.
 
 Exit status: 0 done; 1 the safety oracle found a violation that the scenario did not expect (or a
 point of a sweep has no result, or a result did not come out again); 2 wrong input; 130 interrupted;
-141 nobody reads the output any more; 143 terminated.
+141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 VIOLATED = 1
 WRONG_INPUT = 2
 INTERRUPTED = 130
-TERMINATED = 143
 NO_READER = 141
 
 NOT_THERE = (
@@ -78,12 +77,8 @@ class Commands(click.Group):
 
 @contextmanager
 def _ended_in_order() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that a sweep ends its workers and their semaphores."""
-
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(TERMINATED)
-
-    before = signal.signal(signal.SIGTERM, leave)
+    """Take SIGTERM for a Ctrl-C, so that a sweep ends its workers and says how to go on."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

@@ -65,9 +65,7 @@ def deferred_memory(
     first = {label: group[0] for label, group in variants(results, where=where).items()}
     window = window_ns or (0, max(int(summary_of(r)["sim_ns"]) for r in first.values()))
     shown = {label: result for label, result in first.items() if _peak(result) > 0} or first
-    figure, panels = style.sheet(
-        len(shown), 1, 9.0, 1.0 + 2.0 * len(shown), sharex=True, sharey=len(shown) > 1
-    )
+    figure, panels = style.sheet(len(shown), 1, 9.0, 1.0 + 2.0 * len(shown), sharex=True)
     colours = style.variant_colours(first)
     for panel, (label, result) in zip(panels, shown.items(), strict=True):
         deferred_panel(panel, result, window, colours[label])

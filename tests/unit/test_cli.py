@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -371,6 +372,16 @@ def test_ctrl_c_during_a_run(here, world):
     stopped = simkvm_command("run", "one.yaml")
 
     assert (stopped.exit_code, stopped.stderr) == (130, "simkvm: interrupted\n")
+
+
+def test_sigterm_is_a_ctrl_c(here, world, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(world, "simulate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = simkvm_command("sweep", "many.yaml", "--jobs", "1")
+
+    assert stopped.exit_code == 130
+    assert "after 0 of 2 points" in stopped.stderr
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("shard", ["1", "a/b", "1/", "-1/2"])

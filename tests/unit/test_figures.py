@@ -536,6 +536,19 @@ def test_deferred_against_rate(rates):
         assert said.endswith(style.format_size(stored[-1][f"deferred_bytes_{name}"]))
 
 
+def test_no_panel_of_deferred_memory_is_cut_off_at_the_top():
+    kernels = {"linux-6.4-yuzhao-v2-lockless": 20_000, LOCKLESS: 500}  # the largest comes first
+    results = [
+        synthetic.result(kernel, rate=rate, axes={"kernel": kernel})
+        for kernel, rate in kernels.items()
+    ]
+
+    panels = figures.deferred_memory(results).axes
+
+    highest = max(int(result.timeline["deferred_bytes"].max()) for result in results)
+    assert {ax.get_ylim()[1] for ax in panels} == {highest * 1.3}
+
+
 def test_ageing_against_vcpus(sweep):
     figure = figures.ageing_scaling(sweep)
     stored = [r.summary for r in sweep if r.axes["kernel"] == "linux-7.1"]
