@@ -61,7 +61,7 @@ class Sensitivity:
 
     @property
     def frame(self) -> pd.DataFrame:
-        """One row a point and parameter, the largest swing of each point first.
+        """One row a point and parameter, of each point the largest beyond chance first.
 
         Columns: the axes, then `parameter`, `basis`, `unit`, `low`, `value`, `high` (of the
         parameter), `at_low`, `at_value`, `at_high` (of the metric), `swing`, `share`, `changed`,
