@@ -49,5 +49,5 @@ lock: ## make requirements/dev.lock anew from pyproject.toml (needs uv)
 	uv export --frozen --no-emit-project --no-header --extra dev --format requirements-txt -o requirements/dev.lock
 	rm uv.lock
 
-clean: ## remove the virtual environment and everything that runs wrote
+clean: ## remove the virtual environment and caches; studies in results/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

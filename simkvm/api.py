@@ -72,7 +72,8 @@ def sweep(
     """Simulate every point of a study that the store `out` lacks (default: results/NAME).
 
     `jobs` processes (default: one a CPU) run points; `replications` repeats each with streams of
-    its own; `shard` = (i, n) runs every n-th point from the i-th, i from 0. A script that uses more
+    its own; `progress` is told how far it is (`simkvm.study.progress.Silent()` says nothing of it);
+    `shard` = (i, n) runs every n-th point from the i-th, i from 0. A script that uses more
     than one job calls this under `if __name__ == "__main__":`. Ctrl-C keeps what was finished, and
     the same call goes on from there.
     """

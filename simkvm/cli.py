@@ -9,6 +9,7 @@ point of a sweep has no result, or a result did not come out again); 2 wrong inp
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -53,7 +54,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; turn what it raises into an exit status."""
         try:
-            result = super().invoke(ctx)
+            with _ended_in_order():
+                result = super().invoke(ctx)
             sys.stdout.flush()
         except InputError as error:
             click.echo(str(error), err=True)
@@ -71,6 +73,16 @@ class Commands(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(NO_READER)
         return result
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Take SIGTERM for a Ctrl-C, so that a sweep ends its workers and says how to go on."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -131,7 +143,10 @@ def main() -> None:
 @click.option("--out", metavar="DIR", help="Keep the result in this store, and draw its figures.")
 @click.option("--lock-stat", metavar="FILE", help="Write the locks as /proc/lock_stat would.")
 @click.option(
-    "--lru-gen", is_flag=True, help="Print the generations as /sys/kernel/debug/lru_gen does."
+    "--lru-gen",
+    is_flag=True,
+    help="Print the generations as /sys/kernel/debug/lru_gen does. Memory that a guest has "
+    "from the start was an hour old then.",
 )
 @seed_option
 @json_option
@@ -149,16 +164,18 @@ def run(
 ) -> None:
     """Simulate one point and report on it, or the points that a sweep says to run first."""
     from simkvm.show import document, points, tables
+    from simkvm.show.lru_gen import require_generations
     from simkvm.show.lru_gen import text as generations
 
     study = api.load(file, sets, seed)
     if len(study.first) == 1:
         study = replace(study, points=study.first)
-    elif study.first:
-        if lock_stat is not None:
-            raise click.UsageError("--lock-stat writes one run; set the axes of the sweep")
-        if lru_gen:
-            raise click.UsageError("--lru-gen prints one run; set the axes of the sweep")
+    for option, given in (("--lock-stat", lock_stat is not None), ("--lru-gen", lru_gen)):
+        if given:
+            study.require_one_point(option)
+    if lru_gen:
+        require_generations(study)
+    if len(study.first) > 1:
         ctx.exit(_run_first(study, out, as_json))
     result = api.run(study, out=out)
     if lock_stat is not None:
@@ -746,7 +763,8 @@ def _draw_all(opened: Result | Results, folder: Path, *, err: bool = False) -> N
     for path in paths:
         click.echo(str(path), err=err)
     if not paths:
-        click.echo("simkvm: no figure applies to these results", err=True)
+        needed = " or ".join(figures.needs())
+        click.echo(f"simkvm: no figure applies: it takes {needed}", err=True)
 
 
 def _draw_tornado(analysis: Sensitivity) -> None:

@@ -11,7 +11,7 @@ are refused, because /proc/meminfo prints kB and means KiB while disks mean 1000
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from fractions import Fraction
 from math import isfinite
@@ -122,6 +122,18 @@ def parse_rate(text: str) -> float:
     if sign or not LEAST_PER_S <= float(per_s) <= MOST_PER_S:
         raise InputError(f"{text!r} is out of range: a rate lies in 1e-9 .. 1e9 a second")
     return float(per_s)
+
+
+def measured_by(text: str) -> Callable[[str], float] | None:
+    """Which of the three reads `text`: `parse_rate`, `parse_duration` or `parse_size`; or none."""
+    parsers: tuple[Callable[[str], float], ...] = (parse_rate, parse_duration, parse_size)
+    for parse in parsers:
+        try:
+            parse(text)
+        except InputError:
+            continue
+        return parse
+    return None
 
 
 def _split(text: str, what: str, example: str) -> tuple[str, str, str | None]:

@@ -71,6 +71,7 @@ class DeferredTables:
             answer=_answer(rates, options, granules, floods),
             replications=runs.replications,
             by_rate=_by_rate(rates),
+            start=format_duration(start_ns(rates.results[0])),
             **_rule(rates),
             by_option=_by_option(options),
             by_granule=_by_granule(granules),
@@ -164,8 +165,9 @@ def _answer(rates: Points, options: Points, granules: Sequence[Points], floods: 
             f"at {_at(most)}, and {format_size(top)} at most in any run of the first table.",
             "* It is the tables emptied in a grace period, times a k between "
             f"{min(factors):.2f} and {max(factors):.2f}, times the size of a table.",
-            f"* Lazy callbacks on offloaded CPUs hold {format_size(max(lazy))}, where others hold "
-            f"{format_size(max(eager))} at most: up to ten seconds' worth, whatever HZ.",
+            f"* Lazy callbacks on offloaded CPUs hold {format_size(max(lazy))} on average, where "
+            f"the largest average of others is {format_size(max(eager))}: up to ten seconds' "
+            "worth, whatever HZ.",
             f"* {_granule_line(granules)}",
             f"* In a flood up to {format_size(flood['full'])} wait, and up to "
             f"{format_size(flood['none'])} in a kernel without preemption; {fate}.",

@@ -13,11 +13,13 @@ from simkvm.study.sensitivity import Sensitivity
 class Headline:
     """One figure of one point (or of one over another) that is taken apart by constants.
 
-    `small` and `parameters` reduce it for a test. Where passes and faults get into each other's
-    way, a nanosecond anywhere shifts who comes first: `replications` tell that from an effect.
+    `title` is `about` in a few words, for a drawing. `small` and `parameters` reduce it for a test.
+    Where passes and faults get into each other's way, a nanosecond anywhere shifts who comes first:
+    `replications` tell that from an effect.
     """
 
     about: str
+    title: str
     file: str
     metric: str
     sets: tuple[str, ...]
@@ -57,6 +59,7 @@ _SMALL = (
 AGEING_RATIO = Headline(
     "The ageing thread's time for a page under the write lock over that without a lock, 8 vCPUs "
     "that fault on 4 KiB pages, Altra profile",
+    "Ageing's time for a page, write lock over no lock",
     "answers/ageing-faults-4k.yaml",
     "ageing_ns_per_page",
     ("kernel=[linux-7.1, linux-7.1-lockless]", *_ALTRA_8),
@@ -68,6 +71,7 @@ AGEING_RATIO = Headline(
 GUEST_WALL = Headline(
     "The guest's time under ageing with the write lock, 8 vCPUs that fault on 4 KiB pages, "
     "Altra profile",
+    "The guest's time under ageing with the write lock",
     "answers/ageing-faults-4k.yaml",
     "vcpu_wall_ns",
     ("kernel=linux-7.1", *_ALTRA_8),
@@ -78,6 +82,7 @@ GUEST_WALL = Headline(
 BLOCKS_RATIO = Headline(
     "The guest's time under the write lock over that without a lock, 8 vCPUs that fault on 2 MiB "
     "blocks, Altra profile",
+    "The guest's time with blocks, write lock over no lock",
     "answers/ageing-faults-2m.yaml",
     "vcpu_wall_ns",
     (
@@ -90,7 +95,9 @@ BLOCKS_RATIO = Headline(
     replications=5,
 )
 DEFERRED_BYTES = Headline(
-    "Mean memory in tables that wait, 1000 calls a second, HZ 250, Graviton3 profile",
+    "Mean memory in tables that wait, over a run of 300 ms, 1000 calls a second, HZ 250, "
+    "Graviton3 profile",
+    "Mean memory in tables that wait",
     "answers/deferred-rate.yaml",
     "deferred_bytes_mean",
     ("host.hz=250", "contenders.vmm.rate=1000 / s", "duration=300 ms"),
@@ -100,6 +107,7 @@ DEFERRED_BYTES = Headline(
 CALLBACK = Headline(
     "Time in the callback of one table of 512 entries that free_removed_table() walks, "
     "Graviton3 profile",
+    "Time in the callback of an empty table",
     "questions/empty-table-walk.yaml",
     "callback_ns_per_table",
     ("kernel=linux-6.4-upton", "guests.vm0.page_size=4 KiB", "guests.vm0.memory=512 MiB"),

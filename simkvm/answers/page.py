@@ -101,7 +101,8 @@ def assumptions(analysis: Sensitivity, tornado: Tornado) -> str:
         headers.append("chance")
         moved += (
             f", {len(tornado.telling)} of them by more than chance (*chance*: 95 % half width of "
-            f"the change from low to high, {analysis.replications} replications)"
+            f"the change from low to high, {analysis.replications} replications; the table is in "
+            "the order of what a constant moves beyond that)"
         )
     said = f"{span}{table(headers, rows)}\n\n{moved}."
     if not math.isnan(tornado.lowest + tornado.highest):
@@ -118,8 +119,13 @@ def _row(analysis: Sensitivity, effect: Effect, chance: bool) -> list[str]:
         *(setting(parameter, number) for number in numbers),
         figure(analysis, effect.at_low),
         figure(analysis, effect.at_high),
-        *([f"± {figure(analysis, effect.half_width)}"] if chance else []),
+        *([_chance(analysis, effect)] if chance else []),
     ]
+
+
+def _chance(analysis: Sensitivity, effect: Effect) -> str:
+    mark = "" if effect.beyond_chance else " (within chance)"
+    return f"± {figure(analysis, effect.half_width)}{mark}"
 
 
 def bases() -> str:

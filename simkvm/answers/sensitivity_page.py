@@ -28,7 +28,7 @@ class Assumptions:
             analysis = headline.analyse(runs)
             analyses.append(analysis)
             name = f"sensitivity-{number}.png"
-            put(tornado(analysis), folder / name)
+            put(tornado(analysis, about=headline.title), folder / name)
             sections.append(
                 f"## {headline.about}\n\n{assumptions(analysis, analysis.tornados[0])}\n\n"
                 f"![{headline.metric}]({name})"
@@ -54,7 +54,7 @@ def _weights(analyses: list[Sensitivity]) -> str:
             f"`{name}`",
             found[name][0].parameter.basis,
             str(len(found[name])),
-            str(_beyond_chance(found[name])),
+            str(_beyond_chance(found[name]) or "0 (within chance)"),
             f"{100 * _most(found[name]):.0f} %",
         ]
         for name in order
@@ -63,7 +63,8 @@ def _weights(analyses: list[Sensitivity]) -> str:
     return (
         f"{len(rows)} constants move at least one of {len(analyses)} headline figures by 1 % or "
         "more, from the lowest to the highest, as a share of the figure. Some of that may be "
-        "chance, where a nanosecond shifts who comes first.\n\n"
+        "chance, where a nanosecond shifts who comes first; *most* is of the figures that it moves "
+        "beyond chance, if there is one.\n\n"
         f"{table(headers, rows)}"
     )
 
@@ -73,4 +74,5 @@ def _beyond_chance(effects: list[Effect]) -> int:
 
 
 def _most(effects: list[Effect]) -> float:
-    return max(effect.share for effect in effects)
+    told = [effect for effect in effects if effect.beyond_chance]
+    return max(effect.share for effect in told or effects)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -67,7 +68,23 @@ class Problem:
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate most like `word`, or None if none is like it; capitals do not matter."""
+    """The candidate most like `word`, or None if none is like it; capitals do not matter.
+
+    Of those that differ in numbers only (versions), it is the one with the nearest numbers.
+    """
     by_lower = {candidate.lower(): candidate for candidate in candidates}
-    found = get_close_matches(word.lower(), by_lower, n=1)
+    wanted = _numbered(word.lower())
+    numbered = [name for name in by_lower if _numbered(name)[0] == wanted[0] and wanted[1]]
+    found = sorted(numbered, key=lambda name: _distance(_numbered(name)[1], wanted[1]))
+    found = found or get_close_matches(word.lower(), by_lower, n=1)
     return by_lower[found[0]] if found else None
+
+
+def _numbered(word: str) -> tuple[str, list[int]]:
+    """The word without its numbers, and those."""
+    return re.sub(r"[0-9]+", "#", word), [int(digits) for digits in re.findall(r"[0-9]+", word)]
+
+
+def _distance(numbers: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """Of versions, the first number that differs decides."""
+    return [abs(one - other) for one, other in zip(numbers, wanted, strict=True)]

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from simkvm.scenario.errors import Keys, Problem, nearest
+from simkvm.scenario.errors import InputError, Keys, Problem, nearest
 from simkvm.scenario.expand import Axis, Scalar, spelled
 from simkvm.scenario.override import COMMAND_LINE
+from simkvm.units import measured_by
 
 if TYPE_CHECKING:
     from simkvm.scenario.document import Document
@@ -62,8 +63,20 @@ def _label(
         if value in (one, label):
             return label
     known = ", ".join(map(spelled, labels))
-    hint = nearest(spelled(value), [spelled(label) for label in labels])
+    try:
+        hint = _nearest(spelled(value), [spelled(label) for label in labels])
+    except InputError as error:  # a unit that is none
+        raise _error(document, keys, error.message, error.hint) from None
     raise _error(document, keys, f"{spelled(value)} is no value of this axis: {known}", hint)
+
+
+def _nearest(value: str, labels: Sequence[str]) -> str | None:
+    """The label nearest by value where they are quantities, else by its letters."""
+    parse = measured_by(labels[0])
+    if parse is None or any(measured_by(label) is not parse for label in labels):
+        return nearest(value, labels)
+    wanted = parse(value)
+    return min(labels, key=lambda label: abs(parse(label) - wanted))
 
 
 def _error(document: Document, keys: Keys, message: str, hint: str | None = None) -> Exception:

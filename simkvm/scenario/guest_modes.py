@@ -6,7 +6,7 @@ Source: tools/testing/selftests/kvm/lib/{kvm_util.c,guest_modes.c,test_util.c}, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Final, Literal, NamedTuple
 
 from simkvm.units import GIB, KIB, MIB
 
@@ -78,7 +78,6 @@ BackingSource = Literal[
     "shmem",
     "shared_hugetlb",
 ]
-SOURCES: Final[tuple[str, ...]] = get_args(BackingSource)
 SHARED: Final = ("shmem", "shared_hugetlb")
 _UNIT: Final = {"kb": KIB, "mb": MIB, "gb": GIB}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from simkvm.scenario.expand import (
 )
 from simkvm.scenario.kernel import KernelVariant, load_kernel
 from simkvm.scenario.machine import BETWEEN_NODES, Machine, load_machine
-from simkvm.scenario.override import apply_setting
+from simkvm.scenario.override import COMMAND_LINE, apply_setting
 from simkvm.scenario.recordings import Recordings, replays
 from simkvm.scenario.schema import Scenario
 
@@ -64,14 +65,58 @@ class Study:
     axes: tuple[str, ...] = ()
     first: tuple[Point, ...] = ()
 
+    def require_one_point(self, option: str) -> None:
+        """Raise InputError if more than one point would be run, with settings that choose one."""
+        points = self.first or self.points
+        several = {axis: points[0].axes[axis] for axis in self.axes}
+        several = {k: v for k, v in several.items() if any(p.axes[k] != v for p in points)}
+        if not several:
+            return
+        sets = [f"--set {shlex.quote(f'{key}={spelled(v)}')}" for key, v in several.items()]
+        raise InputError(
+            f"{option} takes one run, and these are {len(points)}, over {', '.join(several)}: "
+            f"choose, such as {' '.join(sets)}",
+            file=self.path,
+        )
+
 
 def load(path: str | Path, sets: Sequence[str] = (), seed: int | None = None) -> Study:
     """Read a scenario or sweep file.
 
     `sets` are ``KEY=VALUE`` texts that change the file's values, in order; `seed` replaces the
     file's. Traces and machine profiles are looked up from the file's folder. Raises InputError for
-    whatever is wrong.
+    whatever is wrong; if that is only so because of settings, it names them.
     """
+    try:
+        return _load(path, sets, seed)
+    except InputError as error:
+        if error.file == COMMAND_LINE.file:
+            raise
+        guilty = [setting for setting in sets if _loads(path, sets, setting)]
+        raise _because_of(error, guilty) from None
+
+
+def _loads(path: str | Path, sets: Sequence[str], without: str) -> bool:
+    try:
+        _load(path, [setting for setting in sets if setting != without], None)
+    except InputError:
+        return False
+    return True
+
+
+def _because_of(error: InputError, settings: Sequence[str]) -> InputError:
+    said = "".join(f", with {COMMAND_LINE.file} {setting}" for setting in settings)
+    return InputError(
+        error.message + said,
+        file=error.file,
+        line=error.line,
+        column=error.column,
+        key=error.key,
+        hint=error.hint,
+    )
+
+
+def _load(path: str | Path, sets: Sequence[str], seed: int | None) -> Study:
     document = read_document(path)
     for setting in sets:
         apply_setting(document, setting)

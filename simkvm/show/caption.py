@@ -10,6 +10,7 @@ from simkvm.show.points import (
     ResultLike,
     axes_of,
     listed,
+    number,
     reference_label,
     same_value,
     value_of,
@@ -56,5 +57,17 @@ def _span(axis: AxisOfStudy, shown: Sequence[ResultLike]) -> str:
     values = [str(value).replace(" ", "\u00a0") for value in _values(axis, shown)]
     if axis.numbers is not None and len(values) > 3:
         return f"{axis.name} {values[0]} … {values[-1]}"
-    separator = " = " if len(values) == 1 else " "
-    return f"{axis.name}{separator}{', '.join(values)}"
+    if len(values) > 1:
+        return f"{axis.name} {', '.join(values)}"
+    return f"{axis.name} = {values[0]}{_rank(axis, shown)}"
+
+
+def _rank(axis: AxisOfStudy, shown: Sequence[ResultLike]) -> str:
+    """Which of several values the one shown is."""
+    if axis.numbers is None or len(axis.numbers) < 2:
+        return ""
+    value = number(_values(axis, shown)[0])
+    for which, end in (("the largest", max), ("the smallest", min)):
+        if value == end(axis.numbers):
+            return f" ({which} of {len(axis.numbers)})"
+    return ""

@@ -65,9 +65,7 @@ def deferred_memory(
     first = {label: group[0] for label, group in variants(results, where=where).items()}
     window = window_ns or (0, max(int(summary_of(r)["sim_ns"]) for r in first.values()))
     shown = {label: result for label, result in first.items() if _peak(result) > 0} or first
-    figure, panels = style.sheet(
-        len(shown), 1, 9.0, 1.0 + 2.0 * len(shown), sharex=True, sharey=len(shown) > 1
-    )
+    figure, panels = style.sheet(len(shown), 1, 9.0, 1.0 + 2.0 * len(shown), sharex=True)
     colours = style.variant_colours(first)
     for panel, (label, result) in zip(panels, shown.items(), strict=True):
         deferred_panel(panel, result, window, colours[label])
@@ -121,7 +119,7 @@ def deferred_vs_rate(results: OneOrMany, *, where: Where | None = None) -> Figur
     """Mean and peak deferred bytes against the swept rate, a line a variant; both axes logarithmic.
 
     Replications appear as their mean, with a band from the least to the most. Variants that never
-    defer have no line, and 0 in the table. Raises InputError if no rate was swept.
+    defer have no line, and the table says so. Raises InputError if no rate was swept.
     """
     axis = ordered_axis(results, ".rate")
     if axis is None:
@@ -230,9 +228,9 @@ def _mean_and_peak(ax: Axes, steps: Steps, timeline: pd.DataFrame, colour: str) 
         f"mean\n{format_size(round(mean))}",
         (1, mean),
         xycoords=("axes fraction", "data"),
-        xytext=(4, 0),
+        xytext=(4, -2),
         textcoords="offset points",
-        va="center",
+        va="bottom",  # a mean near 0 would reach down to the last tick's label
         fontsize=8,
         annotation_clip=False,
     )

@@ -61,7 +61,8 @@ def lock_distribution(
     Both axes are logarithmic, so that a tail of one in a million is as easy to read as the median;
     p50 and p99 are marked. Under each panel stands who is who, with mode, number of acquisitions,
     p50, p99 and max. `where` selects values of axes ({"vcpus": 8}); ordered axes default to their
-    largest value, and replications are pooled. Raises InputError if no point took the lock.
+    largest value, the host's memory to its smallest, and replications are pooled. Raises
+    InputError if no point took the lock.
     """
     groups = variants(results, where=where)
     points = [point for group in groups.values() for point in group]

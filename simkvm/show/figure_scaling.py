@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +26,9 @@ from simkvm.show.points import (
     summary_of,
 )
 from simkvm.units import format_duration, format_rate
+
+LEAST_SPAN = 1.5
+"""From the bottom of a panel to its top."""
 
 
 class Measure(NamedTuple):
@@ -97,9 +101,16 @@ def _panel(
     human_log_axis(panel.yaxis, measure)
 
 
+def _spread(axis: Axis) -> tuple[float, float]:
+    """The ends of a y axis, made to span `LEAST_SPAN` at least: noise does not fill it."""
+    low, high = axis.get_view_interval()
+    wider = math.sqrt(max(LEAST_SPAN * low / high, 1.0))
+    return axis.axes.set_ylim(low / wider, high * wider)
+
+
 def human_log_axis(axis: Axis, measure: Measure) -> None:
     """Ticks at 1, 2 and 5 a decade, or evenly where the curves span too little for that."""
-    low, high = axis.get_view_interval()
+    low, high = _spread(axis)
     close = high < 4 * low
     axis.set_major_locator(
         MaxNLocator(nbins=5) if close else LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=12)

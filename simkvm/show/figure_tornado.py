@@ -17,15 +17,17 @@ from simkvm.study.sensitivity import Sensitivity
 
 MOST_BARS = 10
 TITLE_WIDTH = 52
+HEADING_WIDTH = 78
+PALE = 0.35
 AT_LOW, AT_HIGH = "#0072b2", "#d55e00"
 NAMED = {"V": "read", "D": "derived", "R": "recalled", "E": "estimate"}
 
 
 @style.in_style
-def tornado(analysis: Sensitivity, *, most: int = MOST_BARS) -> Figure:
+def tornado(analysis: Sensitivity, *, about: str = "", most: int = MOST_BARS) -> Figure:
     """A panel a point or comparison, with the `most` parameters that move the metric furthest.
 
-    Raises InputError if nothing moves it anywhere.
+    `about` says in words what the metric is. Raises InputError if nothing moves it anywhere.
     """
     shown = [one for one in analysis.tornados if one.moving]
     if not shown:
@@ -35,8 +37,9 @@ def tornado(analysis: Sensitivity, *, most: int = MOST_BARS) -> Figure:
     sheet, panels = style.sheet(len(shown), 1, 8.0, height)
     for panel, one in zip(panels, shown, strict=True):
         _panel(panel, analysis, one, one.moving[:most])
-    what = f"{analysis.metric} over that with {analysis.over}" if analysis.over else analysis.metric
-    style.entitle(sheet, f"What {what} hangs on", _caption(analysis))
+    over = f", as a ratio to {analysis.over}" if analysis.over else ""
+    heading = f"{about or analysis.metric + over}: constants that move it"
+    style.entitle(sheet, "\n".join(textwrap.wrap(heading, HEADING_WIDTH)), _caption(analysis))
     return sheet
 
 
@@ -45,7 +48,8 @@ def _panel(panel: Axes, analysis: Sensitivity, one: Tornado, effects: Sequence[E
         ends = [(effect.at_low, AT_LOW), (effect.at_high, AT_HIGH)]
         # Where both lie on one side, the shorter bar over the longer one.
         for reached, colour in sorted(ends, key=lambda end: -abs(end[0] - one.value)):
-            panel.barh(place, reached - one.value, left=one.value, height=0.62, color=colour)
+            (bar,) = panel.barh(place, reached - one.value, left=one.value, height=0.62)
+            bar.set(color=colour, alpha=1 if effect.beyond_chance else PALE)
     panel.axvline(one.value, color=style.INK, linewidth=0.9)
     panel.set_yticks(range(len(effects)), [_label(effect) for effect in reversed(effects)])
     panel.grid(visible=False, axis="y")
@@ -63,4 +67,5 @@ def _label(effect: Effect) -> str:
 def _caption(analysis: Sensitivity) -> str:
     text = "one parameter at a time; blue: the metric at its low, orange: at its high"
     times = analysis.replications
-    return f"{analysis.name} \u00b7 {text}" + (f" \u00b7 {times} replications" if times > 1 else "")
+    replicated = f" \u00b7 {times} replications; pale: within chance" if times > 1 else ""
+    return f"{analysis.name} \u00b7 {text}{replicated}"

@@ -141,6 +141,11 @@ def write_all(results: OneOrMany, folder: str | Path) -> list[Path]:
     ]
 
 
+def needs() -> list[str]:
+    """What results need for any figure, each need once."""
+    return list(dict.fromkeys(kind.needs for kind in FIGURES.values()))
+
+
 def _anonymous(kind: str) -> dict[str, None]:
     fields = {"png": ["Software"], "pdf": ["CreationDate", "Creator", "Producer"]}
     return dict.fromkeys(fields.get(kind, ["Creator", "Date", "Format", "Type"]))

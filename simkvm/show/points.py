@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 import pandas as pd
 
 from simkvm.scenario.errors import InputError, nearest
-from simkvm.units import parse_duration, parse_rate, parse_size
+from simkvm.units import measured_by
 
 Where = Mapping[str, object]
 
@@ -85,6 +85,8 @@ OneOrMany = ResultLike | Iterable[ResultLike]
 
 
 REFERENCES = ("machine", "kernel")
+SCARCE = "host.memory.size"
+"""The axis on which most happens where it is smallest."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,13 @@ class AxisOfStudy:
         """The largest value, as written."""
         by_number = dict(zip(self.numbers or (), self.values, strict=False))
         return str(by_number[max(by_number)])
+
+    @property
+    def default(self) -> float | None:
+        """The number that figures show which do not run along this axis; None without an order."""
+        if self.numbers is None:
+            return None
+        return min(self.numbers) if self.key == SCARCE else max(self.numbers)
 
 
 def listed(results: OneOrMany) -> list[ResultLike]:
@@ -128,12 +137,8 @@ def number(value: object) -> float | None:
         return float(value)
     if not isinstance(value, str) or not value[:1].isdigit():
         return None
-    for parse in (parse_rate, parse_duration, parse_size):
-        try:
-            return float(parse(value))
-        except InputError:
-            continue
-    return None
+    parse = measured_by(value)
+    return None if parse is None else float(parse(value))
 
 
 def reference_label(reference: object) -> str:
@@ -142,7 +147,12 @@ def reference_label(reference: object) -> str:
         return str(reference)
     base = str(reference.get("base", reference.get("name", "")))
     overrides = reference.get("set") or {}
-    return " ".join([base, *(f"{key}={value}" for key, value in overrides.items())])
+    return " ".join([base, *(f"{key}={_plain(value)}" for key, value in overrides.items())])
+
+
+def _plain(value: object) -> object:
+    """Parameters are all floats; a count is one for people, too, only without a point."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def value_of(result: ResultLike, key: str) -> Any:
@@ -208,7 +218,7 @@ def variants(
     results: OneOrMany, *, along: str | None = None, where: Where | None = None
 ) -> dict[str, list[ResultLike]]:
     """Points to compare, by variant: what `where` selects, else the largest value of every ordered
-    axis.
+    axis (of the host's memory the smallest).
 
     `along` names the axis that a figure draws along: all of its values stay. Replications of a
     point stay together in the list of their variant. Raises InputError if `where` names no axis or
@@ -254,7 +264,7 @@ def _wanted(
         if key in chosen:
             if not any(same_value(value, wanted) for wanted in chosen[key]):
                 return False
-        elif axis.numbers is not None and key != along and number(value) != max(axis.numbers):
+        elif axis.numbers is not None and key != along and number(value) != axis.default:
             return False
     return True
 

@@ -1,4 +1,4 @@
-"""The report of `simkvm sensitivity`: a row a parameter, the largest swing first."""
+"""The report of `simkvm sensitivity`: a row a parameter, the largest swing beyond chance first."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def measured(name: str, value: float) -> str:
 
 
 def together(analysis: Sensitivity, tornado: Tornado) -> str:
-    """What all constants do at once, and what their single changes add up to."""
+    """What all constants do at once, and what it would be if none changed what others do."""
     low, high = (figure(analysis, value) for value in (tornado.lowest, tornado.highest))
+    said = f"All at once at the ends that lower it: {low}; at those that raise it: {high}"
+    if analysis.over:  # changes of a quotient do not add up, whether or not constants interact
+        return f"{said}."
     sums = [figure(analysis, value) for value in tornado.added_up]
-    return (
-        f"All at once at the ends that lower it: {low}; at those that raise it: {high} "
-        f"(single changes add up to {sums[0]} and {sums[1]})."
-    )
+    return f"{said} (if the change by each one alone simply added up: {sums[0]} and {sums[1]})."
 
 
 def setting(parameter: Parameter, value: float) -> str:
@@ -88,11 +88,14 @@ def _tornado(analysis: Sensitivity, tornado: Tornado) -> list[RenderableType]:
     rows: list[Row] = [row(analysis, effect) for effect in tornado.moving]
     if analysis.replications > 1:
         headers = (*HEADERS, "noise")
-        noise = [figure(analysis, effect.half_width) for effect in tornado.moving]
+        noise = [
+            figure(analysis, effect.half_width) + ("" if effect.beyond_chance else " *")
+            for effect in tornado.moving
+        ]
         rows = [(*line, last) for line, last in zip(rows, noise, strict=True)]
     parts: list[RenderableType] = [titled_table(title(analysis, tornado), headers, rows, left=2)]
     if analysis.replications > 1:
-        parts.append(Text("  noise: 95 % half width of the change from low to high"))
+        parts.append(Text("  noise: 95 % half width of the change from low to high; *: within it"))
     if not math.isnan(tornado.lowest + tornado.highest):
         parts.append(Text(f"  {together(analysis, tornado)}"))
     for words, names in (

@@ -25,7 +25,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from matplotlib.transforms import Affine2DBase, ScaledTranslation
 
 from simkvm.show.points import AxisOfStudy
-from simkvm.units import format_count, format_duration, format_rate, format_size
+from simkvm.units import format_duration, format_size
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -198,16 +198,6 @@ def size_axis(axis: Axis, *, log: bool) -> None:
     axis.set_major_locator(FixedLocator(binary_ticks(low, high)))
 
 
-def count_axis(axis: Axis) -> None:
-    """Label an axis of counts with k, M, G."""
-    axis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
-
-
-def rate_axis(axis: Axis) -> None:
-    """Label an axis of events a second."""
-    axis.set_major_formatter(FuncFormatter(lambda value, _: format_rate(value)))
-
-
 def axis_ticks(axis: Axis, swept: AxisOfStudy) -> None:
     """Ticks exactly where points were measured, labelled as the scenario wrote them."""
     names = dict(zip(swept.numbers or (), map(str, swept.values), strict=False))
@@ -273,7 +263,7 @@ def values_under(
     smallest: bool = False,
 ) -> None:
     """The legend as a small table under a panel: each variant with its mean at the largest `x`, or
-    the smallest, called `at`.
+    the smallest, called `at`. One that is 0 throughout has no line on a logarithmic axis.
     """
     width = max(len("variant"), *(len(variant) for variant in colours))
     line_under(ax, 0, f"{'variant':<{width}}  {'at ' + at:>12}", GREY)
@@ -282,7 +272,10 @@ def values_under(
     for i, (variant, colour) in enumerate(colours.items(), start=1):
         value = last.get(variant, math.nan)
         shown = "-" if math.isnan(value) else text(value)
-        line_under(ax, i, f"{variant:<{width}}  {shown:>12}", colour, sample="-")
+        if nothing := bool((table.loc[table["variant"] == variant, column] == 0).all()):
+            shown = "0 everywhere"
+        line = f"{variant:<{width}}  {shown:>12}"
+        line_under(ax, i, line, colour, sample=None if nothing else "-")
 
 
 def line_under(

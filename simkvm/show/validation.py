@@ -25,14 +25,20 @@ def report(rows: Sequence[Row]) -> RenderableType:
 
 
 def tally(rows: Sequence[Row]) -> str:
-    """How many rows got which verdict, and of predictions how many are within the tolerance."""
+    """How many rows got which verdict, and of predictions how many are within the tolerance.
+
+    What was not simulated is no prediction. A bound is one: it is inside above its figure.
+    """
     counts = Counter(row.verdict for row in rows)
     said = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
     line = f"{len(rows)} rows: {said or 'none'}"
-    predicted = [row for row in rows if isinstance(row, PublishedRow) and row.role == "predicted"]
+    predicted = [row for row in rows if isinstance(row, PublishedRow) and row.is_prediction]
     if predicted:
-        met = sum(row.verdict == "inside" for row in predicted)
-        line += f"; of {len(predicted)} predictions {met} inside ({met / len(predicted):.0%})"
+        met = [row for row in predicted if row.verdict == "inside"]
+        line += f"; of {len(predicted)} predictions {len(met)} inside"
+        line += f" ({len(met) / len(predicted):.0%})"
+        if bounds := sum(row.bound != "about" for row in met):
+            line += f", {bounds} of them a mere bound"
     return line
 
 

@@ -19,9 +19,11 @@ from simkvm.validate.row import PublishedRow, Row, ShapeRow, TheoryRow, TraceRow
 MEASURED = """\
 Each figure that somebody measured on a real machine and sent to a list, its benchmark run again.
 None of these machines was at hand and most are not even named, so each is a shipped profile with a
-few constants *fitted* to a few rows, which the tables call fit. All others are *predicted*: nothing
-was adjusted to them. A row is inside within 20 %. Scale is the share of the guests' memory that was
-simulated, to save time; times are those of the whole.
+few constants, of it or of the workload, *fitted* to a few rows, which the tables call fit. All
+others are *predicted*: nothing was adjusted to them. A row is inside within 20 %, or anywhere above
+where only a bound was published. A row that could not be run is missing, and is not counted among
+the predictions. Scale is the share of the guests' memory that was simulated, to save time; times
+are those of the whole.
 """
 TRACED = """\
 Counts and tick-driven lengths of Linux 6.12 on arm64 with KVM guests, in emulation (how they were
@@ -130,9 +132,12 @@ def _host(host: Host, rows: Sequence[PublishedRow]) -> list[str]:
     lines = [f"### {host.title}", "", f"Base: `{host.base}`. Source: {sources}.", ""]
     for name, value in host.shape.items():
         lines.append(f"* `{name}` = {figure(value)}: what the message says or implies")
+    lines += [f"* {assumption}" for assumption in host.assumed]
     for fitted in host.fitted:
         lines.append(f"* `{fitted.name}` = {figure(fitted.value)}: {fitted.how}")
-    if not host.fitted:
+    for fitted in host.fitted_workload:
+        lines.append(f"* `{fitted.name}` = {fitted.value}, of the workload: {fitted.how}")
+    if not (host.fitted or host.fitted_workload):
         lines.append("* nothing fitted")
     base = load_machine(host.base)
     for name, how in host.shared.items():

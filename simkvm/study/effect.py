@@ -41,6 +41,11 @@ class Effect:
         return self.swing > 0 and abs(self.at_high - self.at_low) > self.half_width
 
     @property
+    def sure(self) -> float:
+        """The swing less what its replications leave to chance: by this, effects are ranked."""
+        return self.swing - self.half_width if math.isfinite(self.half_width) else self.swing
+
+    @property
     def share(self) -> float:
         """The swing as a share of the metric as it is; nan where that is nothing."""
         return self.swing / abs(self.value) if self.value else math.nan
@@ -48,8 +53,8 @@ class Effect:
 
 @dataclass(frozen=True)
 class Tornado:
-    """All effects on one subject, the largest swing first. `value` is the metric as it is, and
-    `half_width` that of its 95 % interval over replications.
+    """All effects on one subject, the largest beyond chance first. `value` is the metric as it is,
+    and `half_width` that of its 95 % interval over replications.
 
     `lowest` and `highest` are the metric with all parameters that move it at the ends that lower
     it, and at those that raise it; nan if fewer than two do, or a run failed.

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichBar
 
 LINE_EVERY_S = 10.0
-"""How often a log gets a line."""
+"""How often a log gets a line, if there is news."""
+NO_NEWS_EVERY_S = 60.0
+"""How often it gets one without."""
 
 NOTEBOOK_EVERY_S = 0.25
 
@@ -55,7 +57,7 @@ class Silent:
 
 
 class Lines:
-    """A line every `every_s` seconds and one at the end, through `show`."""
+    """A line every `every_s` seconds if there is news, and one at the end, through `show`."""
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class Lines:
         self._every_s = every_s
         self._clock = clock
         self._total = self._done = self._ran = self._failed = 0
+        self._told = -1  #: how many had been run when the last line was shown
         self._started_s = self._shown_s = clock()
 
     def start(self, total: int, done: int) -> None:
@@ -83,13 +86,15 @@ class Lines:
 
     def tick(self) -> None:
         """Show the line if the last one is old."""
-        if self._clock() - self._shown_s >= self._every_s:
-            self._shown_s = self._clock()
+        wait_s = self._every_s if self._ran > self._told else NO_NEWS_EVERY_S
+        if self._clock() - self._shown_s >= wait_s:
+            self._shown_s, self._told = self._clock(), self._ran
             self._show(self.line())
 
     def stop(self) -> None:
-        """Show the last line."""
-        self._show(self.line())
+        """Show the last line, unless it was."""
+        if self._ran > self._told:
+            self._show(self.line())
 
     def line(self) -> str:
         """Such as "12/40 points, 1 failed, 3.4 s a point, 1.6 min left"."""

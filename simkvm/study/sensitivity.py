@@ -61,7 +61,7 @@ class Sensitivity:
 
     @property
     def frame(self) -> pd.DataFrame:
-        """One row a point and parameter, the largest swing of each point first.
+        """One row a point and parameter, of each point the largest beyond chance first.
 
         Columns: the axes, then `parameter`, `basis`, `unit`, `low`, `value`, `high` (of the
         parameter), `at_low`, `at_value`, `at_high` (of the metric), `swing`, `share`, `changed`,
@@ -257,7 +257,7 @@ class _Found:
             else Effect(parameter, value, value, value, changed=False, half_width=0.0)
             for parameter in parameters
         ]
-        effects.sort(key=lambda effect: -effect.swing)
+        effects.sort(key=lambda effect: -effect.sure)
         return Tornado(subject.axes, value, _half_width(base), tuple(effects))
 
     def with_corners(self, subject: Subject, tornado: Tornado) -> Tornado:

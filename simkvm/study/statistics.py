@@ -1,13 +1,10 @@
-"""Statistics of simulation output without SciPy: intervals, warm-up, batch means."""
+"""Statistics of simulation output without SciPy: intervals and batch means."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -70,40 +67,6 @@ def confidence_interval(values: Sequence[float], confidence: float = 0.95) -> In
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     half_width = t_quantile(confidence, count - 1) * math.sqrt(variance / count)
     return Interval(mean, half_width, confidence, count)
-
-
-def paired_difference(
-    first: Mapping[Key, float], second: Mapping[Key, float], confidence: float = 0.95
-) -> Interval:
-    """Interval for first minus second, paired by key: the (seed, replication) both ran with.
-
-    Two variants at one seed meet the same arrivals, so their difference varies less than either.
-    Raises ValueError for a key without a partner: pairing by position would compare strangers.
-    """
-    if lonely := first.keys() ^ second.keys():
-        raise ValueError(f"without a partner: {', '.join(sorted(map(str, lonely)))}")
-    return confidence_interval([first[key] - second[key] for key in first], confidence)
-
-
-def mser5(series: Sequence[float]) -> int:
-    """How many leading values of a series to drop as warm-up, by the MSER-5 rule.
-
-    Averages of 5 are formed, and the cut is where the variance of what remains, over the number
-    that remains, is least (White, Cobb and Spratt, "A comparison of five steady-state truncation
-    heuristics for simulation", WSC 2000). Only the first half is searched; a cut at its end means
-    that the series was too short to settle. Fewer than 10 values: 0.
-    """
-    import numpy as np
-
-    if len(series) < 10:
-        return 0
-    batches = np.asarray(series[: len(series) // 5 * 5], dtype=float).reshape(-1, 5).mean(axis=1)
-    batches -= batches.mean()  # keeps the difference of squares below exact
-    left = np.arange(len(batches), 0, -1)
-    mean = np.cumsum(batches[::-1])[::-1] / left
-    square = np.cumsum(batches[::-1] ** 2)[::-1] / left
-    error = np.maximum(square - mean**2, 0) / left
-    return 5 * int(np.argmin(error[: len(batches) // 2]))
 
 
 def batch_means(values: Sequence[float], batches: int = 20, confidence: float = 0.95) -> Interval:

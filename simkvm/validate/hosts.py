@@ -16,10 +16,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Fitted:
-    """A machine constant, in the parameter's unit, and how it was found."""
+    """A machine constant in the parameter's unit, or a key of a workload as a scenario spells it,
+    and how it was found.
+    """
 
     name: str
-    value: float
+    value: Any
     how: str
 
 
@@ -28,7 +30,8 @@ class Host:
     """One host: ``shape`` is what the message says of it, ``fitted`` what its fit rows gave.
 
     ``shared`` are constants that the base has from measurements of the same message, and how.
-    ``workload`` is what of the program that ran there was fitted to the same rows.
+    ``assumed`` is what the message leaves open, and why it is as it is here.
+    ``fitted_workload`` is what of the program that ran there was fitted to the same rows.
     """
 
     name: str
@@ -39,7 +42,13 @@ class Host:
     shape: dict[str, float]
     fitted: tuple[Fitted, ...]
     shared: dict[str, str]
-    workload: dict[str, Any]
+    assumed: tuple[str, ...]
+    fitted_workload: tuple[Fitted, ...]
+
+    @property
+    def workload(self) -> dict[str, Any]:
+        """Keys of the workload that were fitted."""
+        return {fitted.name: fitted.value for fitted in self.fitted_workload}
 
     def machine(self, **scaled: float) -> dict[str, Any]:
         """As a scenario names it; ``scaled`` replaces what a smaller run has to shrink."""
@@ -72,7 +81,6 @@ def host_of(id_: str) -> Host:
 
 
 def _host(name: str, table: dict[str, Any]) -> Host:
-    constants = tuple(Fitted(key, *entry) for key, entry in table.get("set", {}).items())
     return Host(
         name=name,
         title=table["title"],
@@ -80,7 +88,12 @@ def _host(name: str, table: dict[str, Any]) -> Host:
         rows=tuple(table["rows"]),
         fit=tuple((id_, metric, arm) for id_, metric, arm in table["fit"]),
         shape=table.get("shape", {}),
-        fitted=constants,
+        fitted=_fitted(table.get("set", {})),
         shared=table.get("shared", {}),
-        workload={key: value for key, (value, _) in table.get("workload", {}).items()},
+        assumed=tuple(table.get("assumed", ())),
+        fitted_workload=_fitted(table.get("workload", {})),
     )
+
+
+def _fitted(entries: dict[str, Any]) -> tuple[Fitted, ...]:
+    return tuple(Fitted(name, *entry) for name, entry in entries.items())

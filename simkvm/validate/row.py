@@ -79,6 +79,11 @@ class PublishedRow:
         return f"{self.metric}, {self.arm}"
 
     @property
+    def is_prediction(self) -> bool:
+        """Whether the model said something to which nothing was fitted."""
+        return self.role == "predicted" and self.simulated is not None
+
+    @property
     def prefix(self) -> str:
         """What stands before the measured figure where it is a bound."""
         return "> " if self.bound == "more than" else ""

@@ -14,4 +14,21 @@ def events(env: Environment) -> int:
     return int(repr(env._eid).removeprefix("count(").removesuffix(")"))
 
 
-__all__ = ["FAST", "GIB", "KIB", "MIB", "Lab", "Tally", "account", "events", "scenario", "world"]
+def fill_sparsely(lab: Lab, stride: int) -> None:
+    """One page each ``stride`` bytes."""
+    lab.fill(range(0, lab.kvm.leaves, stride // lab.kvm.stage2.leaf_bytes))
+
+
+__all__ = [
+    "FAST",
+    "GIB",
+    "KIB",
+    "MIB",
+    "Lab",
+    "Tally",
+    "account",
+    "events",
+    "fill_sparsely",
+    "scenario",
+    "world",
+]

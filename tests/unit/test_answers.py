@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from simkvm.answers import deferred_tables
+from simkvm.answers import deferred_tables, eviction
 from simkvm.answers.ageing_locks import KERNELS, SITUATIONS, Cell
 from simkvm.answers.headline import CALLBACK
 from simkvm.answers.page import assumptions, duration, fill, percent, table, times
@@ -179,3 +179,15 @@ def test_a_wrong_page_is_named_before_anything_is_run(tmp_path: Path) -> None:
     assert said.exit_code == 2
     assert "did you mean 'empty-table-walk'" in said.stderr
     assert not (tmp_path / "docs").exists()
+
+
+def test_a_longer_wait_without_a_lock_is_explained_where_it_happens() -> None:
+    names = ("queued_share", "queued_wait", "starts", "start_wait", "by_kswapd")
+
+    def pressed(kernel: str, wait_ns: float) -> eviction.Pressed:
+        values = {"fault_wait": {0: wait_ns}, **{name: {0: 0.5} for name in names}}
+        return eviction.Pressed("8 MiB", kernel, values)
+
+    longer = [pressed("write", 4.0), pressed("read", 3.0), pressed("none", 6.0)]
+    assert "On the host of 8 MiB a fault waits longer" in eviction._longer_wait(longer)
+    assert eviction._longer_wait(longer[::-1]) == ""

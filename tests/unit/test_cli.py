@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -258,6 +259,7 @@ def test_run_refuses_a_sweep_and_says_what_to_use(here, world):
     [
         (["run", "none.yaml"], "none.yaml: no such file"),
         (["run", "one.yaml", "--set", "kernel=linux-7.2"], "(did you mean 'linux-7.1'?)"),
+        (["run", "one.yaml", "--set", "kernel=linux-6.13"], "(did you mean 'linux-6.12'?)"),
         (["run", "one.yaml", "--set", "guests.vm0.vcpu=2"], "(did you mean 'vcpus'?)"),
         (["sweep", "many.yaml", "--shard", "2/2"], "expected I/N with I from 0 to N - 1"),
         (["plot", "nowhere"], "nowhere: no such folder"),
@@ -370,6 +372,16 @@ def test_ctrl_c_during_a_run(here, world):
     stopped = simkvm_command("run", "one.yaml")
 
     assert (stopped.exit_code, stopped.stderr) == (130, "simkvm: interrupted\n")
+
+
+def test_sigterm_is_a_ctrl_c(here, world, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(world, "simulate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = simkvm_command("sweep", "many.yaml", "--jobs", "1")
+
+    assert stopped.exit_code == 130
+    assert "after 0 of 2 points" in stopped.stderr
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("shard", ["1", "a/b", "1/", "-1/2"])

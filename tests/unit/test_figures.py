@@ -21,6 +21,7 @@ from simkvm.show.caption import caption
 from simkvm.show.distribution import Distribution, distribution
 from simkvm.show.figure_deferred import steps_in, thinned
 from simkvm.show.figure_locks import share_text
+from simkvm.units import format_count, format_duration
 
 LOCKLESS = "linux-7.1-lockless"
 
@@ -156,6 +157,14 @@ def test_distributions_of_guests_and_runs_are_pooled():
 # --- which points are compared -----------------------------------------------------------------
 
 
+def test_counts_of_a_machine_are_whole_numbers():
+    machine = {"base": "x86-icelake-64c", "set": {"cores": 128.0, "ghz": 2.5, "hw_af": True}}
+
+    label = points.reference_label(machine)
+
+    assert label == "x86-icelake-64c cores=128 ghz=2.5 hw_af=True"
+
+
 def test_ordered_axes_default_to_their_largest_value(sweep):
     groups = points.variants(sweep)
 
@@ -266,8 +275,8 @@ def test_the_table_under_a_panel_says_what_the_lock_table_says(lock_figure, swee
     assert said == f"{'linux-7.1':<21}  " + " ".join(
         [
             "write",
-            f"{style.format_count(stored['acquisitions']):>8}",
-            *(f"{style.format_duration(stored[f'hold_{f}_ns']):>8}" for f in ("p50", "p99", "max")),
+            f"{format_count(stored['acquisitions']):>8}",
+            *(f"{format_duration(stored[f'hold_{f}_ns']):>8}" for f in ("p50", "p99", "max")),
         ]
     )
 
@@ -519,11 +528,25 @@ def test_deferred_against_rate(rates):
         assert line.get_xdata().tolist() == [200, 1_000, 5_000, 20_000]
         assert line.get_ydata().tolist() == [s[f"deferred_bytes_{name}"] for s in stored]
         assert len(labelled(ax)["linux-7.1"].get_xdata()) == 0
+        assert any(t.startswith("linux-7.1 ") and t.endswith("  0 everywhere") for t in texts(ax))
         assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
         assert tick_labels(ax.xaxis) == ["200 / s", "1000 / s", "5 / ms", "20 / ms"]
         assert "64 KiB" in tick_labels(ax.yaxis)
         (said,) = [t for t in texts(ax) if t.startswith(LOCKLESS)]
         assert said.endswith(style.format_size(stored[-1][f"deferred_bytes_{name}"]))
+
+
+def test_no_panel_of_deferred_memory_is_cut_off_at_the_top():
+    kernels = {"linux-6.4-yuzhao-v2-lockless": 20_000, LOCKLESS: 500}  # the largest comes first
+    results = [
+        synthetic.result(kernel, rate=rate, axes={"kernel": kernel})
+        for kernel, rate in kernels.items()
+    ]
+
+    panels = figures.deferred_memory(results).axes
+
+    highest = max(int(result.timeline["deferred_bytes"].max()) for result in results)
+    assert {ax.get_ylim()[1] for ax in panels} == {highest * 1.3}
 
 
 def test_ageing_against_vcpus(sweep):
@@ -618,6 +641,25 @@ def test_no_text_covers_another(name, sweep, rates, sizes, memories):
     assert overlaps(kind.function(results)) == []
 
 
+def test_a_difference_of_a_thousandth_does_not_fill_a_panel():
+    memories = synthetic.memory_sweep()
+    for number, result in enumerate(memories.points):
+        result.summary["requests_per_s"] = 70.7e3 * (1 + number / 5000)
+
+    low, high = figures.under_pressure(memories).axes[0].get_ylim()
+
+    assert high / low == pytest.approx(1.5)
+    assert low < 70.7e3 < high
+
+
+def test_locks_are_shown_where_memory_is_shortest(memories):
+    groups = points.variants(memories)
+    shown = [result for group in groups.values() for result in group]
+
+    assert {result.axes["host.memory.size"] for result in shown} == {"48 MiB"}
+    assert caption(memories, shown).endswith("at size = 48\u00a0MiB (the smallest of 3)")
+
+
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_long_names_and_many_sites_cover_nothing_either(name):
     results = [
@@ -629,7 +671,7 @@ def test_long_names_and_many_sites_cover_nothing_either(name):
                 "guests.vm0.vcpus": vcpus,
                 "guests.vm0.page_size": f"{4 * vcpus} KiB",
                 "contenders.vmm.rate": f"{vcpus} / ms",
-                "host.memory.size": f"{64 + vcpus} MiB",
+                "host.memory.size": f"{80 - vcpus} MiB",
             },
         )
         for _ in range(2)

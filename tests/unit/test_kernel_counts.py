@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import Lab, Tally, scenario
+from lab import Lab, Tally, fill_sparsely, scenario
 
 from simkvm.kernel.host_memory import OWN, PRESENT
 from simkvm.kernel.stage2 import AF
@@ -58,7 +58,7 @@ def test_the_lock_is_let_go_only_with_a_reason(preemption: str, waiter: bool, en
     the one reason, and only for a kernel that is preemptible at run time (rwlock_needbreak()).
     """
     lab = Lab(4 * GIB, host={"preemption": preemption})
-    lab.fill_sparsely(2 * MIB)
+    fill_sparsely(lab, 2 * MIB)
     if waiter:
         lab.env.process(read_at(lab, 5000))
     tally = Tally(lab)

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from simkvm.cli import main
 from simkvm.scenario.load import load
+from simkvm.units import SIZE_SPELLINGS
 
 GOOD = """\
 name: short
@@ -197,7 +198,15 @@ def test_what_is_set_from_outside_is_run(tmp_path: Path) -> None:
         ),
         (
             "run: {host.memory.size: 24 GiB}\n",
-            f"run.{SIZE}: 24 GiB is no value of this axis: 24 MiB, 32 MiB (did you mean '24 MiB'?)",
+            f"run.{SIZE}: 24 GiB is no value of this axis: 24 MiB, 32 MiB (did you mean '32 MiB'?)",
+        ),
+        (
+            "run: {host.memory.size: 99 XiB}\n",
+            f"run.{SIZE}: 'XiB' is not a unit of size: {SIZE_SPELLINGS}",
+        ),
+        (
+            "run: {host.memory.size: some}\n",
+            f"run.{SIZE}: 'some' is not a size such as '64 MiB'",
         ),
         ("run: 3\n", "run: is a mapping from axes of the sweep to values"),
     ],
@@ -207,12 +216,34 @@ def test_what_a_sweep_cannot_run_first(tmp_path: Path, run: str, message: str) -
     assert (status, told.partition(": ")[2]) == (2, message)
 
 
+@pytest.mark.parametrize(
+    ("host", "said"),
+    [
+        ("{}", "host.memory: --lru-gen needs memory that can run out, such as --set "),
+        (
+            "{memory: {size: 32 MiB, lru_gen: 0}}",
+            "host.memory.lru_gen: --lru-gen needs the multi-gen LRU, which is off",
+        ),
+    ],
+)
+def test_generations_of_a_host_that_has_none(tmp_path: Path, host: str, said: str) -> None:
+    path = tmp_path / "none.yaml"
+    memory = GOOD[GOOD.index("host:") : GOOD.index("guests:")]
+    path.write_text(GOOD.replace(memory, f"host: {host}\n"))
+    result = CliRunner().invoke(main, ["run", str(path), "--lru-gen"])
+    assert (result.exit_code, result.output.count("\n")) == (2, 1)
+    assert result.output.partition(": ")[2].startswith(said)
+
+
 def test_generations_of_one_run(tmp_path: Path) -> None:
     path = tmp_path / "short.yaml"
     path.write_text(SWEEP + "run: {kernel: linux-6.12}\n")
     result = CliRunner().invoke(main, ["run", str(path), "--lru-gen"])
     assert result.exit_code == 2
-    assert "--lru-gen prints one run" in result.output
+    assert result.output.partition(": ")[2] == (
+        "--lru-gen takes one run, and these are 2, over host.memory.size: choose, such as "
+        "--set 'host.memory.size=24 MiB'\n"
+    )
     path.write_text(SWEEP + RUN)
     result = CliRunner().invoke(main, ["run", str(path), "--lru-gen"])
     assert result.exit_code == 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import FAST, Lab, account
+from lab import FAST, Lab, account, fill_sparsely
 from simpy import Environment
 
 from simkvm.kernel.mmu_notifier import Srcu
@@ -179,7 +179,7 @@ def test_without_a_subscription_only_the_host_is_touched() -> None:
 def broken(preemption: str, kernel: str = "linux-6.12", blockable: bool = True) -> Lab:
     """3 GiB taken back while a reader waits since the first chunk."""
     lab = Lab(3 * GIB, kernel=kernel, host={"preemption": preemption})
-    lab.fill_sparsely(2 * MIB)
+    fill_sparsely(lab, 2 * MIB)
     waiting = reader(lab, 50_000, hold_ns=77)
     running = steps_of(lab, 0, lab.kvm.leaves, blockable=blockable)
     lab.entered = lab.env.run(waiting)  # type: ignore[attr-defined]
@@ -209,7 +209,7 @@ def test_the_last_chunk_is_not_followed_by_a_break() -> None:
     lab = broken("full")
     assert len(starts(lab)) == 2
     lab = Lab(GIB)
-    lab.fill_sparsely(2 * MIB)
+    fill_sparsely(lab, 2 * MIB)
     waiting = reader(lab, 50_000)
     running = steps_of(lab, 0, lab.kvm.leaves)
     lab.env.run(waiting & running)
@@ -237,7 +237,7 @@ def test_who_may_not_block_does_not_break() -> None:
 def test_a_walk_ends_when_the_tree_went_while_the_lock_was_dropped() -> None:
     """mmu->pgt is read again for each chunk."""
     lab = Lab(3 * GIB)
-    lab.fill_sparsely(2 * MIB)
+    fill_sparsely(lab, 2 * MIB)
 
     def detach() -> Iterator[Any]:
         yield lab.env.timeout(50_000)

@@ -350,7 +350,7 @@ WRONG = {
     ),
     "kernel": (
         changed(("linux-6.12", "linux-6.21")),
-        "w.yaml:3:1: kernel: unknown kernel 'linux-6.21' (did you mean 'linux-6.1'?)",
+        "w.yaml:3:1: kernel: unknown kernel 'linux-6.21' (did you mean 'linux-6.12'?)",
     ),
     "machine's base": (
         changed(("machine: graviton3-64c", "machine:\n  set: {}\n  base: graviton")),
@@ -826,6 +826,14 @@ def test_wrong_settings_name_the_option_and_no_line(
     said = message(file, BASE, setting)
     assert said.startswith("--set: ")
     assert expected in said
+
+
+def test_a_value_of_the_file_that_a_setting_made_wrong_names_the_setting(file: Path) -> None:
+    access = "pattern: interactive\n      tabs: 4\n      tab_size: 1 MiB"
+    text = changed(("pattern: zipf\n      think: 100 ns", access), ("memory_per_vcpu", "memory"))
+    said = message(file, text, "seed=2", "guests.vm0.memory=2 MiB")
+    assert said.startswith("w.yaml:11:7: guests.vm0.access.tabs: 4 x 1 MiB are more than")
+    assert said.endswith("of memory, with --set guests.vm0.memory=2 MiB")
 
 
 def test_a_problem_of_the_file_comes_before_one_of_a_setting(file: Path) -> None:

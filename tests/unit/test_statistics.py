@@ -1,4 +1,4 @@
-"""Are the intervals, the warm-up cut and the batches what statistics says they are?"""
+"""Are the intervals and the batches what statistics says they are?"""
 
 from __future__ import annotations
 
@@ -10,13 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats  # type: ignore[import-untyped]
 
-from simkvm.study.statistics import (
-    batch_means,
-    confidence_interval,
-    mser5,
-    paired_difference,
-    t_quantile,
-)
+from simkvm.study.statistics import batch_means, confidence_interval, t_quantile
 
 CONFIDENCES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.9999)
 DEGREES = (1, 2, 3, 4, 5, 9, 10, 29, 100, 1001)
@@ -65,52 +59,6 @@ def test_one_value_has_no_finite_interval() -> None:
 def test_interval_refuses_gaps(values: list[float]) -> None:
     with pytest.raises(ValueError, match="no values, or one that"):
         confidence_interval(values)
-
-
-def test_pairs_are_made_by_key_not_by_order() -> None:
-    first = {(1, 0): 10.0, (1, 1): 20.0, (1, 2): 35.0}
-    second = {(1, 2): 30.0, (1, 0): 9.0, (1, 1): 17.0}
-    difference = paired_difference(first, second)
-    assert difference == confidence_interval([1.0, 3.0, 5.0])
-
-
-def test_pairs_need_partners() -> None:
-    with pytest.raises(ValueError, match=r"without a partner: \(1, 1\)"):
-        paired_difference({(1, 0): 1.0, (1, 1): 2.0}, {(1, 0): 1.0})
-
-
-def test_common_random_numbers_narrow_the_difference() -> None:
-    """Var(a - b) of pairs that share noise s and have own noise e is 2 e^2, not 2 (s^2 + e^2)."""
-    rng = np.random.default_rng(3)
-    shared = rng.normal(0, 10, 400)
-    first = dict(enumerate(5 + shared + rng.normal(0, 1, 400)))
-    second = dict(enumerate(shared + rng.normal(0, 1, 400)))
-    difference = paired_difference(first, second, 0.9999)
-    assert 5 in difference
-    theory = t_quantile(0.9999, 399) * math.sqrt(2 / 400)
-    assert difference.half_width == pytest.approx(theory, rel=0.2)
-
-
-def brute_force_mser5(series: list[float]) -> int:
-    """The rule as its paper states it."""
-    batches = np.asarray(series[: len(series) // 5 * 5]).reshape(-1, 5).mean(axis=1)
-    errors = [batches[cut:].var() / (len(batches) - cut) for cut in range(len(batches) // 2)]
-    return 5 * int(np.argmin(errors)) if errors else 0
-
-
-@given(st.integers(0, 60), st.integers(0, 2**32 - 1))
-def test_mser5_follows_its_rule(length: int, seed: int) -> None:
-    series = list(np.random.default_rng(seed).normal(1e6, 1, length))
-    assert mser5(series) == brute_force_mser5(series)
-
-
-def test_mser5_cuts_a_step_where_it_is() -> None:
-    """Exactly the 15 values before the step: what remains has no variance at all."""
-    assert mser5([9.0] * 15 + [2.0] * 45) == 15
-
-
-def test_mser5_keeps_all_of_a_steady_series() -> None:
-    assert mser5([4.0] * 50) == 0
 
 
 def test_batch_means_leave_out_the_oldest() -> None:

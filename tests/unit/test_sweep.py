@@ -330,9 +330,19 @@ def test_a_log_gets_a_line_now_and_then() -> None:
     progress.stop()
     assert lines == [
         "5/6 points, 1 failed, 4 s a point, 4 s left",
-        "5/6 points, 1 failed, 7.33 s a point, 7.33 s left",
         "6/6 points, 1 failed, 5.5 s a point",
     ]
+
+
+def test_without_news_a_log_gets_a_line_a_minute() -> None:
+    lines: list[str] = []
+    now = [0.0]
+    progress = Lines(lines.append, clock=lambda: now[0])
+    progress.start(total=4, done=0)
+    for at_s in range(1, 140):
+        now[0] = at_s
+        progress.tick()
+    assert lines == ["0/4 points"] * 3
 
 
 def test_a_log_is_what_a_sweep_writes_without_a_terminal(

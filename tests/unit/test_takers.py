@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bench import Bench
-from lab import Lab
+from lab import Lab, fill_sparsely
 
 from simkvm import contenders
 from simkvm.contenders.ksm import Ksm
@@ -537,7 +537,7 @@ def test_a_write_to_a_huge_page_that_a_child_shares_splits_it() -> None:
 def reaped(kind: str) -> dict[tuple[str, str], int]:
     """A sparse guest of two chunks is taken, while somebody else comes for the lock, once."""
     lab = Lab(2 * GIB)
-    lab.fill_sparsely(2 * MIB)
+    fill_sparsely(lab, 2 * MIB)
     if kind == "reaper":
         lab.env.process(
             contenders.build(
@@ -691,7 +691,7 @@ def test_without_a_slot_the_notifier_takes_no_lock() -> None:
 def test_a_slot_above_the_chunk_is_let_go_of_between_chunks_if_others_wait() -> None:
     made = bench("memslot", memory=2 * GIB, fill=False)
     lab = made.lab
-    lab.fill_sparsely(2 * MIB)
+    fill_sparsely(lab, 2 * MIB)
 
     def other() -> Iterator[Any]:
         yield lab.env.timeout(50_000)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from lab import Lab, account, world
+from lab import Lab, account, fill_sparsely, world
 
 from simkvm.kernel.sites import TEARDOWN
 from simkvm.kernel.stage2 import TableId
@@ -104,7 +104,7 @@ def test_what_the_walk_costs() -> None:
 def test_how_long_a_cpu_is_kept(policy: str, share: int) -> None:
     """Since the v6.19 cycle there is a point to reschedule after each largest block."""
     made = lab(4 * GIB, teardown_walk=policy)
-    made.fill_sparsely(2 * MIB)
+    fill_sparsely(made, 2 * MIB)
     story = watch(made)
     teardown = made.destroy()
     (row,) = account(made.kvm.mmu_lock.rows)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import Lab, world
+from lab import Lab, fill_sparsely, world
 from worlds import journal
 
 from simkvm.kernel.stage2 import WRITE, TableId
@@ -166,7 +166,7 @@ def test_what_the_first_form_in_chunks_does_to_page_counts() -> None:
 def test_a_table_with_more_chunks_lives_a_little_longer() -> None:
     """Two references go with each chunk that has something: of 6 + 1 the fourth takes the last."""
     made = lab("chunked_early", 6 * GIB, ipa_bits=48)
-    made.fill_sparsely(GIB)
+    fill_sparsely(made, GIB)
     tables = freed(made)
     order = [table for table, _ in tables]
     assert [table.level for table in order] == [3, 2, 3, 2, 3, 2, 1, 3, 2, 3, 2, 3, 2]
@@ -176,7 +176,7 @@ def test_a_table_with_more_chunks_lives_a_little_longer() -> None:
 def test_it_needs_a_table_that_chunks_share(page: int) -> None:
     """With 40 bits, KVM's default, a chunk has all tables below the root to itself."""
     made = lab("chunked_early", GIB, page_size=page, ipa_bits=40)
-    made.fill_sparsely(32 * MIB)
+    fill_sparsely(made, 32 * MIB)
     made.destroy()
     made.kvm.oracle.finished(int(made.env.now))
     assert not made.kvm.oracle.violations

@@ -45,8 +45,8 @@ def test_a_fitted_constant_is_a_parameter_of_its_machine_and_says_how() -> None:
         machine = load_machine(host.machine())
         for fitted in host.fitted:
             assert machine[fitted.name] == fitted.value
-            assert fitted.how
-        assert bool(host.fitted or host.workload) == bool(host.fit)
+        assert all(fitted.how for fitted in (*host.fitted, *host.fitted_workload))
+        assert bool(host.fitted or host.fitted_workload) == bool(host.fit)
 
 
 def test_rows_that_constants_were_fitted_to_are_few_and_called_so() -> None:
@@ -153,9 +153,14 @@ def test_more_than_is_a_bound_below() -> None:
     assert row(0.9, bound="more than").verdict == "outside"
 
 
-def test_the_tally_counts_what_is_missing_as_not_met() -> None:
+def test_the_tally_counts_what_is_missing_as_no_prediction() -> None:
     said = tally([row(1.0), row(2.0), row(None), row(1.0, role="fit")])
-    assert said == "4 rows: 2 inside, 1 missing, 1 outside; of 3 predictions 1 inside (33%)"
+    assert said == "4 rows: 2 inside, 1 missing, 1 outside; of 2 predictions 1 inside (50%)"
+
+
+def test_the_tally_says_how_many_predictions_are_bounds() -> None:
+    said = tally([row(1.0), row(5.0, bound="more than")])
+    assert said.endswith("of 2 predictions 2 inside (100%), 1 of them a mere bound")
 
 
 def test_json_has_no_number_that_json_does_not_know() -> None:

@@ -109,10 +109,6 @@ class Lab:
             if not kvm.host.state[leaf]:
                 kvm.host.install(leaf, True)
 
-    def fill_sparsely(self, stride: int) -> None:
-        """One page each ``stride`` bytes."""
-        self.fill(range(0, self.kvm.leaves, stride // self.kvm.stage2.leaf_bytes))
-
     def drop(self, first: int = 0, size: int = 0, blockable: bool = True) -> None:
         """One notifier range over ``size`` bytes at ``first`` (0: to the end of memory)."""
         leaf = self.kvm.stage2.leaf_bytes
