@@ -170,14 +170,6 @@ class Cpu:
             state is GUEST and since_ns < moment <= t_ns for moment, _, state in self._told
         )
 
-    def quiescent_between(self, since_ns: int, t_ns: int) -> bool:
-        """Whether a quiescent state of any kind that needs no tick lies in (since, t]."""
-        return (
-            self.state(t_ns) in (IDLE, GUEST, USER)
-            or self.switched_between(since_ns, t_ns)
-            or self.extended_between(since_ns, t_ns)
-        )
-
     def preemptible_between(self, since_ns: int, t_ns: int) -> bool:
         """Whether preemption was on at any moment in (since, t]."""
         end = t_ns + 1  # what came later is known to begin here

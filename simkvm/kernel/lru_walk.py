@@ -31,7 +31,8 @@ LRU_GEN_CORE: Final = 0x1  #: capabilities, the bits of /sys/kernel/mm/lru_gen/e
 LRU_GEN_MM_WALK: Final = 0x2
 LRU_GEN_NONLEAF_YOUNG: Final = 0x4  #: without effect on address spaces that have a notifier
 LRU_GEN_SPTE_WALK: Final = 0x8  #: the batched calls of the 2023 series
-LRU_GEN_ALL: Final = 0xF  #: as far as the kernel has them
+LRU_GEN_ALL: Final = LRU_GEN_CORE | LRU_GEN_MM_WALK | LRU_GEN_NONLEAF_YOUNG | LRU_GEN_SPTE_WALK
+"""As far as the kernel has them."""
 
 
 class ReclaimWalk(AgeingWalk):

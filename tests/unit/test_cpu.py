@@ -60,18 +60,6 @@ def test_waking_and_sleeping_are_context_switches() -> None:
     assert cpu.state(75) is KERNEL
 
 
-def test_quiescent_between_knows_all_kinds() -> None:
-    cpu = Cpu(0)
-    cpu.enter_kernel(0)
-    cpu.enter_user(100, 200)
-    cpu.enter_kernel(200)
-    assert cpu.quiescent_between(50, 150), "in user mode"
-    assert not cpu.quiescent_between(150, 300), "left user mode, which only a tick would see"
-    cpu.enter_guest(300, 400)
-    assert cpu.quiescent_between(299, 450)
-    assert not cpu.quiescent_between(400, 500)
-
-
 @pytest.mark.parametrize("nohz_full", [False, True])
 def test_guest_and_user_mode_are_extended_only_under_context_tracking(nohz_full: bool) -> None:
     cpu = Cpu(0, nohz_full=nohz_full)
