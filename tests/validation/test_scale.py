@@ -22,9 +22,9 @@ from simkvm.units import MIB
 from simkvm.validate.reclaim import PAGE, host_memory
 
 VCPUS = 8
-OVERCOMMIT = 1.4
+OVERCOMMIT = 1.5
 WATERMARK_SCALE = 300
-REPLICATIONS = 4
+REPLICATIONS = 5
 PART = 96 * MIB
 CONFIDENCE = 0.99
 
