@@ -177,6 +177,7 @@ class PlainLru:
                 if not folio.referenced:
                     folio.refs = 0
                     folio.workingset = folio.workingset and self.reworked
+                folio.referenced = folio.referenced and self.reworked  # for shrink_folio_list()
                 isolated.append(folio.leaf)
         return isolated
 
@@ -193,6 +194,13 @@ class PlainLru:
         folio.clear(workingset=False)
         folio.workingset = folio.workingset or used
         self.place(folio, self.max_seq - (not folio.workingset))
+
+    def put_back(self, leaf: int) -> None:
+        """It is being written: evict_folios() restores what isolate_folio() cleared."""
+        folio = self.folios[leaf]
+        if not self.reworked and folio.workingset:
+            folio.referenced = True
+        self.place(folio, self.max_seq - 1)
 
     def evict(self, leaf: int) -> None:
         folio = self.folios.pop(leaf)

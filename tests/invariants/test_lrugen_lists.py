@@ -155,7 +155,7 @@ class Lists(RuleBasedStateMachine):
         for folio, was_used in order:
             self.plain.keep(folio, was_used)
         for folio in writing:
-            self.plain.place(self.plain.folios[folio], self.plain.max_seq - 1)
+            self.plain.put_back(folio)
 
     @rule(picks=PICKS, times=st.integers(2, 5), late=st.booleans(), of_type=st.sampled_from(TYPES))
     def use_and_scan(self, picks: list[int], times: int, late: bool, of_type: int) -> None:

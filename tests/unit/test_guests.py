@@ -50,7 +50,7 @@ def refusal(**keys: Any) -> str:
 def test_what_is_wrong_with_groups_is_said_with_its_key() -> None:
     assert "vm1 is also the name of a guest of vm" in refusal(guests={**many(2), "vm1": SMALL})
     drop = {"kind": "madvise_dontneed", "guest": "vm1", "range": 4096, "rate": 1.0}
-    assert "did you mean 'vm11'" in refusal(guests=many(12), contenders={"c": drop})
+    assert "did you mean 'vm01'" in refusal(guests=many(12), contenders={"c": drop})
     crowd = refusal(guests=many(65))
     assert "guests.vm.count" in crowd
     assert "65 vCPUs need 65 CPUs, the host has 64" in crowd
