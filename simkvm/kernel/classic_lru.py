@@ -38,6 +38,7 @@ from simkvm.kernel.scan_control import DEF_PRIORITY, SWAP_CLUSTER_MAX, ScanContr
 from simkvm.kernel.swappable import DIRTY, WRITEBACK
 from simkvm.kernel.task import reach
 from simkvm.kernel.vmstat import Vmstat
+from simkvm.units import GIB
 
 if TYPE_CHECKING:
     from simkvm.kernel.vmscan import Reclaimer
@@ -56,7 +57,7 @@ class RootLruvec:
     """What the lists of all memcgs of the node amount to. ``page_bytes``: for their ratio."""
 
     def __init__(self, page_bytes: int = 4096) -> None:
-        self.gib_pages = (1 << 30) // page_bytes
+        self.gib_pages = GIB // page_bytes
         self.memcgs: list[ClassicLruvec] = []
         self.nonresident_age = 0  #: evictions and activations so far
         self.costs = [0, 0]  #: of reclaim, by type, as ``get_scan_count`` weighs them
@@ -146,14 +147,14 @@ class ClassicLruvec(FolioLists):
         self.states[used] |= np.uint8(REFERENCED)
         met = (self.states[writeback] & RECLAIM) != 0
         activated = np.concatenate((used[again], active, writeback[met]))
-        self.root.nonresident_age += int(np.count_nonzero(self.listed[activated] == ISOLATED))
+        self.root.nonresident_age += len(self.still_isolated(activated))
         self.put(activated, ACTIVE)
         self.put(np.concatenate((used[~again], writeback[~met])), INACTIVE)
         return len(activated)
 
     def put(self, ids: Ids, number: int) -> None:
         """Isolated folios go to the new end of a list, if nobody freed them meanwhile."""
-        ids = ids[self.listed[ids] == ISOLATED]
+        ids = self.still_isolated(ids)
         for lru, part in self.by_guest(ids):
             lru.sizes[number] += len(part)
             self._relist(part, lru.of_type, number, were_listed=False)
@@ -298,7 +299,7 @@ class Classic:
                 t_ns = yield from self._shrink_active(memcg, ANON, SWAP_CLUSTER_MAX, t_ns)
         return t_ns
 
-    def begins_again(self, sc: ScanControl) -> bool:
+    def ended(self, sc: ScanControl) -> bool:
         """The end of a reclaim; a direct one that got nothing and spared active folios begins
         again, and spares none (``do_try_to_free_pages``).
         """
@@ -452,7 +453,7 @@ class Classic:
         for folio in ids.tolist():
             t_ns = yield from self._reclaimer.was_referenced(memcg, lruvec, folio, t_ns)
         t_ns = yield from reach(self._env, t_ns)
-        ids = ids[lruvec.listed[ids] == ISOLATED]
+        ids = lruvec.still_isolated(ids)
         lruvec.states[ids] |= np.uint8(WORKINGSET)
         lruvec.put(ids, INACTIVE)
         lruvec.vmstat.pgdeactivate += len(ids)

@@ -12,6 +12,7 @@ would keep it from the others'. There is one server for all nodes, and reads are
 from __future__ import annotations
 
 from simkvm.scenario.machine import Machine
+from simkvm.units import NS_PER_S
 
 
 class Dram:
@@ -32,7 +33,7 @@ class Dram:
     def service_ns(self, size: int) -> int:
         """How long the memory is busy with ``size`` bytes."""
         if size not in self._service_ns:
-            self._service_ns[size] = round(size * 1_000_000_000 / self._bytes_per_s)
+            self._service_ns[size] = round(size * NS_PER_S / self._bytes_per_s)
         return self._service_ns[size]
 
     def write(self, t_ns: int, end_ns: int, size: int) -> int:

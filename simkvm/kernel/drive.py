@@ -27,6 +27,7 @@ from simkvm.kernel.latency import Latencies, LatencyLaw
 from simkvm.kernel.swap import SwapDevice, Written
 from simkvm.kernel.task import Task, reach
 from simkvm.scenario.swap import WAYS
+from simkvm.units import NS_PER_S
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,9 +89,9 @@ class Media:
         """A request of ``size`` bytes at ``t_ns``, not before any other's; when it is complete."""
         begin_ns = max(t_ns, self._free_ns[0])
         self._queue(t_ns, begin_ns)
-        move_ns = round(size * 1_000_000_000 / bytes_per_s)
+        move_ns = round(size * NS_PER_S / bytes_per_s)
         self._moved_ns = max(self._moved_ns, begin_ns) + move_ns
-        further_ns = round(max(0, size - MEASURED_BYTES) * 1_000_000_000 / bytes_per_s)
+        further_ns = round(max(0, size - MEASURED_BYTES) * NS_PER_S / bytes_per_s)
         end_ns = max(begin_ns + latency_ns + further_ns, self._moved_ns)
         heapreplace(self._free_ns, end_ns)
         return end_ns

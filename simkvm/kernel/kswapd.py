@@ -105,7 +105,7 @@ class Kswapd:
             total += sc.reclaimed
             if sc.scanned < sc.nr_to_reclaim or not sc.reclaimed:
                 sc.priority -= 1
-        self._reclaimer.begins_again(sc)  # never, but that is the end of a reclaim
+        self._reclaimer.ended(sc)
         if not total and not pages.balanced:
             self._pgdat.kswapd_failures += 1
         return t_ns

@@ -113,6 +113,11 @@ class FolioLists(Lruvec):
         """
         raise NotImplementedError
 
+    def still_isolated(self, ids: Ids) -> Ids:
+        """Of isolated folios those that nobody freed meanwhile."""
+        there: Ids = ids[self.listed[ids] == ISOLATED]
+        return there
+
     # -- guests ---------------------------------------------------------------------------------
 
     @property

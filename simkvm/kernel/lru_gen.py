@@ -158,7 +158,7 @@ class MultiGen:
             self._pgdat.pages.out_of_memory(t_ns)
         return t_ns
 
-    def begins_again(self, sc: ScanControl) -> bool:
+    def ended(self, sc: ScanControl) -> bool:
         """No folio is spared for being active."""
         return False
 

@@ -50,8 +50,9 @@ from simkvm.kernel.mglru import (
 )
 from simkvm.kernel.mm_list import MmList
 from simkvm.kernel.vmstat import Vmstat
+from simkvm.units import DURATION_NS
 
-IDLE_NS: Final = 3600 * 10**9  #: how long ago the last generation of an idle guest began
+IDLE_NS: Final = DURATION_NS["h"]  #: how long ago the last generation of an idle guest began
 
 
 def evictable(swappiness: int) -> tuple[int, ...]:
@@ -324,7 +325,7 @@ class ListedLruvec(FolioLists):
         """As :meth:`FolioLists.settle`."""
         both = np.concatenate((used, active))
         activated = self.activate(both, np.arange(len(both)) < len(used))
-        writeback = self._still_isolated(writeback)
+        writeback = self.still_isolated(writeback)
         if not self.rules.two_step:  # what isolation took from them they get back
             states = self.states[writeback]
             self.states[writeback] = np.where(states & WORKINGSET, states | REFERENCED, states)
@@ -333,11 +334,7 @@ class ListedLruvec(FolioLists):
 
     def putback(self, ids: Ids, seq: int, old_end: bool = False) -> None:
         """Isolated folios, all of one type, go back to generation ``seq``, if still there."""
-        self._put(self._still_isolated(ids), seq, old_end)
-
-    def _still_isolated(self, ids: Ids) -> Ids:
-        there: Ids = ids[self.listed[ids] == ISOLATED]
-        return there
+        self._put(self.still_isolated(ids), seq, old_end)
 
     def activate(self, ids: Ids, used: NDArray[np.bool_]) -> int:
         """Isolated folios that stay go back, ``used`` ones as what they are.

@@ -49,8 +49,8 @@ class ReclaimOrder(Protocol):
         """What comes before a round of kswapd."""
         ...
 
-    def begins_again(self, sc: ScanControl) -> bool:
-        """After the last round: whether a direct reclaimer has spared what it has to take now."""
+    def ended(self, sc: ScanControl) -> bool:
+        """The last round is over: whether a direct reclaimer spared what it has to take now."""
         ...
 
 
@@ -73,11 +73,16 @@ class Reclaimer:
 
     # -- rounds ---------------------------------------------------------------------------------
 
-    def direct(
-        self, t_ns: int, sc: ScanControl | None = None
-    ) -> Generator[Event, Any, tuple[int, int]]:
+    def direct(self, t_ns: int) -> Generator[Event, Any, tuple[int, int]]:
         """``try_to_free_pages``: returns how many pages were reclaimed, and when it is done."""
-        sc = sc or ScanControl(SWAP_CLUSTER_MAX, kswapd=False)
+        sc, again = ScanControl(SWAP_CLUSTER_MAX, kswapd=False), True
+        while again:
+            t_ns = yield from self._rounds(sc, t_ns)
+            again = self.ended(sc)
+        return sc.reclaimed, t_ns
+
+    def _rounds(self, sc: ScanControl, t_ns: int) -> Steps:
+        """Round after round, each harder, until there is enough; returns when it is done."""
         for priority in range(DEF_PRIORITY, -1, -1):
             sc.priority = priority
             began_ns, functions = t_ns, dict[str, int]()
@@ -90,9 +95,7 @@ class Reclaimer:
             )
             if sc.reclaimed >= sc.nr_to_reclaim:
                 break
-        if self.begins_again(sc):
-            return (yield from self.direct(t_ns, sc))
-        return sc.reclaimed, t_ns
+        return t_ns
 
     def shrink_node(self, sc: ScanControl, t_ns: int) -> Steps:
         """One go over the memcgs."""
@@ -103,9 +106,9 @@ class Reclaimer:
         """What kswapd does before each go."""
         return self._order.age_node(sc, t_ns)
 
-    def begins_again(self, sc: ScanControl) -> bool:
+    def ended(self, sc: ScanControl) -> bool:
         """The last go is over: whether all has to be done again, harder."""
-        return self._order.begins_again(sc)
+        return self._order.ended(sc)
 
     def cond_resched(self, number: int, t_ns: int) -> Steps:
         """A place where the task may lose its CPU."""
@@ -186,7 +189,7 @@ class Reclaimer:
         for folio in folios:
             place = lruvec.guest_of(folio)
             kvm, leaf = self._kvm(number, place), folio - int(lruvec.bases[place])
-            t_ns = yield from kvm.sched.checkpoint(self._task, t_ns)
+            t_ns = yield from self.cond_resched(number, t_ns)
             outcome, t_ns = yield from self._shrink_folio(kvm, leaf, t_ns)
             found[outcome].append(folio)
         return t_ns

@@ -14,7 +14,7 @@ from simkvm.observe.lock_stat import LockStat
 from simkvm.observe.pressure import pressure_summary
 from simkvm.observe.record import PHASE_COLUMNS, Record, table
 from simkvm.observe.table_memory import time_average
-from simkvm.units import NS_PER_S
+from simkvm.units import GIB, NS_PER_S
 
 if TYPE_CHECKING:
     from simkvm.kernel.aging_call import Pass
@@ -146,7 +146,7 @@ class Recorder:
         held = timeline["deferred_bytes"]
         callback_ns = sum(row[3] for row in self.batches)
         done = sum(kvm.tables_called_back for kvm in world.kvms)
-        gone_gib = sum(kvm.unmapped_pages * kvm.page_bytes for kvm in world.kvms) / (1 << 30)
+        gone_gib = sum(kvm.unmapped_pages * kvm.page_bytes for kvm in world.kvms) / GIB
         return {
             "sim_ns": end_ns,
             "touches": touches,

@@ -21,14 +21,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from simkvm.scenario.schema import Scenario
-from simkvm.units import DURATION_NS, GIB, KIB, MIB
+from simkvm.units import GIB, KIB, MIB
 from simkvm.validate.benchmarks import NS, Benchmark, Figure, Run
 
 if TYPE_CHECKING:
     from simkvm.study.result import Result
     from simkvm.validate.hosts import Host
 
-US, MS = DURATION_NS["us"], DURATION_NS["ms"]
 PAGE: Final = 4 * KIB
 WATERMARK_SCALE: Final = 100
 CACHE_PAGES: Final = 40  #: of each vCPU (KVM_ARCH_NR_OBJS_PER_MEMORY_CACHE on arm64)

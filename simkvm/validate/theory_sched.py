@@ -17,6 +17,7 @@ from simkvm.kernel.cpu import Cpu
 from simkvm.kernel.rcu_config import RcuConfig
 from simkvm.kernel.sched import FairScheduler, Scheduler
 from simkvm.kernel.task import Task, reach
+from simkvm.units import NS_PER_S
 from simkvm.validate import queueing
 from simkvm.validate.closed_form import ClosedForm, Estimate, exactly, replicated, streams
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 Steps = Generator[Event, Any, int]
 
 HZ = 1000
-TICK_NS = 1_000_000_000 // HZ
+TICK_NS = NS_PER_S // HZ
 SERVICE_NS = 20 * TICK_NS
 LOAD = 0.5
 REPLICATIONS, JOBS, WARM_UP = 30, 800, 50

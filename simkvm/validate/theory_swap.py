@@ -21,6 +21,7 @@ from simkvm.kernel.swap import SwapDevice
 from simkvm.kernel.task import Task, reach
 from simkvm.scenario.machine import load_machine
 from simkvm.scenario.swap import Nvme, Swap, Zram
+from simkvm.units import NS_PER_S
 from simkvm.validate import queueing
 from simkvm.validate.closed_form import (
     CONFIDENCE,
@@ -229,7 +230,7 @@ def _all_bandwidth(way: str) -> ClosedForm:
             "channels": 1024,
             f"{way}_latency": MEAN_NS,
             f"{way}_p9999": MEAN_NS,
-            f"{way}_bandwidth": PAGE_BYTES * 1_000_000_000 // page_ns,
+            f"{way}_bandwidth": PAGE_BYTES * NS_PER_S // page_ns,
         }
     )
     return ClosedForm(
@@ -246,7 +247,7 @@ def _all_bandwidth(way: str) -> ClosedForm:
 def _all_memory() -> ClosedForm:
     """Many CPUs decompress at once: what they write is more than the memory takes."""
     page_ns = 100
-    memory = {"dram_bw_total_bytes_per_s": PAGE_BYTES * 1_000_000_000 // page_ns}
+    memory = {"dram_bw_total_bytes_per_s": PAGE_BYTES * NS_PER_S // page_ns}
     return ClosedForm(
         "swap/saturated/zram",
         "64 CPUs that decompress pages all the time: time between two, by memory bandwidth",

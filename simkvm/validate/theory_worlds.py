@@ -10,8 +10,9 @@ from simkvm.scenario.kernel import load_kernel
 from simkvm.scenario.load import require_possible
 from simkvm.scenario.machine import load_machine
 from simkvm.scenario.schema import Scenario
+from simkvm.units import NS_PER_MS
 
-MIB, MS = 1 << 20, 1_000_000
+MS = NS_PER_MS
 
 
 def world(guest: dict[str, Any], **keys: Any) -> World:

@@ -41,7 +41,7 @@ class Node:
         yield from ()
         return t_ns
 
-    def begins_again(self, sc: ScanControl) -> bool:
+    def ended(self, sc: ScanControl) -> bool:
         """What comes after the last one."""
         self.ends.append(len(self.priorities))
         return False
